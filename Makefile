@@ -1,0 +1,103 @@
+# make help lists the targets. Nothing but python3 >= 3.10 and a C++20 compiler is needed; nvcc is used if there.
+
+PYTHON ?= python3
+VENV ?= .venv
+SECOND_TORCH ?= 2.13.0
+DEMO_IMAGE ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+DYHEAD_REQUIRE ?= cpu
+export DYHEAD_REQUIRE
+
+BENCHMARKS := dynamic_relu
+SECOND_VENV := .venv-second
+
+ifeq ($(VENV),none)
+  RUN := $(PYTHON)
+  ENVIRONMENT :=
+  SECOND :=
+else
+  RUN := $(VENV)/bin/python
+  ENVIRONMENT := $(VENV)/.installed
+  ifeq ($(SECOND_TORCH),none)
+    SECOND :=
+  else
+    SECOND := second-venv
+    export DYHEAD_SECOND_PYTHON := $(CURDIR)/$(SECOND_VENV)/bin/python
+  endif
+endif
+
+# $(call make_venv,directory): a working virtual environment there, or an error that says what is missing.
+define make_venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	  "error: expected Python >= 3.10, got %d.%d from $(PYTHON); run make PYTHON=/path/to/python3" % v[:2])'
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1) || \
+	  { echo "error: $(PYTHON) -m venv failed; install its venv module (apt install python3-venv)" >&2; exit 1; }
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help venv second-venv build test demo lint format bench gpu-check clean
+
+help: ## list the targets and variables
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@echo
+	@echo "variables:"
+	@echo "  PYTHON=python3        the Python that makes the environment, or with VENV=none the one to use"
+	@echo "  VENV=.venv            where to install; none: use PYTHON as it is and install nothing"
+	@echo "  DEMO_IMAGE=path       the photograph of make demo; DEMO_ARGS: more of its options"
+	@echo "  PYTEST_ARGS, BENCH_ARGS  options of pytest and of the benchmarks"
+	@echo "  SECOND_TORCH=$(SECOND_TORCH)   the other torch that the library is tested under; none: skip that"
+	@echo "  DYHEAD_REQUIRE=cpu    libraries whose build must succeed, e.g. cpu,cuda"
+	@echo "  DYHEAD_CUDA_ARCHS, DYHEAD_CUDA=off, CXX, CUDACXX, MAX_JOBS: see setup.py"
+
+venv: $(ENVIRONMENT) ## create .venv with the pinned packages of constraints.txt
+
+$(VENV)/.installed: constraints.txt
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python -m pip install -r constraints.txt
+	@touch $@
+
+second-venv: ## create the environment with the second torch that make test uses
+	$(call make_venv,$(SECOND_VENV))
+	@if [ ! -e $(SECOND_VENV)/.installed-$(SECOND_TORCH) ]; then \
+	  if $(SECOND_VENV)/bin/python -m pip install -c constraints.txt numpy && \
+	     $(SECOND_VENV)/bin/python -m pip install torch==$(SECOND_TORCH); then \
+	    rm -f $(SECOND_VENV)/.installed-*; touch $(SECOND_VENV)/.installed-$(SECOND_TORCH); \
+	  else \
+	    echo "WARNING: torch $(SECOND_TORCH) could not be installed into $(SECOND_VENV): its test cannot run" >&2; \
+	  fi; \
+	fi
+
+build: $(ENVIRONMENT) ## build the native libraries in place (dyhead_cuda/lib)
+	$(RUN) setup.py --quiet build_ext --inplace
+
+test: build $(SECOND) ## run all tests
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+demo: build ## run the head on a photograph, compare with the reference, draw what it attends to
+	$(RUN) -m dyhead_cuda demo $(if $(DEMO_IMAGE),--image "$(DEMO_IMAGE)") $(DEMO_ARGS)
+
+lint: $(ENVIRONMENT) ## check style, formatting and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(call clang_format,--dry-run -Werror)
+
+format: $(ENVIRONMENT) ## format all sources
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(call clang_format,-i)
+
+clang_format = find csrc tests/simt \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
+  xargs -0 $(RUN) -c 'import clang_format; clang_format.clang_format()' $(1)
+
+bench: build ## run the microbenchmarks
+	@set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(BENCH_ARGS); done
+
+gpu-check: ## with PYTHON as it is: build for the GPU here, test, run the sanitizers, benchmark (under 9 minutes)
+	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
+
+clean: ## remove what was built (environments stay)
+	rm -rf build dist dyhead_cuda/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find dyhead_cuda tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Microbenchmarks, run as ``python -m benchmarks.NAME``: each checks results, then times them."""

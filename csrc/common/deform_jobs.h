@@ -1,0 +1,83 @@
+// The one description of deformable work: maps in matrices of rows, and a list of jobs over them.
+//
+// A job computes one output map for every image: for each of its terms, nine (or kernel_h x
+// kernel_w) taps of a source map are sampled where the job's predictions say and multiplied with
+// the term's weights; the terms are added. The pyramid block has a job per branch and level, with
+// one term; the paper's spatial attention a job per target level with a term per level; a plain
+// convolution one job.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace dyhead {
+
+// Pixel p of image n is row first_row + n * height * width + p of its matrix.
+struct MapShape {
+  int64_t first_row;
+  int32_t height, width;
+
+  DYHEAD_HD int64_t pixels() const { return static_cast<int64_t>(height) * width; }
+};
+
+// How a job's output pixel finds its prediction on a map of another size.
+enum class ReadRule : int32_t {
+  kSame,  // the same pixel of a map of the same size
+  kCrop,  // the same y and x: the map's upper left part
+  kFlat,  // the first K * h * w values of the map's [K, H, W], read as [K, h, w]
+};
+
+struct DeformTerm {
+  int32_t source;  // index of a source map
+  int32_t weight;  // index of a weight matrix
+};
+
+struct DeformJob {
+  MapShape out;
+  MapShape predictions;
+  ReadRule offset_rule, mask_rule;
+  int32_t stride_h, stride_w;
+  int32_t first_term, terms;
+  int32_t up_height, up_width;  // size that the output is upsampled to later: for its mean there
+};
+
+struct DeformShape {
+  int64_t images, channels, out_channels;
+  int32_t groups, deform_groups;
+  int32_t kernel_h, kernel_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool mask_logits;  // the mask still needs its sigmoid
+  DType dtype;       // of source and output rows; all other tensors have its compute type
+
+  DYHEAD_HD int32_t taps() const { return kernel_h * kernel_w; }
+  // Columns of the predictions: offsets (dy, dx per tap and deformable group), then the mask.
+  DYHEAD_HD int32_t offset_columns() const { return 2 * deform_groups * taps(); }
+  DYHEAD_HD int32_t prediction_columns() const { return 3 * deform_groups * taps(); }
+};
+
+// One call's work.
+struct DeformTables {
+  DeformShape shape;
+  std::vector<MapShape> sources;
+  std::vector<DeformTerm> terms;
+  std::vector<DeformJob> jobs;
+  int64_t weights, source_rows, prediction_rows, out_rows;
+};
+
+// Index, relative to the image's first value, of value k of output pixel p in a block of columns
+// that starts at `first_column` of the prediction rows.
+DYHEAD_HD int64_t prediction_index(const DeformShape& shape, const DeformJob& job, ReadRule rule,
+                                   int32_t first_column, int32_t k, int64_t p) {
+  int64_t pixel = p;
+  if (rule == ReadRule::kCrop) {
+    pixel = p / job.out.width * job.predictions.width + p % job.out.width;
+  } else if (rule == ReadRule::kFlat) {
+    const int64_t i = k * job.out.pixels() + p;
+    k = static_cast<int32_t>(i / job.predictions.pixels());
+    pixel = i % job.predictions.pixels();
+  }
+  return pixel * shape.prediction_columns() + first_column + k;
+}
+
+}  // namespace dyhead

@@ -1,0 +1,82 @@
+// Where a tap of a deformable convolution reads: location, bounds, corners and bilinear weights.
+// Shared by forward and backward, CPU and CUDA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace dyhead {
+
+// A sample inside the image is at (top + below, left + right), 0 <= below, right < 1. Corners are
+// numbered (top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1).
+template <class F>
+struct SamplePoint {
+  F below, right;
+  int32_t top, left;
+  bool inside;
+};
+
+// Valid samples are -1 < y < height, -1 < x < width; NaN and infinity fail these comparisons. Only
+// a valid coordinate is converted to an integer.
+template <class F>
+DYHEAD_HD SamplePoint<F> locate(F y, F x, int32_t height, int32_t width) {
+  const bool inside =
+      y > F(-1) && y < static_cast<F>(height) && x > F(-1) && x < static_cast<F>(width);
+  if (!inside) return {F(0), F(0), 0, 0, false};
+  const F top = std::floor(y);
+  const F left = std::floor(x);
+  return {y - top, x - left, static_cast<int32_t>(top), static_cast<int32_t>(left), true};
+}
+
+// Whether corner i lies in the image.
+template <class F>
+DYHEAD_HD bool corner_exists(const SamplePoint<F>& p, int i, int32_t height, int32_t width) {
+  const int32_t y = p.top + i / 2;
+  const int32_t x = p.left + i % 2;
+  return p.inside && y >= 0 && y < height && x >= 0 && x < width;
+}
+
+template <class F>
+struct Corners {
+  F weight[4];       // 0 where the corner does not exist
+  int32_t pixel[4];  // y * width + x; of an existing corner where this one does not exist
+};
+
+// The sample's value is sum_i weight[i] * value(pixel[i]), with `scale` (the modulation) folded in.
+template <class F>
+DYHEAD_HD Corners<F> corners_of(const SamplePoint<F>& p, int32_t height, int32_t width, F scale) {
+  Corners<F> c;
+  for (int i = 0; i < 4; ++i) {
+    const F weight_y = i / 2 ? p.below : F(1) - p.below;
+    const F weight_x = i % 2 ? p.right : F(1) - p.right;
+    const int32_t y = p.top + i / 2;
+    const int32_t x = p.left + i % 2;
+    const int32_t near_y = y < 0 ? 0 : y < height ? y : height - 1;
+    const int32_t near_x = x < 0 ? 0 : x < width ? x : width - 1;
+    c.weight[i] = corner_exists(p, i, height, width) ? weight_y * weight_x * scale : F(0);
+    c.pixel[i] = near_y * width + near_x;
+  }
+  return c;
+}
+
+// Derivatives of a sample, given what each corner contributes to (its value, or its inner product
+// with the gradient); `corner` must be 0 where the corner does not exist.
+template <class F>
+DYHEAD_HD F sample_value(const SamplePoint<F>& p, const F (&corner)[4]) {
+  return (F(1) - p.below) * ((F(1) - p.right) * corner[0] + p.right * corner[1]) +
+         p.below * ((F(1) - p.right) * corner[2] + p.right * corner[3]);
+}
+
+template <class F>
+DYHEAD_HD F sample_slope_y(const SamplePoint<F>& p, const F (&corner)[4]) {
+  return (F(1) - p.right) * (corner[2] - corner[0]) + p.right * (corner[3] - corner[1]);
+}
+
+template <class F>
+DYHEAD_HD F sample_slope_x(const SamplePoint<F>& p, const F (&corner)[4]) {
+  return (F(1) - p.below) * (corner[1] - corner[0]) + p.below * (corner[3] - corner[2]);
+}
+
+}  // namespace dyhead

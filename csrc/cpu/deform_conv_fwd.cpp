@@ -1,0 +1,255 @@
+#include <cstring>
+
+#include "../common/upsample.h"
+#include "deform_conv.h"
+
+namespace dyhead::cpu {
+
+template <class F>
+std::vector<F> UpsampledMeanWeights<F>::axis(int32_t from, int32_t to) {
+  std::vector<F> weights(from, F(0));
+  for (int32_t i = 0; i < to; ++i) {
+    const Interpolation<F> at = interpolate<F>(i, from, to);
+    weights[at.first] += (F(1) - at.fraction) / static_cast<F>(to);
+    weights[at.second] += at.fraction / static_cast<F>(to);
+  }
+  return weights;
+}
+
+template struct UpsampledMeanWeights<float>;
+template struct UpsampledMeanWeights<double>;
+
+namespace {
+
+// The weights as the column GEMM reads them: [weight][group][tap][panel][k /
+// pairs][tile_cols][pairs], zero where a panel or a pair is not full.
+template <class F>
+class PackedWeights {
+ public:
+  PackedWeights(const DeformFwdParams& p, const GemmKernel<F>& gemm)
+      : taps_(p.tables->shape.taps()),
+        groups_(p.tables->shape.groups),
+        k_(round_up(p.tables->shape.channels / p.tables->shape.groups, gemm.pairs)),
+        cols_(round_up(p.tables->shape.out_channels / p.tables->shape.groups, gemm.tile_cols)),
+        element_(gemm.pairs == 2 ? sizeof(bfloat16) : sizeof(F)),
+        bytes_(p.tables->weights * groups_ * taps_ * k_ * cols_ * element_) {
+    const int64_t channels = p.tables->shape.channels / groups_;
+    const int64_t outputs = p.tables->shape.out_channels / groups_;
+    const int64_t panels = cols_ / gemm.tile_cols;
+    const int64_t tap_bytes = k_ * cols_ * element_;
+    const auto* weights = static_cast<const F*>(p.weights);
+    parallel_for_each(p.tables->weights * groups_ * panels, [&](int64_t task) {
+      const int64_t matrix = task / panels;
+      const int64_t first = task % panels * gemm.tile_cols;
+      const int64_t last = std::min<int64_t>(first + gemm.tile_cols, outputs);
+      std::byte* panel = bytes_.data() + matrix * taps_ * tap_bytes + first * k_ * element_;
+      for (int64_t o = first; o < last; ++o) {
+        const F* from = weights + (matrix * outputs + o) * channels * taps_;
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t at =
+              (c / gemm.pairs * gemm.tile_cols + o - first) * gemm.pairs + c % gemm.pairs;
+          for (int64_t tap = 0; tap < taps_; ++tap) {
+            const F value = from[c * taps_ + tap];
+            std::byte* to = panel + tap * tap_bytes;
+            if (gemm.pairs == 2) {
+              reinterpret_cast<bfloat16*>(to)[at] = float_to_bfloat16(static_cast<float>(value));
+            } else {
+              reinterpret_cast<F*>(to)[at] = value;
+            }
+          }
+        }
+      }
+    });
+  }
+
+  int64_t k() const { return k_; }
+  int64_t cols() const { return cols_; }
+  const void* at(int64_t weight, int64_t group, int64_t tap) const {
+    return bytes_.data() + ((weight * groups_ + group) * taps_ + tap) * k_ * cols_ * element_;
+  }
+
+ private:
+  int64_t taps_, groups_, k_, cols_, element_;
+  std::vector<std::byte> bytes_;
+};
+
+// Mean, biased variance and upsampled mean per channel; chunks are merged with Chan's formula.
+template <class F>
+struct Moments {
+  F* mean;
+  F* second;  // centred, not divided by the count
+  F* up_mean;
+
+  static Moments of(std::vector<F>& buffer, int64_t index, int64_t channels) {
+    F* start = buffer.data() + index * 3 * channels;
+    return {start, start + channels, start + 2 * channels};
+  }
+};
+
+template <class F>
+void chunk_moments(const F* y, int64_t stride, int64_t rows, int64_t channels, const F* up_weights,
+                   const Moments<F>& m) {
+  std::memset(m.mean, 0, 3 * channels * sizeof(F));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < channels; ++c) m.mean[c] += y[r * stride + c];
+  }
+  for (int64_t c = 0; c < channels; ++c) m.mean[c] /= static_cast<F>(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    const F weight = up_weights[r];
+    for (int64_t c = 0; c < channels; ++c) {
+      const F value = y[r * stride + c];
+      const F centred = value - m.mean[c];
+      m.second[c] += centred * centred;
+      m.up_mean[c] += weight * value;
+    }
+  }
+}
+
+template <class T>
+class Forward {
+  using F = compute_t<T>;
+
+ public:
+  explicit Forward(const DeformFwdParams& p)
+      : p_(p),
+        s_(p.tables->shape),
+        kernels_(deform_kernels<T>()),
+        packed_(p, kernels_.column_gemm) {
+    // Without padding, so that rows of y are contiguous for the epilogue where one group is all.
+    out_stride_ = s_.groups * packed_.cols();
+    column_bytes_ = kernels_.column_gemm.pairs == 2 ? sizeof(bfloat16) : sizeof(F);
+    column_stride_ = round_up(s_.channels, 2);
+    for (const DeformJob& job : p.tables->jobs) up_weights_.emplace_back(job);
+  }
+
+  void run() {
+    const std::vector<DeformChunk> chunks = deform_chunks(*p_.tables, s_.images);
+
+    std::vector<F> moments(p_.moments ? chunks.size() * 3 * s_.out_channels : 0);
+    parallel_tasks(
+        static_cast<int64_t>(chunks.size()), [&] { return Scratch(*this); },
+        [&](int64_t i, Scratch& scratch) {
+          compute(chunks[i], scratch);
+          finish(chunks[i], scratch, p_.moments ? &moments : nullptr, i);
+        });
+    if (p_.moments) merge(chunks, moments);
+  }
+
+ private:
+  struct Scratch {
+    explicit Scratch(const Forward& f)
+        : corners(kChunkRows),
+          columns(kChunkRows * f.column_stride_ * f.column_bytes_ + sizeof(F)),
+          out(kChunkRows * f.out_stride_) {}
+    std::vector<Corners<F>> corners;
+    std::vector<std::byte> columns;
+    std::vector<F> out;
+  };
+
+  void compute(const DeformChunk& chunk, Scratch& scratch) const {
+    const DeformTables& tables = *p_.tables;
+    const DeformJob& job = tables.jobs[chunk.job];
+    const int64_t padded = round_up(chunk.rows, kernels_.column_gemm.tile_rows);
+    const int64_t deform_channels = s_.channels / s_.deform_groups;
+    const int64_t group_channels = s_.channels / s_.groups;
+    std::fill(scratch.out.begin(), scratch.out.end(), F(0));
+    for (int32_t t = job.first_term; t < job.first_term + job.terms; ++t) {
+      const DeformTerm& term = tables.terms[t];
+      const MapShape& map = tables.sources[term.source];
+      const T* source = static_cast<const T*>(p_.source) +
+                        (map.first_row + chunk.image * map.pixels()) * s_.channels;
+      const TapSampler<F> sampler =
+          tap_sampler(s_, tables, job, term, static_cast<const F*>(p_.predictions),
+                      static_cast<const F*>(p_.gates), chunk.image);
+      for (int32_t tap = 0; tap < s_.taps(); ++tap) {
+        for (int32_t d = 0; d < s_.deform_groups; ++d) {
+          sampler.sample(d, tap, chunk.first, chunk.rows, scratch.corners.data());
+          kernels_.blend(source + d * deform_channels, s_.channels, deform_channels,
+                         scratch.corners.data(), chunk.rows,
+                         scratch.columns.data() + d * deform_channels * column_bytes_,
+                         column_stride_);
+        }
+        for (int32_t g = 0; g < s_.groups; ++g) {
+          kernels_.column_gemm.run(scratch.columns.data() + g * group_channels * column_bytes_,
+                                   column_stride_, 1, packed_.at(term.weight, g, tap),
+                                   scratch.out.data() + g * packed_.cols(), out_stride_, padded,
+                                   packed_.cols(), packed_.k());
+        }
+      }
+    }
+  }
+
+  // Adds the bias, stores the rows and takes their moments.
+  void finish(const DeformChunk& chunk, Scratch& scratch, std::vector<F>* moments,
+              int64_t index) const {
+    const DeformJob& job = p_.tables->jobs[chunk.job];
+    const int64_t channels = s_.out_channels;
+    const int64_t group_outputs = channels / s_.groups;
+    const F* bias = static_cast<const F*>(p_.bias);
+    if (bias != nullptr) bias += p_.tables->terms[job.first_term].weight * channels;
+    T* out = static_cast<T*>(p_.out) + chunk.out_row(job) * channels;
+    F* y = scratch.out.data();
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      // Packs the groups together, in place: they only move to the front.
+      for (int32_t g = 0; g < s_.groups; ++g) {
+        for (int64_t c = 0; c < group_outputs; ++c) {
+          const F value = y[r * out_stride_ + g * packed_.cols() + c];
+          const int64_t o = g * group_outputs + c;
+          y[r * out_stride_ + o] = bias == nullptr ? value : value + bias[o];
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        out[r * channels + c] = from_compute<T>(y[r * out_stride_ + c]);
+      }
+    }
+    if (moments == nullptr) return;
+    F up_weights[kChunkRows];
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      up_weights[r] = up_weights_[chunk.job].at(chunk.first + r);
+    }
+    chunk_moments(y, out_stride_, chunk.rows, channels, up_weights,
+                  Moments<F>::of(*moments, index, channels));
+  }
+
+  void merge(const std::vector<DeformChunk>& chunks, std::vector<F>& moments) const {
+    const int64_t channels = s_.out_channels;
+    const int64_t count = static_cast<int64_t>(p_.tables->jobs.size()) * s_.images * channels;
+    auto* mean = static_cast<F*>(p_.mean);
+    auto* var = static_cast<F*>(p_.var);
+    auto* up_mean = static_cast<F*>(p_.up_mean);
+    for (F* all : {mean, var, up_mean}) std::fill(all, all + count, F(0));
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const DeformChunk& chunk = chunks[i];
+      const int64_t at = (chunk.job * s_.images + chunk.image) * channels;
+      const Moments<F> part = Moments<F>::of(moments, static_cast<int64_t>(i), channels);
+      const F share = static_cast<F>(chunk.rows) / static_cast<F>(chunk.first + chunk.rows);
+      for (int64_t c = 0; c < channels; ++c) {
+        const F delta = part.mean[c] - mean[at + c];
+        mean[at + c] += delta * share;
+        var[at + c] += part.second[c] + delta * delta * share * static_cast<F>(chunk.first);
+        up_mean[at + c] += part.up_mean[c];
+      }
+    }
+    for (size_t j = 0; j < p_.tables->jobs.size(); ++j) {
+      const F pixels = static_cast<F>(std::max<int64_t>(p_.tables->jobs[j].out.pixels(), 1));
+      F* start = var + static_cast<int64_t>(j) * s_.images * channels;
+      for (int64_t i = 0; i < s_.images * channels; ++i) start[i] /= pixels;
+    }
+  }
+
+  const DeformFwdParams& p_;
+  const DeformShape& s_;
+  const DeformKernels<T>& kernels_;
+  PackedWeights<F> packed_;
+  std::vector<UpsampledMeanWeights<F>> up_weights_;
+  int64_t out_stride_, column_bytes_, column_stride_;
+};
+
+}  // namespace
+
+void run_deform_fwd(const DeformFwdParams& params) {
+  dispatch_dtype(params.tables->shape.dtype,
+                 [&](auto zero) { Forward<decltype(zero)>(params).run(); });
+}
+
+}  // namespace dyhead::cpu

@@ -1,0 +1,64 @@
+// The inner loops, compiled once per instruction set; tables of functions, chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/sampling.h"
+
+namespace dyhead::cpu {
+
+// Rows that one task of a deformable convolution handles: a multiple of every tile's rows.
+inline constexpr int kChunkRows = 144;
+
+// c[rows, cols] += a[rows, k] b[k, cols]. A column is an F, or a bfloat16 where `pairs` is 2.
+template <class F>
+struct GemmKernel {
+  int tile_rows;  // rows must be a multiple of it
+  int tile_cols;  // cols must be a multiple of it; b is packed in panels of so many columns
+  int pairs;      // neighbouring k that b interleaves: b[panel][k / pairs][tile_cols][pairs]
+  // Element (r, k) of a is a[r * row_stride + k * k_stride], with k_stride = 1 where pairs is 2.
+  void (*run)(const void* a, int64_t row_stride, int64_t k_stride, const void* b, F* c,
+              int64_t c_stride, int64_t rows, int64_t cols, int64_t k);
+};
+
+template <class T>
+struct DeformKernels {
+  using F = compute_t<T>;
+  GemmKernel<F> gemm;         // columns of F
+  GemmKernel<F> column_gemm;  // columns as `blend` writes them: those of `gemm`, or bfloat16
+  // out[r, c] = sum_i weight[i] * source[pixel[i] * stride + c] for each of `rows` samples.
+  void (*blend)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
+                int64_t rows, void* out, int64_t out_stride);
+  // The same, always in columns of F.
+  void (*blend_compute)(const T* source, int64_t stride, int64_t channels,
+                        const Corners<F>* samples, int64_t rows, F* out, int64_t out_stride);
+  // dots[r][i] = sum_c grad[r * grad_stride + c] * source[pixel[i] * stride + c], and
+  // grad_source[pixel[i] * channels + c] += weight[i] * grad[r * grad_stride + c]; samples outside
+  // the image are left out, with dots of 0.
+  void (*project_back)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
+                       const SamplePoint<F>* points, int64_t rows, const F* grad,
+                       int64_t grad_stride, F* grad_source, F (*dots)[4]);
+};
+
+template <class T>
+const DeformKernels<T>& deform_kernels();
+
+enum class Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
+
+// The widest instruction set of this CPU, or the narrower one that DYHEAD_CPU_CAPABILITY names
+// ("default", "avx2", "avx512", "avx512bf16"). Raises where the CPU lacks the one named.
+Capability cpu_capability();
+
+#define DYHEAD_DECLARE_KERNELS(set)                \
+  extern const DeformKernels<double> f64_##set;    \
+  extern const DeformKernels<float> f32_##set;     \
+  extern const DeformKernels<bfloat16> bf16_##set; \
+  extern const DeformKernels<float16> f16_##set;
+
+DYHEAD_DECLARE_KERNELS(default)
+DYHEAD_DECLARE_KERNELS(avx2)
+DYHEAD_DECLARE_KERNELS(avx512)
+#undef DYHEAD_DECLARE_KERNELS
+const DeformKernels<bfloat16>& bf16_avx512bf16();
+
+}  // namespace dyhead::cpu

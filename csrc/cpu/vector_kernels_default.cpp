@@ -1,0 +1,4 @@
+#define DYHEAD_VECTOR_BYTES 16
+#define DYHEAD_TILE_ROWS 6
+#define DYHEAD_SET default
+#include "vector_kernels.inc"

@@ -1,0 +1,28 @@
+// The schemas of all operators, and nothing else. Kernels register beside their code, per device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dyhead, m) {
+  // rows [N, P, C]; parameters in the compute type. Returns out, mean [N, C], hidden [N, H] and
+  // logits [N, 4 C].
+  m.def(
+      "dynamic_relu_fwd(Tensor rows, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+      "Tensor fc2_bias, bool hard_sigmoid) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Returns the gradients of rows, of the logits [N, 4 C] and of the hidden layer before its ReLU
+  // [N, H]; those of the parameters are products of these with what the forward returned.
+  m.def(
+      "dynamic_relu_bwd(Tensor grad_out, Tensor rows, Tensor hidden, Tensor logits, "
+      "Tensor fc1_weight, Tensor fc2_weight, bool hard_sigmoid) -> (Tensor, Tensor, Tensor)");
+  // Any list of deformable jobs (csrc/common/deform_jobs.h). Returns the output rows and, where
+  // `moments` is set, mean, biased variance and upsampled mean per job, image and channel.
+  m.def(
+      "deform_conv_fwd(Tensor source, Tensor predictions, Tensor weights, Tensor? bias, "
+      "Tensor? gates, int[] geometry, int[] sources, int[] terms, int[] jobs, bool mask_logits, "
+      "bool moments) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Returns the gradients of source, predictions, weights, bias and gates; the last two are empty
+  // where they do not exist.
+  m.def(
+      "deform_conv_bwd(Tensor grad_out, Tensor? grad_mean, Tensor? grad_var, "
+      "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor weights, Tensor? gates, "
+      "Tensor out, Tensor mean, int[] geometry, int[] sources, int[] terms, int[] jobs, "
+      "bool mask_logits, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}

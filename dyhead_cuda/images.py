@@ -1,0 +1,115 @@
+"""Photographs as RGB, from whatever file a user has."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from skimage import data
+from torch import Tensor
+
+DEFAULT = "coffee"
+SMALLEST_SIDE = 32
+MOST_PIXELS = 100_000_000
+WIDEST_RATIO = 8
+PAD_MULTIPLE = 128  # the stride of P7: every level then has exactly half the size of the finer one
+
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+class ImageError(Exception):
+    """A file that cannot serve as the photograph: what is wrong with it, in one line."""
+
+
+def load_photograph(path: str | Path | None) -> tuple[Image.Image, str]:
+    """A photograph and its name.
+
+    Args:
+        path: an image file that PIL opens, of any mode: grey, palette, with transparency (laid on
+            white), 16-bit, 32-bit or float (stretched to the full range), turned by EXIF (turned
+            back); of several frames the first. None: scikit-image's photograph of a cup of coffee.
+
+    Returns:
+        An RGB image and the file's name without its suffix.
+
+    Raises:
+        ImageError: no such file, not an image, damaged, too small, too large or too narrow.
+    """
+    if path is None:
+        return Image.fromarray(data.coffee()), DEFAULT
+    path = Path(path)
+    if path.is_dir():
+        raise ImageError(f"expected an image file, got the directory {path}")
+    try:
+        with warnings.catch_warnings():
+            # Its size is checked below, before any pixel is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                _check_size(image.size, path)
+                return _to_rgb(ImageOps.exif_transpose(image)), path.stem
+    except FileNotFoundError:
+        raise ImageError(f"expected an image file, but {path} does not exist") from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"expected an image, but {path} is in no format that PIL {Image.__version__} reads"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} is too large: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        # What PIL's decoders raise for damaged files, and the file system for unreadable ones.
+        raise ImageError(f"cannot read {path} (damaged or unreadable): {error}") from None
+
+
+def _check_size(size: tuple[int, int], path: Path) -> None:
+    width, height = size
+    shown = f"{path} is {width} x {height} pixels"
+    if min(size) < SMALLEST_SIDE:
+        raise ImageError(f"{shown}; expected at least {SMALLEST_SIDE} on each side")
+    if width * height > MOST_PIXELS:
+        most = MOST_PIXELS // 1_000_000
+        raise ImageError(f"{shown}; expected at most {most} million in all, please shrink it")
+    if max(size) > WIDEST_RATIO * min(size):
+        raise ImageError(f"{shown}; expected sides of at most {WIDEST_RATIO} to 1, please crop it")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_stretched(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits [H, W] as uint8; those that are not finite become black."""
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    scale = 255 / (high - low) if high > low else 0.0
+    return np.where(finite, (np.where(finite, values, low) - low) * scale, 0).round().astype("u1")
+
+
+def resize(image: Image.Image, longer_side: int) -> Image.Image:
+    """The image with its longer side as given, in pixels, and its shape kept."""
+    factor = longer_side / max(image.size)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as float32 [1, 3, H, W], normalised with ImageNet's mean and deviation.
+
+    H and W are padded with zeros, at the bottom and on the right, to multiples of 128.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    height, width = pixels.shape[-2:]
+    padded_height, padded_width = (-(-s // PAD_MULTIPLE) * PAD_MULTIPLE for s in (height, width))
+    out = pixels.new_zeros(1, 3, padded_height, padded_width)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+    out[0, :, :height, :width] = (pixels - mean) / std
+    return out

@@ -1,0 +1,166 @@
+"""Loads the native libraries and keeps the reason where one did not load.
+
+``libdyhead_cpu.so`` holds the operator schemas and the CPU kernels, ``libdyhead_cuda.so`` the CUDA
+kernels; both speak PyTorch's stable ABI. They are loaded once, when this module is imported (so in
+one thread, under Python's import lock); importing never raises.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyhead_cuda.version import MINIMUM_TORCH
+
+logger = logging.getLogger("dyhead_cuda")
+
+DIRECTORY = Path(__file__).resolve().parent / "lib"
+NAMES = ("cpu", "cuda")
+
+_SCHEMAS = DIRECTORY.parent.parent / "csrc" / "ops.cpp"
+
+_REBUILD = "run make build, or pip install --force-reinstall --no-deps ., in the source tree"
+
+
+class _Unavailable(Exception):
+    """Why a library cannot be used, and what to do about it."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason)
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class _State:
+    loaded: bool
+    reason: str = ""
+    fix: str = ""
+
+
+def path(name: str) -> Path:
+    """The file of the library ``name`` ("cpu" or "cuda"), whether or not it exists."""
+    if name not in NAMES:
+        raise ValueError(f"expected a library out of {NAMES}, got {name!r}")
+    return DIRECTORY / f"libdyhead_{name}.so"
+
+
+def read_build_record(directory: Path = DIRECTORY) -> dict[str, Any]:
+    """What the build wrote about itself; empty if there is no (readable) ``build.json``.
+
+    Keys: ``torch`` (version and CUDA version built against), ``schemas`` (digest of their source)
+    and, for each library, ``built``, then ``compiler``, ``flags``, ``time`` (UTC), for CUDA
+    ``nvcc`` and ``archs``; or ``reason`` and ``log_tail``.
+    """
+    try:
+        record = json.loads((directory / "build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]
+
+
+def _check(name: str, record: dict[str, Any]) -> None:
+    """Raises _Unavailable for every reason that can be told without opening the file."""
+    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if found < MINIMUM_TORCH:
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        raise _Unavailable(
+            f"it needs torch >= {minimum}, found {torch.__version__}", "update torch"
+        )
+    if name == "cuda" and torch.version.cuda is None:
+        raise _Unavailable(
+            f"torch {torch.__version__} is a build without CUDA", "install a CUDA build of torch"
+        )
+    build = record.get(name, {})
+    if build.get("built") is False:
+        raise _Unavailable(
+            f"it was not built: {build.get('reason', 'no reason recorded')}",
+            f"remedy that and {_REBUILD}",
+        )
+    if not path(name).is_file():
+        raise _Unavailable(f"{path(name)} does not exist", _REBUILD)
+    # In a source tree the Python side may have moved on since the build.
+    if _SCHEMAS.is_file() and record.get("schemas") != sha256(_SCHEMAS.read_bytes()).hexdigest():
+        raise _Unavailable(f"it was not built from {_SCHEMAS} as it is now", _REBUILD)
+    built_for = (record.get("torch") or {}).get("cuda")
+    if name == "cuda" and built_for and _major(built_for) != _major(str(torch.version.cuda)):
+        raise _Unavailable(
+            f"it was built for CUDA {built_for}, but torch {torch.__version__} uses CUDA "
+            f"{torch.version.cuda}",
+            f"install a torch for CUDA {_major(built_for)}, or {_REBUILD}",
+        )
+
+
+def _load(name: str, record: dict[str, Any]) -> _State:
+    try:
+        _check(name, record)
+        torch.ops.load_library(path(name))
+    except _Unavailable as problem:
+        return _State(False, str(problem), problem.fix)
+    except (OSError, RuntimeError) as error:
+        # torch wraps the loader's message, which names what is missing, in one that does not.
+        text = " ".join(str(error.__cause__ or error).split())
+        return _State(False, f"it does not load under torch {torch.__version__}: {text}", _REBUILD)
+    return _State(True)
+
+
+def _load_all() -> dict[str, _State]:
+    record = read_build_record()
+    states = {"cpu": _load("cpu", record)}
+    if states["cpu"].loaded:
+        states["cuda"] = _load("cuda", record)
+    else:
+        needs = "it needs the CPU library, which holds the operator schemas"
+        states["cuda"] = _State(False, needs, states["cpu"].fix)
+        message = _message("cpu", states["cpu"])
+        logger.warning("%s. Until then everything runs on the reference", message)
+    return states
+
+
+def _message(name: str, state: _State) -> str:
+    return f"dyhead_cuda's {name} library is not available: {state.reason}. To fix it: {state.fix}"
+
+
+def _state(name: str) -> _State:
+    path(name)
+    return _STATES[name]
+
+
+def loaded(name: str) -> bool:
+    """Whether the library ``name`` ("cpu" or "cuda") is loaded and its operators can be called."""
+    return _state(name).loaded
+
+
+def reason(name: str) -> str:
+    """Why the library ``name`` is not loaded; "" if it is."""
+    return _state(name).reason
+
+
+def fix(name: str) -> str:
+    """What to do to get the library ``name`` loaded; "" if it is."""
+    return _state(name).fix
+
+
+def require(name: str) -> None:
+    """Raises RuntimeError, with the reason and the fix, unless the library ``name`` is loaded."""
+    state = _state(name)
+    if not state.loaded:
+        raise RuntimeError(_message(name, state))
+
+
+def cpu_capability() -> str:
+    """The widest vector instructions that torch uses here; on x86-64 avx512, avx2 or default."""
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+_STATES = _load_all()

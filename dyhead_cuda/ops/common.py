@@ -1,0 +1,25 @@
+"""What the operators' Python sides share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Accumulation type of the kernels: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forbid_second_derivative(name: str) -> None:
+    """Make a backward operator raise, not be silently constant, where it is differentiated."""
+
+    def raise_error(ctx: Any, *_: Tensor | None) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"dyhead::{name} is not differentiable again; use "
+            'dyhead_cuda.backend("reference") for second derivatives'
+        )
+
+    torch.library.register_autograd(f"dyhead::{name}", raise_error)

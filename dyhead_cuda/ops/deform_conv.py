@@ -1,0 +1,231 @@
+"""``dyhead::deform_conv_fwd`` and ``_bwd``: any list of deformable jobs on matrices of rows.
+
+One operator serves the published block (a job per branch and level), the paper's spatial attention
+(a job per target level with a term per level) and the plain convolution (one job); see
+``csrc/common/deform_jobs.h`` for what jobs and terms are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyhead_cuda import library
+from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
+
+SAME, CROP, FLAT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Map:
+    """Pixel p of image n is row ``first_row + n * height * width + p`` of a matrix of rows."""
+
+    first_row: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    def numbers(self) -> list[int]:
+        return [self.first_row, self.height, self.width]
+
+
+def stack_maps(sizes: list[tuple[int, int]], images: int) -> list[Map]:
+    """Maps of the given sizes, one after the other, each with its images."""
+    maps, row = [], 0
+    for height, width in sizes:
+        maps.append(Map(row, height, width))
+        row += images * height * width
+    return maps
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output map: which maps it reads with which weights, and where its predictions are."""
+
+    out: Map
+    predictions: Map
+    terms: list[tuple[int, int]]  # source map, weight matrix
+    stride: tuple[int, int] = (1, 1)
+    offset_rule: int = SAME
+    mask_rule: int = SAME
+    upsampled: tuple[int, int] | None = None  # size for the mean after upsampling
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A list of jobs and the geometry that they share, as the operator's integer tables."""
+
+    images: int
+    sources: list[Map]
+    jobs: list[Job]
+    kernel: tuple[int, int] = (3, 3)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    deform_groups: int = 1
+    mask_logits: bool = True
+    tables: tuple[list[int], list[int], list[int], list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        geometry = [self.images, self.groups, self.deform_groups]
+        geometry += [*self.kernel, *self.padding, *self.dilation]
+        sources = list(chain.from_iterable(m.numbers() for m in self.sources))
+        terms: list[int] = []
+        jobs: list[int] = []
+        for job in self.jobs:
+            up = job.upsampled or (job.out.height, job.out.width)
+            jobs += [*job.out.numbers(), *job.predictions.numbers()]
+            jobs += [job.offset_rule, job.mask_rule, *job.stride, len(terms) // 2, len(job.terms)]
+            jobs += [max(size, 1) for size in up]
+            terms += list(chain.from_iterable(job.terms))
+        object.__setattr__(self, "tables", (geometry, sources, terms, jobs))
+
+    @property
+    def out_rows(self) -> int:
+        return sum(self.images * job.out.pixels for job in self.jobs)
+
+
+def deform_conv(
+    source: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    bias: Tensor | None = None,
+    gates: Tensor | None = None,
+    moments: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run a plan.
+
+    Args:
+        source: [R, C], the rows of all source maps.
+        predictions: [Q, 3 * D * K], the rows of all prediction maps: offsets (dy, dx per tap and
+            deformable group, in pixels), then masks (logits where ``plan.mask_logits``).
+        weights: [W, C_out, C / groups, kh, kw].
+        bias: [W, C_out] or None.
+        gates: [N, sources] or None, a factor of every source map.
+        moments: whether to return moments.
+
+    Returns:
+        Rows [S, C_out] of the jobs' outputs, and per job, image and channel the mean, the biased
+        variance and the mean after upsampling, each [J, N, C_out] (J = 0 without ``moments``).
+    """
+    dtype = compute_dtype(source.dtype)
+    return torch.ops.dyhead.deform_conv_fwd(
+        source.contiguous(),
+        predictions.to(dtype).contiguous(),
+        weights.to(dtype).contiguous(),
+        None if bias is None else bias.to(dtype).contiguous(),
+        None if gates is None else gates.to(dtype).contiguous(),
+        *plan.tables,
+        plan.mask_logits,
+        moments,
+    )
+
+
+def _fake_fwd(
+    source: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    gates: Tensor | None,
+    geometry: list[int],
+    sources: list[int],
+    terms: list[int],
+    jobs: list[int],
+    mask_logits: bool,
+    moments: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, channels, fields = geometry[0], weights.shape[1], 14
+    rows = sum(images * jobs[i + 1] * jobs[i + 2] for i in range(0, len(jobs), fields))
+    count = len(jobs) // fields if moments else 0
+    mean = predictions.new_empty(count, images, channels)
+    return (
+        source.new_empty(rows, channels),
+        mean,
+        torch.empty_like(mean),
+        torch.empty_like(mean),
+    )
+
+
+def _fake_bwd(
+    grad_out: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    grad_up_mean: Tensor | None,
+    source: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    gates: Tensor | None,
+    out: Tensor,
+    mean: Tensor,
+    geometry: list[int],
+    sources: list[int],
+    terms: list[int],
+    jobs: list[int],
+    mask_logits: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(source),
+        torch.empty_like(predictions),
+        torch.empty_like(weights),
+        weights.new_empty(weights.shape[0] if with_bias else 0, weights.shape[1]),
+        weights.new_empty(0 if gates is None else geometry[0], len(sources) // 3),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    source, predictions, weights, bias, gates, *tables, mask_logits, moments = inputs
+    out, mean, _, _ = output
+    ctx.save_for_backward(source, predictions, weights, gates, out, mean)
+    ctx.tables, ctx.mask_logits, ctx.moments = tables, mask_logits, moments
+    ctx.with_bias = bias is not None
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+    source, predictions, weights, gates, out, mean = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    moments: list[Tensor | None] = [None, None, None]
+    if ctx.moments and any(g is not None for g in grads):
+        moments = [torch.zeros_like(mean) if g is None else g.contiguous() for g in grads]
+    grad_source, grad_predictions, grad_weights, grad_bias, grad_gates = (
+        torch.ops.dyhead.deform_conv_bwd(
+            grad_out.to(out.dtype).contiguous(),
+            *moments,
+            source,
+            predictions,
+            weights,
+            gates,
+            out,
+            mean,
+            *ctx.tables,
+            ctx.mask_logits,
+            ctx.with_bias,
+        )
+    )
+    return (
+        grad_source,
+        grad_predictions,
+        grad_weights,
+        grad_bias if ctx.with_bias else None,
+        None if gates is None else grad_gates,
+        *[None] * 6,
+    )
+
+
+if library.loaded("cpu"):
+    torch.library.register_fake("dyhead::deform_conv_fwd", _fake_fwd)
+    torch.library.register_fake("dyhead::deform_conv_bwd", _fake_bwd)
+    torch.library.register_autograd(
+        "dyhead::deform_conv_fwd", _backward, setup_context=_setup_context
+    )
+    forbid_second_derivative("deform_conv_bwd")

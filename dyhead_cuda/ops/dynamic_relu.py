@@ -1,0 +1,108 @@
+"""``dyhead::dynamic_relu_fwd`` and ``_bwd``: the task attention on rows, forward and backward.
+
+The forward returns, beside the result, what its backward needs: the mean of the rows, the hidden
+layer and the logits, all of the size of a few vectors per image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyhead_cuda import library
+from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
+
+
+def dynamic_relu(
+    rows: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
+) -> Tensor:
+    """max(a1 . x + b1, a2 . x + b2) of rows [N, P, C], averaged over P for each image.
+
+    The parameters may be of any floating type: they are converted to the accumulation type, so that
+    their gradients come back in the type they have.
+    """
+    dtype = compute_dtype(rows.dtype)
+    out, _, _, _ = torch.ops.dyhead.dynamic_relu_fwd(
+        rows.contiguous(),
+        fc1_weight.to(dtype).contiguous(),
+        fc1_bias.to(dtype).contiguous(),
+        fc2_weight.to(dtype).contiguous(),
+        fc2_bias.to(dtype).contiguous(),
+        activation == "hsigmoid",
+    )
+    return out
+
+
+def _fake_fwd(
+    rows: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    hard_sigmoid: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, _, channels = rows.shape
+    statistics = rows.new_empty(0, dtype=compute_dtype(rows.dtype))
+    return (
+        torch.empty_like(rows),
+        statistics.new_empty(n, channels),
+        statistics.new_empty(n, fc1_weight.shape[0]),
+        statistics.new_empty(n, 4 * channels),
+    )
+
+
+def _fake_bwd(
+    grad_out: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    logits: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    hard_sigmoid: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(logits), torch.empty_like(hidden)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    rows, fc1_weight, _, fc2_weight, _, hard_sigmoid = inputs
+    _, mean, hidden, logits = output
+    ctx.mark_non_differentiable(mean, hidden, logits)
+    ctx.save_for_backward(rows, mean, hidden, logits, fc1_weight, fc2_weight)
+    ctx.hard_sigmoid = hard_sigmoid
+
+
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    rows, mean, hidden, logits, fc1_weight, fc2_weight = ctx.saved_tensors
+    grad_rows, grad_logits, grad_hidden = torch.ops.dyhead.dynamic_relu_bwd(
+        grad_out.to(rows.dtype).contiguous(),
+        rows,
+        hidden,
+        logits,
+        fc1_weight,
+        fc2_weight,
+        ctx.hard_sigmoid,
+    )
+    return (
+        grad_rows,
+        grad_hidden.t() @ mean,
+        grad_hidden.sum(0),
+        grad_logits.t() @ hidden,
+        grad_logits.sum(0),
+        None,
+    )
+
+
+if library.loaded("cpu"):
+    torch.library.register_fake("dyhead::dynamic_relu_fwd", _fake_fwd)
+    torch.library.register_fake("dyhead::dynamic_relu_bwd", _fake_bwd)
+    torch.library.register_autograd(
+        "dyhead::dynamic_relu_fwd", _backward, setup_context=_setup_context
+    )
+    forbid_second_derivative("dynamic_relu_bwd")

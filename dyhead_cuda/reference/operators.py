@@ -1,0 +1,182 @@
+"""The operators that both forms of the head are made of."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyhead_cuda import checks
+from dyhead_cuda.pyramid import OFFSET_CHANNELS
+
+Activation = Literal["hsigmoid", "sigmoid"]
+
+
+def hsigmoid(x: Tensor) -> Tensor:
+    """relu6(x + 3) / 6, the gate of the published code."""
+    return F.relu6(x + 3) / 6
+
+
+def to_compute(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A judge chooses its own precision, also inside a user's autocast region."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _bilinear_sample(rows: Tensor, height: int, width: int, y: Tensor, x: Tensor) -> Tensor:
+    """Values of ``rows`` [B, H * W, C] at pixel coordinates ``y``, ``x`` [B, P], as [B, P, C].
+
+    A sample is inside when -1 < y < H and -1 < x < W; NaN and infinity are therefore outside.
+    Outside samples, and corners beyond the border, are zero with zero gradient.
+    """
+    batch, _, channels = rows.shape
+    inside = (y > -1) & (y < height) & (x > -1) & (x < width)
+    y, x = torch.where(inside, y, 0), torch.where(inside, x, 0)
+    top, left = y.floor(), x.floor()
+    below, right = y - top, x - left
+    first_row = torch.arange(batch, device=rows.device).unsqueeze(1) * (height * width)
+    flat_rows = rows.reshape(batch * height * width, channels)
+    out = rows.new_zeros(batch, y.shape[1], channels)
+    for dy, weight_y in ((0, 1 - below), (1, below)):
+        for dx, weight_x in ((0, 1 - right), (1, right)):
+            corner_y, corner_x = top.long() + dy, left.long() + dx
+            exists = (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
+            weight = torch.where(inside & exists, weight_y * weight_x, 0)
+            pixel = corner_y.clamp(0, height - 1) * width + corner_x.clamp(0, width - 1)
+            corner = flat_rows.index_select(0, (first_row + pixel).flatten()).view_as(out)
+            # Zero times infinity is NaN: what is not read must not be multiplied either.
+            corner = torch.where((inside & exists).unsqueeze(2), corner, 0)
+            out = out + weight.unsqueeze(2) * corner
+    return out
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Modulated deformable convolution (DCNv2), as ``torchvision.ops.deform_conv2d``.
+
+    out(p) = sum_k w_k . input(p * stride - padding + k * dilation + offset_k(p)) * mask_k(p).
+
+    Args:
+        input: [N, C_in, H, W].
+        offset: [N, 2 * D * K, H_out, W_out] in pixels of the input, dy before dx for each of the K
+            taps of each of the D deformable groups.
+        weight: [C_out, C_in / groups, kh, kw]; the number of groups follows from its shape.
+        bias: [C_out] or None.
+        stride, padding, dilation: an int or (vertical, horizontal).
+        mask: [N, D * K, H_out, W_out], the modulation (after its sigmoid), or None for ones.
+
+    Returns:
+        [N, C_out, H_out, W_out], channels_last in memory. Samples at or beyond coordinate -1 or the
+        far border, NaN and infinity among them, contribute zero and have zero offset gradient
+        (as in mmcv and the published code; torchvision's gradient is one-sided at exactly -1).
+
+    Raises:
+        ValueError: shapes that do not fit, with the expected shape.
+
+    Source: arXiv 1811.11168, equation 1.
+    """
+    geometry = checks.deform_conv_geometry(
+        input, offset, weight, bias, stride, padding, dilation, mask
+    )
+    n, _, height, width = input.shape
+    out_channels = weight.shape[0]
+    (kernel_h, kernel_w), (out_h, out_w) = geometry.kernel, geometry.output
+    taps, pixels = kernel_h * kernel_w, out_h * out_w
+    deform_groups, groups = geometry.deform_groups, geometry.groups
+
+    x = to_compute(input)
+    with no_autocast(x):
+        rows = x.flatten(2).transpose(1, 2)  # [N, H * W, C]
+        out = rows.new_zeros(n, pixels, groups, out_channels // groups)
+        if n > 0 and pixels > 0 and height * width > 0:
+            rows = rows.unflatten(2, (deform_groups, -1)).transpose(1, 2).flatten(0, 1)
+            shifts = offset.to(x.dtype).reshape(n * deform_groups, taps, 2, pixels)
+            if mask is not None:
+                mask = mask.to(x.dtype).reshape(n * deform_groups, taps, pixels, 1)
+            kernels = weight.to(x.dtype).reshape(groups, out_channels // groups, -1, taps)
+            first_y = torch.arange(out_h, device=x.device, dtype=x.dtype) * geometry.stride[0]
+            first_x = torch.arange(out_w, device=x.device, dtype=x.dtype) * geometry.stride[1]
+            for tap in range(taps):
+                tap_y = (tap // kernel_w) * geometry.dilation[0] - geometry.padding[0]
+                tap_x = (tap % kernel_w) * geometry.dilation[1] - geometry.padding[1]
+                grid_y = (first_y + tap_y).repeat_interleave(out_w)
+                grid_x = (first_x + tap_x).repeat(out_h)
+                columns = _bilinear_sample(
+                    rows, height, width, shifts[:, tap, 0] + grid_y, shifts[:, tap, 1] + grid_x
+                )
+                if mask is not None:
+                    columns = columns * mask[:, tap]
+                columns = columns.unflatten(0, (n, deform_groups)).transpose(1, 2).flatten(2)
+                columns = columns.unflatten(2, (groups, -1))
+                out = out + torch.einsum("npgc,goc->npgo", columns, kernels[..., tap])
+        out = out.flatten(2)
+        if bias is not None:
+            out = out + bias.to(x.dtype)
+        return out.transpose(1, 2).unflatten(2, (out_h, out_w)).to(input.dtype)
+
+
+def dynamic_relu(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: Activation = "hsigmoid",
+) -> Tensor:
+    """Task-aware attention: max(a1 . x + b1, a2 . x + b2) per channel (dynamic ReLU).
+
+    t = 2 . s(fc2(relu(fc1(mean(x))))) - 1 in [-1, 1], split in the order a1, b1, a2, b2 of C values
+    each; a1 = 1 + t, a2 = t, b1 and b2 = t / 2. The mean is over all positions of an image.
+
+    Args:
+        x: [N, C, ...]; any number of trailing dimensions, none included.
+        fc1_weight, fc1_bias: [C // r, C], [C // r].
+        fc2_weight, fc2_bias: [4 * C, C // r], [4 * C].
+        activation: s, "hsigmoid" (relu6(x + 3) / 6: the published code) or "sigmoid" (logistic).
+
+    Returns:
+        As ``x``.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation.
+
+    Source: arXiv 2003.10027; the paper, section 3.2, "task-aware attention".
+    """
+    checks.dynamic_relu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    value = to_compute(x)
+    flat = value.flatten(2) if x.dim() > 2 else value.unsqueeze(2)  # [N, C, P]
+    if flat.shape[2] == 0:
+        return x.clone()  # no mean to speak of; empty in, empty out
+    with no_autocast(x):
+        hidden = F.relu(F.linear(flat.mean(2), fc1_weight.to(flat), fc1_bias.to(flat)))
+        logits = F.linear(hidden, fc2_weight.to(flat), fc2_bias.to(flat))
+    gate = hsigmoid(logits) if activation == "hsigmoid" else logits.sigmoid()
+    a1, b1, a2, b2 = (2 * gate - 1).unsqueeze(2).chunk(4, dim=1)
+    out = torch.maximum(flat * (a1 + 1) + b1 / 2, flat * a2 + b2 / 2)
+    return out.reshape(x.shape).to(x.dtype)
+
+
+def offset_and_mask(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets [N, 18, H, W] and modulation [N, 9, H, W] (after its sigmoid) predicted from x."""
+    if x.numel() == 0:
+        predictions = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
+    else:
+        predictions = F.conv2d(x, weight, bias, padding=1)
+    return predictions[:, :OFFSET_CHANNELS], predictions[:, OFFSET_CHANNELS:].sigmoid()

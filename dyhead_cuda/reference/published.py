@@ -1,0 +1,194 @@
+"""The published form: blocks on a pyramid of feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyhead_cuda import checks
+from dyhead_cuda.pyramid import (
+    BlockParameters,
+    BranchParameters,
+    HighOffset,
+    halved,
+)
+from dyhead_cuda.reference.operators import (
+    dynamic_relu,
+    hsigmoid,
+    modulated_deform_conv2d,
+    no_autocast,
+    offset_and_mask,
+    to_compute,
+)
+
+
+def _cast(parameters: BlockParameters, dtype: torch.dtype) -> BlockParameters:
+    def cast(value: Tensor | BranchParameters | None) -> Tensor | BranchParameters | None:
+        if isinstance(value, BranchParameters):
+            return BranchParameters(*map(cast, value))
+        return None if value is None else value.to(dtype)
+
+    return BlockParameters(*map(cast, parameters))
+
+
+def _flat_prefix(t: Tensor, size: tuple[int, int]) -> Tensor:
+    """The first K * h * w values of each image's [K, H, W], read as [K, h, w]."""
+    n, k = t.shape[:2]
+    return t.flatten(1)[:, : k * size[0] * size[1]].reshape(n, k, *size)
+
+
+def high_offset_and_mask(
+    offset: Tensor, mask: Tensor, size: tuple[int, int], high_offset: HighOffset
+) -> tuple[Tensor, Tensor]:
+    """What the ``high`` branch on a level of ``size`` reads of the finer level's predictions.
+
+    Args:
+        offset, mask: [N, 18, H, W] and [N, 9, H, W], predicted at the finer level.
+        size: (h, w) of the coarser level, at most (H, W).
+        high_offset: "flat" (released checkpoints), "crop", or "mmdet_main" (offset flat, mask
+            cropped); "aligned" does not read predictions at another resolution.
+
+    Returns:
+        offset [N, 18, h, w] and mask [N, 9, h, w].
+    """
+    cropped = (..., slice(size[0]), slice(size[1]))
+    return (
+        offset[cropped] if high_offset == "crop" else _flat_prefix(offset, size),
+        _flat_prefix(mask, size) if high_offset == "flat" else mask[cropped],
+    )
+
+
+def _upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    if 0 in x.shape or 0 in size:
+        return x.new_zeros(*x.shape[:2], *size)
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+
+
+def finer_for_low(finer: Tensor, size: Sequence[int]) -> Tensor:
+    """The finer level as ``low`` reads it: resized only where half of it is not ``size``."""
+    if halved(finer.shape) == tuple(size):
+        return finer
+    return _upsample(finer, (2 * size[0], 2 * size[1]))
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if x.numel() == 0:
+        return x
+    return torch.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+
+
+def branch_maps(
+    features: Sequence[Tensor],
+    parameters: BlockParameters,
+    *,
+    high_offset: HighOffset = "flat",
+    num_groups: int = 16,
+    eps: float = 1e-5,
+) -> list[dict[str, Tensor]]:
+    """Normalised branches of every level, "mid" first: each [N, C_out, H_l, W_l], before gating."""
+    maps = []
+    for level, x in enumerate(features):
+        size = x.shape[-2:]
+        offset, mask = offset_and_mask(x, parameters.offset_weight, parameters.offset_bias)
+
+        def branch(
+            source: Tensor, p: BranchParameters, offset: Tensor, mask: Tensor, stride: int = 1
+        ) -> Tensor:
+            y = modulated_deform_conv2d(source, offset, p.weight, p.bias, stride, 1, 1, mask)
+            return _group_norm(y, num_groups, p.norm_weight, p.norm_bias, eps)
+
+        branches = {"mid": branch(x, parameters.mid, offset, mask)}
+        if level > 0:
+            finer = finer_for_low(features[level - 1], size)
+            branches["low"] = branch(finer, parameters.low, offset, mask, stride=2)
+        if level + 1 < len(features):
+            coarser = features[level + 1]
+            if high_offset == "aligned":
+                branches["high"] = branch(_upsample(coarser, size), parameters.high, offset, mask)
+            else:
+                coarse_size = (coarser.shape[-2], coarser.shape[-1])
+                read = high_offset_and_mask(offset, mask, coarse_size, high_offset)
+                branches["high"] = _upsample(branch(coarser, parameters.high, *read), size)
+        maps.append(branches)
+    return maps
+
+
+def branch_gate(branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Scale-aware gate hsigmoid(relu(w . mean(branch) + bias)) of [N, C, H, W], as [N]."""
+    return hsigmoid(F.relu(branch.flatten(2).mean(2) @ weight + bias))
+
+
+def combine_branches(
+    features: Sequence[Tensor],
+    parameters: BlockParameters,
+    *,
+    high_offset: HighOffset = "flat",
+    num_groups: int = 16,
+    eps: float = 1e-5,
+) -> list[Tensor]:
+    """Scale- and spatial-aware attention: the gated, averaged branches before the dynamic ReLU.
+
+    The arguments and the result are those of :func:`pyramid_block`, except that float16 and
+    bfloat16 features give float32 results.
+    """
+    in_channels, _ = checks.block_parameters(parameters, num_groups)
+    checks.pyramid(features, in_channels, high_offset)
+    features = [to_compute(x) for x in features]
+    p = _cast(parameters, features[0].dtype)
+    outputs = []
+    with no_autocast(features[0]):
+        for branches in branch_maps(
+            features, p, high_offset=high_offset, num_groups=num_groups, eps=eps
+        ):
+            combined = torch.zeros_like(branches["mid"])
+            for branch in branches.values():
+                gate = branch_gate(branch, p.gate_weight, p.gate_bias)
+                combined = combined + gate.view(-1, 1, 1, 1) * branch
+            outputs.append(combined / len(branches))
+    return outputs
+
+
+def pyramid_block(
+    features: Sequence[Tensor],
+    parameters: BlockParameters,
+    *,
+    high_offset: HighOffset = "flat",
+    num_groups: int = 16,
+    eps: float = 1e-5,
+) -> list[Tensor]:
+    """One block of the published head on a pyramid, finest level first.
+
+    Per level: offsets and modulation from a 3x3 convolution; up to three deformable branches (the
+    level, the finer one with stride 2, the coarser one upsampled), each with group normalisation
+    and a scale-aware gate; their average; dynamic ReLU.
+
+    Args:
+        features: levels [N, C_in, H_l, W_l]; each level is half of the finer one, rounded up.
+        parameters: see :class:`~dyhead_cuda.pyramid.BlockParameters`.
+        high_offset: how the ``high`` branch on level l + 1 gets the offsets and mask predicted at
+            level l. "flat": the first K * h * w values of each image's contiguous [K, H, W], which
+            is what every released checkpoint was trained with; "crop": [:h, :w]; "mmdet_main":
+            offset flat, mask cropped; "aligned": level l + 1 is upsampled first and sampled with
+            level l's own offsets (the paper's formula), any sizes allowed (a finer level that is
+            not twice as large is resized for the ``low`` branch).
+        num_groups, eps: of the group normalisation.
+
+    Returns:
+        list of [N, C_out, H_l, W_l] in the dtype of the features.
+
+    Raises:
+        ValueError: a pyramid or parameters that do not fit, with what was expected.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyhead.py``; mmdet, ``necks/dyhead.py``.
+    """
+    task = parameters[-4:]
+    dtype = features[0].dtype if features else None
+    return [
+        dynamic_relu(x, *task).to(dtype)
+        for x in combine_branches(
+            features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
+        )
+    ]

@@ -1,0 +1,185 @@
+"""The paper's form: one tensor F of [N, L, C, H, W] and three attentions applied to it in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyhead_cuda import checks
+from dyhead_cuda.reference.operators import (
+    Activation,
+    dynamic_relu,
+    modulated_deform_conv2d,
+    no_autocast,
+    offset_and_mask,
+    to_compute,
+)
+
+Targets = Literal["all", "median"]
+ResizeMode = Literal["bilinear", "nearest", "max"]
+
+
+class UnifiedParameters(NamedTuple):
+    """All parameters of one block of the paper's form."""
+
+    scale_weight: Tensor  # [L, L]
+    scale_bias: Tensor  # [L]
+    offset_weight: Tensor  # [27, C, 3, 3]
+    offset_bias: Tensor  # [27]
+    spatial_weight: Tensor  # [L, C_out, C, 3, 3]
+    fc1_weight: Tensor  # [C_out // r, C_out]
+    fc1_bias: Tensor  # [C_out // r]
+    fc2_weight: Tensor  # [4 * C_out, C_out // r]
+    fc2_bias: Tensor  # [4 * C_out]
+
+
+def median_level(levels: int) -> int:
+    """Index of the level that a pyramid is resized to; the coarser middle one of an even number."""
+    return levels // 2
+
+
+def stack_pyramid(
+    features: Sequence[Tensor], mode: ResizeMode = "bilinear", size: Sequence[int] | None = None
+) -> Tensor:
+    """Resize a pyramid to its median level and stack it as [N, L, C, H, W].
+
+    Args:
+        features: L levels [N, C, H_l, W_l], finest first.
+        mode: "bilinear" (align_corners=False), "nearest", or "max" (adaptive max pooling where a
+            level shrinks, nearest where it grows).
+        size: (H, W) to resize to instead of the median level's.
+
+    Raises:
+        ValueError: no level, an unknown mode, or levels that differ in batch or channels.
+
+    Source: the paper, section 3.1.
+    """
+    checks.stackable(features, mode)
+    if size is None:
+        size = features[median_level(len(features))].shape[-2:]
+    height, width = size
+
+    def resize(x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) == (height, width):
+            return x
+        if x.numel() == 0 or height * width == 0:
+            return x.new_zeros(*x.shape[:2], height, width)
+        if mode == "bilinear":
+            return F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+        if mode == "max" and x.shape[-2] >= height and x.shape[-1] >= width:
+            return F.adaptive_max_pool2d(x, (height, width))
+        return F.interpolate(x, (height, width), mode="nearest")
+
+    return torch.stack([resize(x) for x in features], dim=1)
+
+
+def scale_gates(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """pi_L: gate_l = max(0, min(1, (f(mean_{S,C} F)_l + 1) / 2)), [N, L, C, H, W] -> [N, L].
+
+    ``weight`` [L, L] and ``bias`` [L] are the linear map f over the level means.
+    Source: the paper, equation 3.
+    """
+    checks.scale_attention(features, weight, bias)
+    means = to_compute(features).flatten(2).mean(2)
+    with no_autocast(means):
+        return ((F.linear(means, weight.to(means), bias.to(means)) + 1) / 2).clamp(0, 1)
+
+
+def scale_attention(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """pi_L(F) . F: every level of [N, L, C, H, W] times its gate (see :func:`scale_gates`)."""
+    gates = scale_gates(features, weight, bias)
+    return features * gates.to(features.dtype).view(*gates.shape, 1, 1, 1)
+
+
+def spatial_attention(
+    features: Tensor,
+    weight: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Tensor,
+    targets: Targets = "all",
+) -> Tensor:
+    """pi_S(F) . F: deformable aggregation, averaged over the levels.
+
+    out(t; p) = 1 / L sum_l sum_k w_{l,k} . F(l; p_k + dp_k) * dm_k, with the offsets dp and the
+    modulation dm (a sigmoid) predicted from level t by one 3x3 convolution.
+
+    Args:
+        features: F, [N, L, C, H, W].
+        weight: w, [L, C_out, C, 3, 3].
+        offset_weight, offset_bias: [27, C, 3, 3] and [27]: 18 offsets (dy, dx per tap, in pixels),
+            then 9 mask logits.
+        targets: "median" is the formula as printed, t = the median level only; "all" takes the sum
+            for every level t with offsets of its own, so that blocks can be stacked.
+
+    Returns:
+        [N, 1, C_out, H, W] for "median", [N, L, C_out, H, W] for "all".
+
+    Raises:
+        ValueError: shapes that do not fit, unknown targets.
+
+    Source: the paper, equation 4.
+    """
+    checks.spatial_attention(features, weight, offset_weight, offset_bias, targets)
+    levels = features.shape[1]
+    chosen = [median_level(levels)] if targets == "median" else range(levels)
+    dtype, features = features.dtype, to_compute(features)
+    outputs = []
+    with no_autocast(features):
+        for target in chosen:
+            offset, mask = offset_and_mask(
+                features[:, target], offset_weight.to(features), offset_bias.to(features)
+            )
+            aggregate = [
+                modulated_deform_conv2d(
+                    features[:, level], offset, weight[level], None, 1, 1, 1, mask
+                )
+                for level in range(levels)
+            ]
+            outputs.append(torch.stack(aggregate).sum(0) / levels)
+    return torch.stack(outputs, dim=1).to(dtype)
+
+
+def task_attention(
+    features: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: Activation = "sigmoid",
+) -> Tensor:
+    """pi_C(F) . F: dynamic ReLU of [N, L, C, H, W] with the average over L x S.
+
+    The arguments after ``features`` are those of :func:`dynamic_relu`; the paper's shifted sigmoid
+    is the logistic one. Source: the paper, equation 5.
+    """
+    checks.unified_features(features)
+    by_channel = features.transpose(1, 2)
+    out = dynamic_relu(by_channel, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    return out.transpose(1, 2)
+
+
+def unified_block(
+    features: Tensor, parameters: UnifiedParameters, targets: Targets = "all"
+) -> Tensor:
+    """W(F) = pi_C(pi_S(pi_L(F) . F) . F) . F, one block of the paper's form.
+
+    Args:
+        features: [N, L, C, H, W].
+        parameters: see :class:`UnifiedParameters`.
+        targets: as for :func:`spatial_attention`; only "all" can be stacked.
+
+    Returns:
+        [N, L, C_out, H, W], or [N, 1, C_out, H, W] for targets "median".
+
+    Source: the paper, equation 2.
+    """
+    p = parameters
+    features = scale_attention(features, p.scale_weight, p.scale_bias)
+    features = spatial_attention(
+        features, p.spatial_weight, p.offset_weight, p.offset_bias, targets
+    )
+    return task_attention(features, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias)

@@ -1,0 +1,199 @@
+"""What all tests share: tolerances, error measures, random inputs, seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+from dyhead_cuda.pyramid import BlockParameters, BranchParameters
+
+# Relative L2 error against the float64 reference; gradients may have twice that.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+hypothesis.settings.register_profile(
+    "dyhead",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("dyhead")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that call torch.set_num_threads: the number of before comes back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def relative_l2(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected|| in float64; NaN if there is one; absolute upon zeros."""
+    assert actual.shape == expected.shape, f"expected {expected.shape}, got {actual.shape}"
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    error, size = (a - b).norm(), b.norm()
+    return float(error / size) if size > 0 else float(error)
+
+
+def assert_close(
+    actual: Tensor | Sequence[Tensor],
+    expected: Tensor | Sequence[Tensor],
+    dtype: torch.dtype = torch.float64,
+    factor: float = 1,
+) -> None:
+    """Within ``factor`` times the tolerance of ``dtype``; ``expected`` may be more precise."""
+    if isinstance(actual, Tensor) or isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor)
+        assert isinstance(expected, Tensor)
+        actual, expected = [actual], [expected]
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        error = relative_l2(a, b)
+        assert error <= factor * TOLERANCE[dtype], f"relative L2 error {error:.3g} of tensor {i}"
+
+
+def assert_gradients_close(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype = torch.float64
+) -> None:
+    """Each within twice the tolerance of its own norm, or of 1e-3 of the largest gradient's norm.
+
+    The second is for gradients that cancel: that of a bias before a normalisation, for one.
+    """
+    largest = max(float(g.double().norm()) for g in expected)
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == b.shape, f"gradient {i}: expected {b.shape}, got {a.shape}"
+        error = float((a.double() - b.double()).norm())
+        size = max(float(b.double().norm()), 1e-3 * largest)
+        assert error <= 2 * TOLERANCE[dtype] * size, f"gradient {i}: error {error / size:.3g}"
+
+
+def leaf(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of ``t`` of its own memory that asks for a gradient."""
+    return t.detach().clone().to(dtype or t.dtype).requires_grad_()
+
+
+def random_like(*tensors: Tensor, seed: int = 99) -> list[Tensor]:
+    """Normal values in float64 with the shapes of the tensors."""
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=source, dtype=torch.float64) for t in tensors]
+
+
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    rounded_to: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Gradients of ``inputs`` for random cotangents, equal for equal shapes and ``rounded_to``."""
+    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    cotangents = [t.to(rounded_to).to(out) for t, out in zip(random_like(*outs), outs, strict=True)]
+    return list(torch.autograd.grad(outs, list(inputs), cotangents))
+
+
+def halving_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
+    """Sizes of a valid pyramid, finest first."""
+    sizes = [(height, width)]
+    while len(sizes) < levels:
+        height, width = -(-height // 2), -(-width // 2)
+        sizes.append((height, width))
+    return sizes
+
+
+def random_pyramid(
+    batch: int,
+    channels: int,
+    sizes: Sequence[tuple[int, int]],
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Normal feature maps [N, C, H, W], one for each of ``sizes``."""
+    source = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, channels, *size, generator=source, dtype=torch.float64).to(dtype)
+        for size in sizes
+    ]
+
+
+def random_block_parameters(
+    in_channels: int,
+    out_channels: int,
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    offset_scale: float = 1.0,
+    seed: int = 1,
+) -> BlockParameters:
+    """Parameters of a block of which none is zero or constant, with offsets of a few pixels.
+
+    The norm and gate biases keep the gates and the dynamic ReLU on both sides of their corners.
+    """
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, around: float = 0.0) -> Tensor:
+        values = torch.randn(shape, generator=source, dtype=torch.float64)
+        return (around + scale * values).to(dtype)
+
+    def branch() -> BranchParameters:
+        return BranchParameters(
+            normal(out_channels, in_channels, 3, 3, scale=(9 * in_channels) ** -0.5),
+            normal(out_channels) if bias else None,
+            normal(out_channels, scale=0.3, around=1),
+            normal(out_channels, scale=0.5),
+        )
+
+    hidden = max(1, out_channels // 4)
+    return BlockParameters(
+        normal(27, in_channels, 3, 3, scale=offset_scale * (9 * in_channels) ** -0.5),
+        normal(27, scale=0.5),
+        branch(),
+        branch(),
+        branch(),
+        normal(out_channels, scale=out_channels**-0.5),
+        normal(1, around=0.5),
+        normal(hidden, out_channels, scale=out_channels**-0.5),
+        normal(hidden, around=0.5),
+        normal(4 * out_channels, hidden, scale=hidden**-0.5),
+        normal(4 * out_channels),
+    )
+
+
+def flat_parameters(parameters: BlockParameters) -> list[Tensor]:
+    """All tensors of ``parameters``, in order."""
+    tensors: list[Tensor] = []
+    for value in parameters:
+        tensors += [t for t in value if t is not None] if isinstance(value, tuple) else [value]
+    return tensors
+
+
+def rebuild_parameters(like: BlockParameters, tensors: Sequence[Tensor]) -> BlockParameters:
+    """``tensors`` in the places where :func:`flat_parameters` found those of ``like``."""
+    rest = iter(tensors)
+
+    def take(value: Tensor | BranchParameters | None) -> Tensor | BranchParameters | None:
+        if isinstance(value, BranchParameters):
+            return BranchParameters(*map(take, value))  # type: ignore[arg-type]
+        return None if value is None else next(rest)
+
+    return BlockParameters(*map(take, like))  # type: ignore[arg-type]

@@ -1,0 +1,61 @@
+"""The tests of this folder once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import pytest
+
+from .build import SANITIZER_EXIT, mutate, sanitized
+
+FAULT = """
+out = simt.emulator.fault(np.ones(64, np.float32), simt.emulator.Fault.{name})
+print("finished", out[:3])
+"""
+
+REPORTS = {
+    "shared_overrun": "index 64 out of bounds",
+    "shared_underrun": "AddressSanitizer: use-after-poison",
+    "dynamic_overrun": "AddressSanitizer: use-after-poison",
+    "global_overrun": "AddressSanitizer: use-after-poison",
+    "global_overread": "AddressSanitizer: use-after-poison",
+}
+
+
+@pytest.mark.spawns
+@pytest.mark.usefixtures("simt")
+def test_suite_is_clean() -> None:
+    run = sanitized().run_pytest("tests/simt")
+    assert run.returncode == 0, run.stdout
+    assert "passed" in run.stdout
+
+
+@pytest.mark.spawns
+@pytest.mark.usefixtures("simt")
+@pytest.mark.parametrize("name", REPORTS)
+def test_access_out_of_bounds_is_reported(name: str) -> None:
+    run = sanitized().run_python(FAULT.format(name=name))
+    assert run.returncode == SANITIZER_EXIT, run.stdout
+    assert REPORTS[name] in run.stdout
+    assert "basics.cu" in run.stdout
+    assert "finished" not in run.stdout
+
+
+@pytest.mark.spawns
+@pytest.mark.usefixtures("simt")
+def test_correct_kernel_finishes() -> None:
+    run = sanitized().run_python(FAULT.format(name="none"))
+    assert run.returncode == 0, run.stdout
+    assert "finished [1. 1. 1.]" in run.stdout
+
+
+@pytest.mark.spawns
+@pytest.mark.usefixtures("simt")
+def test_planted_overread_is_reported() -> None:
+    kernels = mutate(
+        "tests/simt/kernels/basics.cu",
+        "row[kBlockThreads - 1 - threadIdx.x]",
+        "row[kBlockThreads - threadIdx.x]",
+        sanitize=True,
+    )
+    run = kernels.run_pytest("tests/simt/test_emulator.py", "-k", "barrier_publishes")
+    assert run.returncode == SANITIZER_EXIT, run.stdout
+    assert "index 128 out of bounds for type 'float [128]'" in run.stdout

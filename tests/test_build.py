@@ -1,0 +1,372 @@
+"""The build: what it leaves, what it does where something is missing, and what it packs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dyhead_cuda import library
+from dyhead_cuda.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+CI = os.environ.get("CI") == "true"
+Build = Callable[..., "subprocess.CompletedProcess[str]"]
+
+needs_cpu_library = pytest.mark.skipif(
+    not library.loaded("cpu") and not CI, reason=f"CPU library: {library.reason('cpu')}"
+)
+needs_cuda_build = pytest.mark.skipif(
+    not library.path("cuda").is_file(), reason="the CUDA library was not built (see info)"
+)
+
+
+def run(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        **options,
+    )
+
+
+def build_directory(name: str) -> Path:
+    return ROOT / "build" / f"torch-{library.read_build_record()['torch']['version']}" / name
+
+
+@pytest.fixture
+def skeleton(tmp_path: Path) -> Path:
+    """The sources with the schemas but without kernels: the whole build in two seconds."""
+    for name in ("cmake", "dyhead_cuda", "csrc"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("lib", "__pycache__")
+        )
+    for kernel in ("cpu", "cuda"):
+        shutil.rmtree(tmp_path / "csrc" / kernel)
+        (tmp_path / "csrc" / kernel).mkdir()
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def build(skeleton: Path) -> Build:
+    """Builds the skeleton in place; keyword arguments are environment variables."""
+
+    def call(**variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("DYHEAD_", "CUDA"))}
+        return run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=skeleton,
+            env={**kept, **variables},
+        )
+
+    return call
+
+
+def record(source: Path) -> dict[str, Any]:
+    return json.loads((source / "dyhead_cuda" / "lib" / "build.json").read_text())
+
+
+def libraries(source: Path) -> set[str]:
+    return {file.name for file in (source / "dyhead_cuda" / "lib").glob("*.so")}
+
+
+def python_in(source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(source)}
+    return run([sys.executable, *arguments], cwd=source, env=environment)
+
+
+def test_without_cuda_only_the_cpu_library_is_built(skeleton: Path, build: Build) -> None:
+    for variables, reason in (
+        ({"DYHEAD_CUDA": "off"}, "switched off by DYHEAD_CUDA=off"),
+        ({"CUDACXX": "/nonexistent"}, "CUDACXX=/nonexistent is not a program"),
+    ):
+        result = build(DYHEAD_REQUIRE="cpu", **variables)
+        assert result.returncode == 0, result.stderr
+        assert libraries(skeleton) == {"libdyhead_cpu.so"}
+        assert record(skeleton)["cpu"]["built"]
+        assert reason in record(skeleton)["cuda"]["reason"]
+        assert result.stderr.count("the cuda library was not built") == 1
+    loaded = python_in(
+        skeleton,
+        "-c",
+        "from dyhead_cuda import library as l; print(l.loaded('cpu'), l.path('cpu'))",
+    )
+    assert loaded.stdout.split() == ["True", str(library_in(skeleton))]
+    assert loaded.stderr == ""  # no noise about CUDA
+    required = build(DYHEAD_REQUIRE="cpu,cuda", DYHEAD_CUDA="off")
+    assert required.returncode != 0
+    assert "DYHEAD_REQUIRE asks for what could not be built: cuda" in required.stderr
+
+
+def library_in(source: Path) -> Path:
+    return source / "dyhead_cuda" / "lib" / "libdyhead_cpu.so"
+
+
+def test_without_a_compiler_everything_runs_on_the_reference(skeleton: Path, build: Build) -> None:
+    result = build(CXX="/nonexistent")
+    assert result.returncode == 0, result.stderr
+    assert libraries(skeleton) == set()
+    reason = "no C++ compiler: CXX=/nonexistent is not a program"
+    assert reason in record(skeleton)["cpu"]["reason"]
+
+    info = python_in(skeleton, "-m", "dyhead_cuda", "info", "--json")
+    state = json.loads(info.stdout)["libraries"]["cpu"]
+    assert not state["loaded"]
+    assert reason in state["reason"]
+    assert info.stderr.count("is not available") == info.stderr.count(reason) == 1
+
+    script = """
+import torch, dyhead_cuda
+arguments = [torch.rand(*shape) for shape in ((1, 8, 3, 3), (2, 8), (2,), (32, 2), (32,))]
+print(dyhead_cuda.functional.dynamic_relu(*arguments).shape)
+with dyhead_cuda.backend("cpu"):
+    dyhead_cuda.functional.dynamic_relu(*arguments)
+"""
+    used = python_in(skeleton, "-c", script)
+    assert used.stdout.strip() == "torch.Size([1, 8, 3, 3])"
+    assert re.search(f"RuntimeError: .*{re.escape(reason)}.*To fix it", used.stderr)
+    assert build(CXX="/nonexistent", DYHEAD_REQUIRE="cpu").returncode != 0
+
+
+def test_a_compile_error_is_recorded_and_leaves_no_stale_library(
+    skeleton: Path, build: Build
+) -> None:
+    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
+    assert libraries(skeleton) == {"libdyhead_cpu.so"}
+    (skeleton / "csrc" / "cpu" / "broken.cpp").write_text("#error planted in a test\n")
+    result = build(DYHEAD_CUDA="off")
+    assert result.returncode == 0
+    assert libraries(skeleton) == set()
+    cpu = record(skeleton)["cpu"]
+    assert "planted in a test" in cpu["reason"]
+    assert any("planted in a test" in line for line in cpu["log_tail"])
+    assert "planted in a test" in result.stderr
+    assert build(DYHEAD_CUDA="off", DYHEAD_REQUIRE="cpu").returncode != 0
+
+
+@needs_cuda_build
+def test_a_cuda_compile_error_leaves_the_cpu_library_alone(skeleton: Path, build: Build) -> None:
+    (skeleton / "csrc" / "cuda" / "broken.cu").write_text("#error planted in a test\n")
+    result = build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA_ARCHS="80")
+    assert result.returncode == 0, result.stderr
+    assert libraries(skeleton) == {"libdyhead_cpu.so"}
+    assert "planted in a test" in record(skeleton)["cuda"]["reason"]
+    (skeleton / "csrc" / "cuda" / "broken.cu").write_text("static int unused;\n")
+    result = build(DYHEAD_REQUIRE="cpu,cuda", DYHEAD_CUDA_ARCHS="80")
+    assert result.returncode != 0
+    assert "unused" in record(skeleton)["cuda"]["reason"]  # warnings are errors
+
+
+def test_a_library_of_other_schemas_is_not_loaded(skeleton: Path, build: Build) -> None:
+    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
+    with (skeleton / "csrc" / "ops.cpp").open("a") as file:
+        file.write("// moved on\n")
+    result = python_in(
+        skeleton, "-c", "from dyhead_cuda import library as l; print(l.reason('cpu'))"
+    )
+    assert "ops.cpp as it is now" in result.stdout
+
+
+def test_a_mistake_in_the_environment_is_told(build: Build) -> None:
+    result = build(DYHEAD_REQUIRE="gpu")
+    assert result.returncode != 0
+    assert "DYHEAD_REQUIRE: expected names out of ('cpu', 'cuda'), got ['gpu']" in result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+def test_files_of_an_instruction_set_are_compiled_for_it_alone(
+    skeleton: Path, build: Build
+) -> None:
+    macros = {
+        "plain": [],
+        "probe_avx2": ["__AVX2__", "__FMA__", "__F16C__"],
+        "probe_avx512": ["__AVX512F__", "__AVX512BW__", "__AVX512VL__", "__AVX512DQ__", "__FMA__"],
+        "probe_avx512bf16": ["__AVX512F__", "__AVX512BF16__"],
+    }
+    absent = {"plain": "__AVX__", "probe_avx2": "__AVX512F__", "probe_avx512": "__AVX512BF16__"}
+    for name, present in macros.items():
+        lines = [f"#ifndef {macro}\n#error {macro} is missing\n#endif" for macro in present]
+        if name in absent:
+            lines.append(f"#ifdef {absent[name]}\n#error {absent[name]} is on\n#endif")
+        (skeleton / "csrc" / "cpu" / f"{name}.cpp").write_text("\n".join(lines) + "\n")
+    result = build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off")
+    assert result.returncode == 0, result.stderr
+
+
+def vague_functions(file: Path) -> list[str]:
+    """Functions of an object file of which the linker keeps one copy out of many."""
+    symbols = run(["nm", "-C", "--defined-only", file]).stdout.splitlines()
+    return [line.split(" ", 2)[2] for line in symbols if re.match(r"\S+ [WV] ", line)]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+def test_code_of_an_instruction_set_cannot_leak_into_other_files(
+    skeleton: Path, build: Build
+) -> None:
+    # Else the copy of an inline function with AVX-512 in it could be the one that all CPUs run.
+    (skeleton / "csrc" / "cpu" / "leak_avx2.cpp").write_text(
+        "inline int leak(int x) { return x + 1; }\nint (*leak_pointer)(int) = leak;\n"
+    )
+    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
+    (planted,) = (skeleton / "build").rglob("leak_avx2.cpp.o")
+    assert vague_functions(planted) == ["leak(int)"]
+    for source in (ROOT / "csrc" / "cpu").glob("*_avx*.cpp"):
+        (compiled,) = build_directory("cpu").rglob(f"{source.name}.o")
+        assert vague_functions(compiled) == [], source.name
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("name", library.NAMES)
+def test_libraries_need_only_the_stable_interface(name: str) -> None:
+    if not library.path(name).is_file():
+        pytest.skip(f"{name} library: {library.reason(name)}")
+    dynamic = run(["readelf", "-dW", library.path(name)]).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    assert "libtorch_cpu.so" in needed
+    assert ("libtorch_cuda.so" in needed) == (name == "cuda")
+    assert not [file for file in needed if "python" in file or file.startswith("libc10")]
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+    undefined = run(["nm", "-D", "--undefined-only", library.path(name)]).stdout.split()
+    assert [symbol for symbol in undefined if re.match(r"(aoti_)?torch_", symbol)]
+    assert not [symbol for symbol in undefined if re.match(r"_ZNK?(2at|3c10|5torch)|_?Py", symbol)]
+    exported = run(["nm", "-DC", "--defined-only", library.path(name)]).stdout
+    assert "dyhead::" not in exported
+
+
+Problem = tuple[str, str, str]  # kernel, architecture, what ptxas said
+
+
+def ptxas_problems(report: str) -> tuple[set[str], list[Problem]]:
+    """The architectures that a ptxas report covers, and every kernel that spills in it."""
+    archs: set[str] = set()
+    problems = []
+    kernel, arch = "", ""
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
+            kernel, arch = match.groups()
+            archs.add(arch)
+            continue
+        uses_stack = "bytes stack frame" in line and re.search(r"\b[1-9]\d* bytes", line)
+        # "serialized" is what ptxas says of asynchronous tensor-core products that it made wait.
+        if uses_stack or "serialized" in line:
+            problems.append((kernel, arch, line.strip()))
+    return archs, problems
+
+
+def test_ptxas_reports_are_read_right() -> None:
+    report = """ptxas info    : Compiling entry function '_Z1f' for 'sm_80'
+ptxas info    : Function properties for _Z1f
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 0 barriers, 376 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1g' for 'sm_90a'
+ptxas info    : Function properties for _Z1g
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+"""
+    spill = "16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads"
+    assert ptxas_problems(report) == ({"sm_80", "sm_90a"}, [("_Z1g", "sm_90a", spill)])
+
+
+@needs_cuda_build
+def test_no_kernel_spills() -> None:
+    built = {f"sm_{arch}" for arch in library.read_build_record()["cuda"]["archs"]}
+    checked = built & {"sm_80", "sm_90a"}
+    assert checked, f"expected a build for 80 or 90a, got {built}"
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert sources
+    for source in sources:
+        (log,) = build_directory("cuda").rglob(f"{source.name}.o.log")
+        archs, problems = ptxas_problems(log.read_text())
+        assert checked <= archs, f"{source.name}: no kernel for {checked - archs}"
+        assert [problem for problem in problems if problem[1] in checked] == [], source.name
+
+
+@pytest.fixture
+def packing_environment() -> dict[str, str]:
+    """Variables under which a build of the working tree changes nothing of what is built."""
+    cuda = library.read_build_record().get("cuda", {})
+    variables = dict(os.environ)
+    if cuda.get("built"):
+        variables["DYHEAD_CUDA_ARCHS"] = ";".join(cuda["archs"])
+    else:
+        variables["DYHEAD_CUDA"] = "off"
+    return variables
+
+
+@needs_cpu_library
+def test_the_wheel_holds_the_libraries_for_every_python(
+    tmp_path: Path, packing_environment: dict[str, str]
+) -> None:
+    options = ["--no-build-isolation", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    result = run(
+        [sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path / "wheel", "."],
+        cwd=ROOT,
+        env=packing_environment,
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    machine = platform.machine()
+    assert re.fullmatch(rf"dyhead_cuda-{__version__}-py3-none-\w+_{machine}\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    unpacked = tmp_path / "site" / "dyhead_cuda"
+    for name in library.NAMES:
+        in_place = library.path(name)
+        packed = unpacked / "lib" / in_place.name
+        assert packed.is_file() == in_place.is_file()
+        assert not in_place.is_file() or packed.read_bytes() == in_place.read_bytes()
+    python = {file.relative_to(ROOT) for file in (ROOT / "dyhead_cuda").rglob("*.py")}
+    assert {file.relative_to(tmp_path / "site") for file in unpacked.rglob("*.py")} == python
+    assert (unpacked / "py.typed").is_file()
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {
+        "dyhead_cuda",
+        f"dyhead_cuda-{__version__}.dist-info",
+    }
+    loaded = python_in(
+        tmp_path / "site", "-c", "from dyhead_cuda import library as l; print(l.path('cpu'), "
+        "l.loaded('cpu'), [l.read_build_record()[n]['built'] for n in l.NAMES])"
+    )  # fmt: skip
+    built = [library.path(name).is_file() for name in library.NAMES]
+    assert loaded.stdout.strip() == f"{unpacked / 'lib' / 'libdyhead_cpu.so'} True {built}"
+
+
+def test_the_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> None:
+    result = run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    sources = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "cmake", "dyhead_cuda")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and not {"__pycache__", "lib"} & set(path.parts)
+    }
+    files = {"CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md", ".ci/run"}
+    assert sources | files <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@needs_cpu_library
+def test_the_build_record_tells_how_it_was_built() -> None:
+    built = library.read_build_record()
+    assert built["torch"]["version"] == torch.__version__
+    assert "-O3" in built["cpu"]["flags"]
+    assert "fast-math" not in json.dumps(built)
+    assert re.fullmatch(r"\w+ \d+\.\d+\.\d+", built["cpu"]["compiler"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", built["cpu"]["time"])
