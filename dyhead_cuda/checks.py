@@ -269,7 +269,12 @@ def scale_attention(features: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def spatial_attention(
-    features: Tensor, weight: Tensor, offset_weight: Tensor, offset_bias: Tensor, targets: str
+    features: Tensor,
+    weight: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Tensor,
+    targets: str,
+    gates: Tensor | None,
 ) -> None:
     """Check the arguments of ``spatial_attention``."""
     one_of("targets", targets, TARGETS)
@@ -280,9 +285,11 @@ def spatial_attention(
         weight=weight,
         offset_weight=offset_weight,
         offset_bias=offset_bias,
+        gates=gates,
     )
-    _, levels, channels, _, _ = features.shape
+    n, levels, channels, _, _ = features.shape
     why = f" for features {list(features.shape)}"
     _shape("weight", weight, (levels, "C_out", channels, 3, 3), why)
     _shape("offset_weight", offset_weight, (3 * TAPS, channels, 3, 3), why)
     _shape("offset_bias", offset_bias, (3 * TAPS,))
+    _shape("gates", gates, (n, levels), why)

@@ -39,6 +39,7 @@ def dynamic_relu(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    *,
     activation: Activation = "hsigmoid",
 ) -> Tensor:
     """Task-aware attention max(a1 . x + b1, a2 . x + b2) in one kernel.
@@ -50,9 +51,11 @@ def dynamic_relu(
     """
     checks.dynamic_relu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     if select(x) == "reference" or x.numel() == 0:
-        return reference.dynamic_relu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+        return reference.dynamic_relu(
+            x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
+        )
     rows = x.flatten(2).transpose(1, 2) if x.dim() > 2 else x.unsqueeze(1)  # [N, P, C]
-    out = ops.dynamic_relu(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    out = ops.dynamic_relu(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation)
     return out.transpose(1, 2).reshape(x.shape) if x.dim() > 2 else out.squeeze(1)
 
 
@@ -62,6 +65,7 @@ def task_attention(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    *,
     activation: Activation = "sigmoid",
 ) -> Tensor:
     """Dynamic ReLU of [N, L, C, H, W] with the average over L x S.
@@ -70,7 +74,9 @@ def task_attention(
     """
     checks.unified_features(features)
     by_channel = features.transpose(1, 2)
-    out = dynamic_relu(by_channel, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    out = dynamic_relu(
+        by_channel, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
+    )
     return out.transpose(1, 2)
 
 
@@ -90,7 +96,7 @@ def pyramid_block(
         features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
     )
     dtype = features[0].dtype
-    return [dynamic_relu(x, *parameters[-4:]).to(dtype) for x in combined]
+    return [dynamic_relu(x, *parameters.task).to(dtype) for x in combined]
 
 
 def unified_block(
@@ -101,8 +107,8 @@ def unified_block(
     The arguments are those of :func:`dyhead_cuda.reference.unified_block`.
     """
     p = parameters
-    features = scale_attention(features, p.scale_weight, p.scale_bias)
+    gates = scale_gates(features, p.scale_weight, p.scale_bias)
     features = spatial_attention(
-        features, p.spatial_weight, p.offset_weight, p.offset_bias, targets
+        features, p.spatial_weight, p.offset_weight, p.offset_bias, targets=targets, gates=gates
     )
     return task_attention(features, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +128,12 @@ class DynamicReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.dynamic_relu(
-            x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.activation
+            x,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:
@@ -188,8 +192,8 @@ class DyHeadBlock(nn.Module):
         self.dynamic_relu = DynamicReLU(out_channels, reduction)
         _normal(self.scale_gate)
         if init == "mmdet":
-            nn.init.zeros_(self.offset_conv.weight)
-            nn.init.zeros_(self.offset_conv.bias)
+            for parameter in self.offset_conv.parameters():
+                nn.init.zeros_(parameter)
             _normal(self.dynamic_relu.fc1)
             _normal(self.dynamic_relu.fc2)
 
@@ -198,7 +202,7 @@ class DyHeadBlock(nn.Module):
         relu = self.dynamic_relu
         return BlockParameters(
             self.offset_conv.weight,
-            self.offset_conv.bias,
+            cast(Tensor, self.offset_conv.bias),
             self.low.parameters_tuple(),
             self.mid.parameters_tuple(),
             self.high.parameters_tuple(),
@@ -246,7 +250,7 @@ class DyHead(nn.Module):
         eps: of the group normalisation.
 
     ``forward`` takes a list, tuple or dict of levels [N, C, H_l, W_l], finest first, and returns
-    the same kind of container with levels [N, out_channels, H_l, W_l] (channels_last in memory).
+    the same kind of container with levels [N, out_channels, H_l, W_l].
     Each level must be half of the finer one, rounded up, except for "aligned".
 
     Raises:
@@ -316,7 +320,7 @@ class UnifiedDyHeadBlock(nn.Module):
             self.scale.weight,
             self.scale.bias,
             self.offset_conv.weight,
-            self.offset_conv.bias,
+            cast(Tensor, self.offset_conv.bias),
             self.spatial_weight,
             relu.fc1.weight,
             relu.fc1.bias,
@@ -372,9 +376,13 @@ class UnifiedDyHead(nn.Module):
             UnifiedDyHeadBlock(levels, channels, reduction, targets) for _ in range(num_blocks)
         )
 
-    def forward(self, features: Tensor | Sequence[Tensor] | dict[str, Tensor]) -> Tensor:
-        if not isinstance(features, Tensor):
-            features = functional.stack_pyramid(unpack(features), self.resize)
+    def forward(
+        self, features: Tensor | list[Tensor] | tuple[Tensor, ...] | dict[str, Tensor]
+    ) -> Tensor:
+        if isinstance(features, Tensor):
+            stacked = features
+        else:
+            stacked = functional.stack_pyramid(unpack(features), self.resize)
         for block in self.blocks:
-            features = block(features)
-        return features
+            stacked = block(stacked)
+        return stacked

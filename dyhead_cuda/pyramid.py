@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 HighOffset = Literal["flat", "crop", "mmdet_main", "aligned"]
@@ -24,6 +25,13 @@ class BranchParameters(NamedTuple):
     norm_weight: Tensor  # [C_out]
     norm_bias: Tensor  # [C_out]
 
+    def to(self, dtype: torch.dtype) -> BranchParameters:
+        """All of them in one type; what has it already is not copied."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return BranchParameters(
+            self.weight.to(dtype), bias, self.norm_weight.to(dtype), self.norm_bias.to(dtype)
+        )
+
 
 class BlockParameters(NamedTuple):
     """All parameters of one published block, in the order in which the block uses them."""
@@ -40,13 +48,31 @@ class BlockParameters(NamedTuple):
     fc2_weight: Tensor  # [4 * C_out, C_out // reduction]
     fc2_bias: Tensor  # [4 * C_out]
 
+    @property
+    def task(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The parameters of the dynamic ReLU."""
+        return self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+
+    def to(self, dtype: torch.dtype) -> BlockParameters:
+        """All of them in one type; what has it already is not copied."""
+        return BlockParameters(
+            self.offset_weight.to(dtype),
+            self.offset_bias.to(dtype),
+            self.low.to(dtype),
+            self.mid.to(dtype),
+            self.high.to(dtype),
+            self.gate_weight.to(dtype),
+            self.gate_bias.to(dtype),
+            *(tensor.to(dtype) for tensor in self.task),
+        )
+
 
 def halved(size: Sequence[int]) -> tuple[int, int]:
     """The size of a 3x3, stride 2, padding 1 convolution's output: ceil(H / 2), ceil(W / 2)."""
     return (size[-2] + 1) // 2, (size[-1] + 1) // 2
 
 
-def unpack(features: Features) -> list[Tensor]:
+def unpack(features: list[Tensor] | tuple[Tensor, ...] | dict[str, Tensor]) -> list[Tensor]:
     """The levels of a list, tuple or dict of feature maps, finest first as they stand."""
     if isinstance(features, Mapping):
         return list(features.values())
@@ -60,11 +86,11 @@ def unpack(features: Features) -> list[Tensor]:
 
 def repack(features: Features, levels: Sequence[Tensor]) -> Features:
     """``levels`` in a container like ``features``: the same keys, or the same kind of sequence."""
-    if isinstance(features, Mapping):
-        pairs = list(zip(features.keys(), levels, strict=True))
-        packed = type(features)() if isinstance(features, dict) else {}
-        packed.update(pairs)
-        return cast(Features, packed)
-    if isinstance(features, tuple) and hasattr(features, "_fields"):
-        return cast(Features, type(features)(*levels))
-    return cast(Features, tuple(levels) if isinstance(features, tuple) else list(levels))
+    packed: Any
+    if isinstance(features, dict):
+        packed = type(features)(zip(features.keys(), levels, strict=True))
+    elif hasattr(features, "_fields"):
+        packed = type(features)(*levels)
+    else:
+        packed = type(features)(levels)
+    return packed

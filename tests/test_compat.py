@@ -173,6 +173,7 @@ def test_single_block_by_prefix() -> None:
         lambda sd: {"model": sd, "optimizer": {"state": {}}},
         lambda sd: {"model": {"state_dict": sd}},
         lambda sd: {"model": {"other": torch.ones(1)}, "state_dict": sd},
+        lambda sd: {**sd, "model": {"other": torch.ones(1)}},
     ],
 )
 def test_nested_checkpoints(nest: Callable[[Any], Any]) -> None:

@@ -14,6 +14,7 @@ from torchvision.ops import deform_conv2d
 
 from dyhead_cuda import reference
 from dyhead_cuda.pyramid import HIGH_OFFSETS, BlockParameters, BranchParameters, HighOffset
+from dyhead_cuda.reference import Activation
 from tests.conftest import (
     assert_close,
     assert_gradients_close,
@@ -143,7 +144,7 @@ def check_block(
     assert_gradients_close(got, want)
 
 
-# --- the block --------------------------------------------------------------------------------------
+# --- the block ------------------------------------------------------------------------------------
 
 
 @modes
@@ -258,10 +259,11 @@ def test_gradcheck_and_gradgradcheck(high_offset: HighOffset) -> None:
         return tuple(reference.pyramid_block(levels, p, high_offset=high_offset, num_groups=2))
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+    if high_offset in ("flat", "aligned"):  # the two code paths; a second derivative takes seconds
+        assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-# --- types, layouts, autocast -----------------------------------------------------------------------
+# --- types, layouts, autocast ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -351,15 +353,17 @@ def test_meta_tensors_give_shapes() -> None:
     assert [x.shape for x in outs] == [(2, 6, 6, 5), (2, 6, 3, 3), (2, 6, 2, 2)]
 
 
-# --- dynamic ReLU and gates by their formulas -------------------------------------------------------
+# --- dynamic ReLU and gates by their formulas -----------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
 @pytest.mark.parametrize("trailing", [(), (7,), (3, 5), (2, 3, 4)])
-def test_dynamic_relu_formula(activation: str, trailing: tuple[int, ...]) -> None:
+def test_dynamic_relu_formula(activation: Activation, trailing: tuple[int, ...]) -> None:
     x = 2 * torch.randn(3, 8, *trailing, dtype=torch.float64) + 1
     p = random_block_parameters(4, 8)
-    out = reference.dynamic_relu(x, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, activation)  # type: ignore[arg-type]
+    out = reference.dynamic_relu(
+        x, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, activation=activation
+    )
     saturated = 0
     for n in range(3):
         mean = x[n].reshape(8, -1).mean(1)
@@ -391,7 +395,7 @@ def test_hsigmoid() -> None:
     assert torch.equal(reference.hsigmoid(x), expected)
 
 
-# --- errors and compilation -------------------------------------------------------------------------
+# --- errors and compilation -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("high_offset", ["flat", "crop", "mmdet_main"])

@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "../common/dynamic_relu.h"
-#include "runtime.h"
+#include "launch.cuh"
 
 namespace dyhead::cuda {
 

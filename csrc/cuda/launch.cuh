@@ -1,4 +1,5 @@
 // Launching kernels, and the shared memory of a launch, on the device and in the host emulation.
+// Host compilers read it too, for the runtime's types in launchers' declarations.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,6 @@
 """The compiled operators, one module each: fake kernel, autograd formula, and a typed wrapper."""
 
+from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.dynamic_relu import dynamic_relu
 
-__all__ = ["dynamic_relu"]
+__all__ = ["deform_conv", "dynamic_relu"]

@@ -27,7 +27,7 @@ def to_compute(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A judge chooses its own precision, also inside a user's autocast region."""
-    if not torch.amp.is_autocast_available(x.device.type):
+    if x.device.type == "meta":
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
@@ -57,6 +57,20 @@ def _bilinear_sample(rows: Tensor, height: int, width: int, y: Tensor, x: Tensor
             corner = torch.where((inside & exists).unsqueeze(2), corner, 0)
             out = out + weight.unsqueeze(2) * corner
     return out
+
+
+def _tap_grid(geometry: checks.DeformConvGeometry, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each tap of each output pixel is without offsets: y and x, [taps, pixels] each."""
+
+    def axis(i: int) -> Tensor:
+        taps = torch.arange(geometry.kernel[i], device=like.device) * geometry.dilation[i]
+        pixels = torch.arange(geometry.output[i], device=like.device) * geometry.stride[i]
+        return (taps.unsqueeze(1) + pixels - geometry.padding[i]).to(like.dtype)
+
+    size = (*geometry.kernel, *geometry.output)
+    y, x = axis(0)[:, None, :, None], axis(1)[None, :, None, :]
+    shape = (size[0] * size[1], size[2] * size[3])
+    return y.expand(size).reshape(shape), x.expand(size).reshape(shape)
 
 
 def modulated_deform_conv2d(
@@ -101,34 +115,26 @@ def modulated_deform_conv2d(
     taps, pixels = kernel_h * kernel_w, out_h * out_w
     deform_groups, groups = geometry.deform_groups, geometry.groups
 
-    x = to_compute(input)
-    with no_autocast(x):
-        rows = x.flatten(2).transpose(1, 2)  # [N, H * W, C]
+    values = to_compute(input)
+    with no_autocast(values):
+        rows = values.flatten(2).transpose(1, 2)  # [N, H * W, C]
         out = rows.new_zeros(n, pixels, groups, out_channels // groups)
         if n > 0 and pixels > 0 and height * width > 0:
             rows = rows.unflatten(2, (deform_groups, -1)).transpose(1, 2).flatten(0, 1)
-            shifts = offset.to(x.dtype).reshape(n * deform_groups, taps, 2, pixels)
+            first_y, first_x = _tap_grid(geometry, values)
+            shifts = offset.to(values.dtype).reshape(n * deform_groups, taps, 2, pixels)
+            y, x = shifts[:, :, 0] + first_y, shifts[:, :, 1] + first_x
+            columns = _bilinear_sample(rows, height, width, y.flatten(1), x.flatten(1))
             if mask is not None:
-                mask = mask.to(x.dtype).reshape(n * deform_groups, taps, pixels, 1)
-            kernels = weight.to(x.dtype).reshape(groups, out_channels // groups, -1, taps)
-            first_y = torch.arange(out_h, device=x.device, dtype=x.dtype) * geometry.stride[0]
-            first_x = torch.arange(out_w, device=x.device, dtype=x.dtype) * geometry.stride[1]
-            for tap in range(taps):
-                tap_y = (tap // kernel_w) * geometry.dilation[0] - geometry.padding[0]
-                tap_x = (tap % kernel_w) * geometry.dilation[1] - geometry.padding[1]
-                grid_y = (first_y + tap_y).repeat_interleave(out_w)
-                grid_x = (first_x + tap_x).repeat(out_h)
-                columns = _bilinear_sample(
-                    rows, height, width, shifts[:, tap, 0] + grid_y, shifts[:, tap, 1] + grid_x
-                )
-                if mask is not None:
-                    columns = columns * mask[:, tap]
-                columns = columns.unflatten(0, (n, deform_groups)).transpose(1, 2).flatten(2)
-                columns = columns.unflatten(2, (groups, -1))
-                out = out + torch.einsum("npgc,goc->npgo", columns, kernels[..., tap])
+                columns = columns * mask.to(values.dtype).reshape(n * deform_groups, -1, 1)
+            # [N * D, taps * pixels, C / D] -> [N, pixels, groups, C / groups * taps]
+            columns = columns.view(n, deform_groups, taps, pixels, -1).permute(0, 3, 1, 4, 2)
+            columns = columns.reshape(n, pixels, groups, -1)
+            kernels = weight.to(values.dtype).reshape(groups, out_channels // groups, -1)
+            out = torch.einsum("npgk,gok->npgo", columns, kernels)
         out = out.flatten(2)
         if bias is not None:
-            out = out + bias.to(x.dtype)
+            out = out + bias.to(out.dtype)
         return out.transpose(1, 2).unflatten(2, (out_h, out_w)).to(input.dtype)
 
 
@@ -138,6 +144,7 @@ def dynamic_relu(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    *,
     activation: Activation = "hsigmoid",
 ) -> Tensor:
     """Task-aware attention: max(a1 . x + b1, a2 . x + b2) per channel (dynamic ReLU).

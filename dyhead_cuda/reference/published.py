@@ -25,15 +25,6 @@ from dyhead_cuda.reference.operators import (
 )
 
 
-def _cast(parameters: BlockParameters, dtype: torch.dtype) -> BlockParameters:
-    def cast(value: Tensor | BranchParameters | None) -> Tensor | BranchParameters | None:
-        if isinstance(value, BranchParameters):
-            return BranchParameters(*map(cast, value))
-        return None if value is None else value.to(dtype)
-
-    return BlockParameters(*map(cast, parameters))
-
-
 def _flat_prefix(t: Tensor, size: tuple[int, int]) -> Tensor:
     """The first K * h * w values of each image's [K, H, W], read as [K, h, w]."""
     n, k = t.shape[:2]
@@ -61,7 +52,7 @@ def high_offset_and_mask(
     )
 
 
-def _upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     if 0 in x.shape or 0 in size:
         return x.new_zeros(*x.shape[:2], *size)
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
@@ -71,13 +62,14 @@ def finer_for_low(finer: Tensor, size: Sequence[int]) -> Tensor:
     """The finer level as ``low`` reads it: resized only where half of it is not ``size``."""
     if halved(finer.shape) == tuple(size):
         return finer
-    return _upsample(finer, (2 * size[0], 2 * size[1]))
+    return upsample(finer, (2 * size[0], 2 * size[1]))
 
 
 def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.numel() == 0:
         return x
-    return torch.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+    # As [N, C, H * W]: torch's kernel for channels_last maps loses digits on a map of one pixel.
+    return torch.group_norm(x.flatten(2), num_groups, weight, bias, eps).view(x.shape)
 
 
 def branch_maps(
@@ -107,11 +99,11 @@ def branch_maps(
         if level + 1 < len(features):
             coarser = features[level + 1]
             if high_offset == "aligned":
-                branches["high"] = branch(_upsample(coarser, size), parameters.high, offset, mask)
+                branches["high"] = branch(upsample(coarser, size), parameters.high, offset, mask)
             else:
                 coarse_size = (coarser.shape[-2], coarser.shape[-1])
                 read = high_offset_and_mask(offset, mask, coarse_size, high_offset)
-                branches["high"] = _upsample(branch(coarser, parameters.high, *read), size)
+                branches["high"] = upsample(branch(coarser, parameters.high, *read), size)
         maps.append(branches)
     return maps
 
@@ -137,7 +129,7 @@ def combine_branches(
     in_channels, _ = checks.block_parameters(parameters, num_groups)
     checks.pyramid(features, in_channels, high_offset)
     features = [to_compute(x) for x in features]
-    p = _cast(parameters, features[0].dtype)
+    p = parameters.to(features[0].dtype)
     outputs = []
     with no_autocast(features[0]):
         for branches in branch_maps(
@@ -184,10 +176,8 @@ def pyramid_block(
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``; mmdet, ``necks/dyhead.py``.
     """
-    task = parameters[-4:]
-    dtype = features[0].dtype if features else None
     return [
-        dynamic_relu(x, *task).to(dtype)
+        dynamic_relu(x, *parameters.task).to(features[0].dtype)
         for x in combine_branches(
             features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
         )

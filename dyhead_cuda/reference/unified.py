@@ -100,7 +100,9 @@ def spatial_attention(
     weight: Tensor,
     offset_weight: Tensor,
     offset_bias: Tensor,
+    *,
     targets: Targets = "all",
+    gates: Tensor | None = None,
 ) -> Tensor:
     """pi_S(F) . F: deformable aggregation, averaged over the levels.
 
@@ -114,6 +116,8 @@ def spatial_attention(
             then 9 mask logits.
         targets: "median" is the formula as printed, t = the median level only; "all" takes the sum
             for every level t with offsets of its own, so that blocks can be stacked.
+        gates: [N, L] or None: use gate_l . F(l) in place of F(l), the product that the paper's
+            pi_S gets from pi_L (see :func:`scale_gates`).
 
     Returns:
         [N, 1, C_out, H, W] for "median", [N, L, C_out, H, W] for "all".
@@ -123,10 +127,12 @@ def spatial_attention(
 
     Source: the paper, equation 4.
     """
-    checks.spatial_attention(features, weight, offset_weight, offset_bias, targets)
+    checks.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
     levels = features.shape[1]
     chosen = [median_level(levels)] if targets == "median" else range(levels)
     dtype, features = features.dtype, to_compute(features)
+    if gates is not None:
+        features = features * gates.to(features.dtype).view(*gates.shape, 1, 1, 1)
     outputs = []
     with no_autocast(features):
         for target in chosen:
@@ -149,6 +155,7 @@ def task_attention(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    *,
     activation: Activation = "sigmoid",
 ) -> Tensor:
     """pi_C(F) . F: dynamic ReLU of [N, L, C, H, W] with the average over L x S.
@@ -158,7 +165,9 @@ def task_attention(
     """
     checks.unified_features(features)
     by_channel = features.transpose(1, 2)
-    out = dynamic_relu(by_channel, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    out = dynamic_relu(
+        by_channel, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
+    )
     return out.transpose(1, 2)
 
 
@@ -178,8 +187,8 @@ def unified_block(
     Source: the paper, equation 2.
     """
     p = parameters
-    features = scale_attention(features, p.scale_weight, p.scale_bias)
+    gates = scale_gates(features, p.scale_weight, p.scale_bias)
     features = spatial_attention(
-        features, p.spatial_weight, p.offset_weight, p.offset_bias, targets
+        features, p.spatial_weight, p.offset_weight, p.offset_bias, targets=targets, gates=gates
     )
     return task_attention(features, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias)

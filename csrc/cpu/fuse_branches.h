@@ -1,0 +1,138 @@
+// The CPU kernels of fuse_branches, and how both directions split the work and read branches.
+//
+// A task is a few whole rows of a level's map, for one image. Upsampling is done one axis at a
+// time: per row of a task the two rows of each smaller branch are blended into a line of its width,
+// and per pixel two positions of that line.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../common/fuse_branches.h"
+#include "../common/upsample.h"
+#include "parallel.h"
+
+namespace dyhead::cpu {
+
+void run_fuse_branches_fwd(const FuseBranchesFwdParams& params);
+void run_fuse_branches_bwd(const FuseBranchesBwdParams& params);
+
+struct FuseTask {
+  int32_t level, first, last;  // rows [first, last) of the level's map
+};
+
+// Fixed, so that sums do not depend on the number of threads.
+inline std::vector<FuseTask> fuse_tasks(const FuseTables& tables) {
+  constexpr int32_t kPixels = 128;
+  std::vector<FuseTask> tasks;
+  for (int32_t l = 0; l < static_cast<int32_t>(tables.levels.size()); ++l) {
+    const MapShape& map = tables.levels[l].out;
+    if (map.pixels() == 0) continue;
+    const int32_t rows = static_cast<int32_t>(ceil_div(kPixels, map.width));
+    for (int32_t first = 0; first < map.height; first += rows) {
+      tasks.push_back({l, first, std::min(first + rows, map.height)});
+    }
+  }
+  return tasks;
+}
+
+// A branch as its level reads it. Without positions it has the level's size.
+template <class F>
+struct FuseBranch {
+  MapShape map;
+  std::vector<Interpolation<F>> y, x;  // per row and column of the level
+
+  bool resized() const { return !y.empty(); }
+};
+
+template <class F>
+std::vector<Interpolation<F>> upsampled_axis(int32_t from, int32_t to) {
+  std::vector<Interpolation<F>> axis(to);
+  for (int32_t i = 0; i < to; ++i) {
+    // In float32 the position on a map of 100 pixels would leave the fraction an error of 1e-5.
+    const Interpolation<double> at = interpolate<double>(i, from, to);
+    axis[i] = {at.first, at.second, static_cast<F>(at.fraction)};
+  }
+  return axis;
+}
+
+// By the index of their maps.
+template <class F>
+std::vector<FuseBranch<F>> fuse_branches(const FuseTables& tables) {
+  std::vector<FuseBranch<F>> branches(tables.maps.size());
+  for (const FuseLevel& level : tables.levels) {
+    for (int32_t b = 0; b < level.branches; ++b) {
+      FuseBranch<F>& branch = branches[level.branch[b]];
+      branch.map = tables.maps[level.branch[b]];
+      if (branch.map.height == level.out.height && branch.map.width == level.out.width) continue;
+      branch.y = upsampled_axis<F>(branch.map.height, level.out.height);
+      branch.x = upsampled_axis<F>(branch.map.width, level.out.width);
+    }
+  }
+  return branches;
+}
+
+// out = a_weight a + b_weight b
+template <class T, class F>
+void blend_rows(const T* a, const T* b, F a_weight, F b_weight, int64_t count, F* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = a_weight * to_compute(a[i]) + b_weight * to_compute(b[i]);
+  }
+}
+
+// Reads one level's branches for one image, row by row.
+template <class T>
+class FuseReader {
+ public:
+  using F = compute_t<T>;
+
+  FuseReader(const FuseTables& tables, const std::vector<FuseBranch<F>>& branches, const T* y)
+      : channels_(tables.channels), branches_(branches), y_(y) {
+    for (std::vector<F>& v : values_) v.resize(channels_);
+  }
+
+  // To be called before the first pixel of a row.
+  void start_row(const FuseLevel& level, int64_t image, int32_t y) {
+    for (int32_t b = 0; b < level.branches; ++b) {
+      const FuseBranch<F>& branch = branches_[level.branch[b]];
+      const int64_t row_size = branch.map.width * channels_;
+      const T* map = y_ + (branch.map.first_row + image * branch.map.pixels()) * channels_;
+      branch_[b] = &branch;
+      if (!branch.resized()) {
+        row_[b] = map + y * row_size;
+        continue;
+      }
+      const Interpolation<F>& at = branch.y[y];
+      if (static_cast<int64_t>(lines_[b].size()) < row_size) lines_[b].resize(row_size);
+      blend_rows(map + at.first * row_size, map + at.second * row_size, F(1) - at.fraction,
+                 at.fraction, row_size, lines_[b].data());
+    }
+  }
+
+  // Channels of branch b at column x of the row; valid until the next call with the same b.
+  const F* value(int32_t b, int32_t x) {
+    if (branch_[b]->resized()) {
+      const Interpolation<F>& at = branch_[b]->x[x];
+      const F* line = lines_[b].data();
+      blend_rows(line + at.first * channels_, line + at.second * channels_, F(1) - at.fraction,
+                 at.fraction, channels_, values_[b].data());
+    } else if constexpr (std::is_same_v<T, F>) {
+      return row_[b] + x * channels_;
+    } else {
+      const T* row = row_[b] + x * channels_;
+      for (int64_t c = 0; c < channels_; ++c) values_[b][c] = to_compute(row[c]);
+    }
+    return values_[b].data();
+  }
+
+ private:
+  int64_t channels_;
+  const std::vector<FuseBranch<F>>& branches_;
+  const T* y_;
+  const FuseBranch<F>* branch_[kMostBranches] = {};
+  const T* row_[kMostBranches] = {};
+  std::vector<F> lines_[kMostBranches];   // [w, C], blended along y
+  std::vector<F> values_[kMostBranches];  // [C]
+};
+
+}  // namespace dyhead::cpu

@@ -1,0 +1,136 @@
+// Reads the tables of fuse_branches from lists of integers and checks them and the tensors; what
+// both libraries do alike.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../common/fuse_branches.h"
+#include "tensors.h"
+
+namespace dyhead {
+
+namespace detail {
+
+// The map at `values[at]`, which must start at row `first_row` and have at most `most_rows` rows.
+inline MapShape read_next_map(const std::vector<int64_t>& values, size_t at, int64_t images,
+                              int64_t first_row, int64_t most_rows, const char* name) {
+  constexpr int64_t kMostSize = std::numeric_limits<int32_t>::max();
+  const int64_t height = values[at + 1], width = values[at + 2];
+  STD_TORCH_CHECK(values[at] == first_row, "expected ", name, " maps without gaps, got first row ",
+                  values[at], " where ", first_row, " follows");
+  STD_TORCH_CHECK(height >= 0 && width >= 0 && height <= kMostSize && width <= kMostSize &&
+                      (images == 0 || height * width <= most_rows / images),
+                  "expected a ", name, " map of at most ", most_rows, " rows, got ", images,
+                  " images of ", height, "x", width);
+  return {first_row, static_cast<int32_t>(height), static_cast<int32_t>(width)};
+}
+
+}  // namespace detail
+
+// The tables as dyhead_cuda/ops/fuse_branches.py writes them:
+//   maps    first_row, height, width of each branch map
+//   levels  first_row, height, width, count, and `count` branches followed by -1, of each level
+inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& shift,
+                                   const Tensor& coefficients, int64_t images,
+                                   const std::vector<int64_t>& maps,
+                                   const std::vector<int64_t>& levels) {
+  constexpr size_t kMapFields = 3, kLevelFields = 4 + kMostBranches;
+  STD_TORCH_CHECK(
+      !levels.empty() && levels.size() % kLevelFields == 0 && maps.size() % kMapFields == 0,
+      "expected tables of 3 n and 7 n integers, got ", maps.size(), " and ", levels.size());
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(1) > 0, "expected y [S, C] of at least one channel, got ",
+                  shape_string(y));
+  FuseTables t{};
+  t.images = images;
+  t.channels = y.size(1);
+  t.dtype = dtype_of(y);
+  const int64_t map_count = static_cast<int64_t>(maps.size() / kMapFields);
+  const int64_t level_count = static_cast<int64_t>(levels.size() / kLevelFields);
+  const ScalarType compute = compute_type_of(y);
+  check_tensor("y", y, {y.size(0), t.channels}, y.scalar_type(), y);
+  check_tensor("scale", scale, {map_count, images, t.channels}, compute, y);
+  check_tensor("shift", shift, {level_count, images, t.channels}, compute, y);
+  check_tensor("coefficients", coefficients, {level_count, images, 4, t.channels}, compute, y);
+
+  int64_t covered = 0;
+  for (size_t i = 0; i < maps.size(); i += kMapFields) {
+    t.maps.push_back(
+        detail::read_next_map(maps, i, images, covered, y.size(0) - covered, "branch"));
+    covered += images * t.maps.back().pixels();
+  }
+  STD_TORCH_CHECK(covered == y.size(0), "expected branch maps that cover all ", y.size(0),
+                  " rows, got ", covered);
+
+  const int64_t most_rows = std::numeric_limits<int64_t>::max() / 8 / t.channels;
+  std::vector<int> uses(map_count, 0);
+  for (size_t i = 0; i < levels.size(); i += kLevelFields) {
+    FuseLevel level{};
+    level.out =
+        detail::read_next_map(levels, i, images, t.out_rows, most_rows - t.out_rows, "level");
+    t.out_rows += images * level.out.pixels();
+    const int64_t count = levels[i + 3];
+    STD_TORCH_CHECK(count >= 1 && count <= kMostBranches, "expected a level of 1 to ",
+                    kMostBranches, " branches, got ", count);
+    level.branches = static_cast<int32_t>(count);
+    for (int32_t b = 0; b < kMostBranches; ++b) {
+      const int64_t index = levels[i + 4 + b];
+      if (b >= count) {
+        STD_TORCH_CHECK(index == -1, "expected -1 for an unused branch, got ", index);
+        continue;
+      }
+      STD_TORCH_CHECK(index >= 0 && index < map_count, "expected a branch out of ", map_count,
+                      " maps, got ", index);
+      const MapShape& map = t.maps[index];
+      STD_TORCH_CHECK(level.out.pixels() == 0 || map.pixels() > 0,
+                      "expected a branch of pixels "
+                      "for a level of ",
+                      level.out.height, "x", level.out.width, ", got ", map.height, "x", map.width);
+      level.branch[b] = static_cast<int32_t>(index);
+      ++uses[index];
+    }
+    t.levels.push_back(level);
+  }
+  // So that every row of y gets its gradient, and from one level.
+  STD_TORCH_CHECK(std::all_of(uses.begin(), uses.end(), [](int n) { return n == 1; }),
+                  "expected every branch map in exactly one level");
+  return t;
+}
+
+// Checks, allocates and calls run(const FuseBranchesFwdParams&). Returns out.
+template <class Run>
+Tensor fuse_branches_fwd_with(Run&& run, const Tensor& y, const Tensor& scale, const Tensor& shift,
+                              const Tensor& coefficients, int64_t images,
+                              const std::vector<int64_t>& maps,
+                              const std::vector<int64_t>& levels) {
+  const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, maps, levels);
+  Tensor out = torch::stable::new_empty(y, {tables.out_rows, tables.channels});
+  run(FuseBranchesFwdParams{&tables, y.const_data_ptr(), scale.const_data_ptr(),
+                            shift.const_data_ptr(), coefficients.const_data_ptr(),
+                            out.mutable_data_ptr()});
+  return out;
+}
+
+// The same, of FuseBranchesBwdParams. Returns the gradients of y, scale, shift and coefficients.
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd_with(
+    Run&& run, const Tensor& grad_out, const Tensor& y, const Tensor& scale, const Tensor& shift,
+    const Tensor& coefficients, int64_t images, const std::vector<int64_t>& maps,
+    const std::vector<int64_t>& levels) {
+  const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, maps, levels);
+  check_tensor("grad_out", grad_out, {tables.out_rows, tables.channels}, y.scalar_type(), y);
+  Tensor grad_y = torch::stable::empty_like(y);
+  Tensor grad_scale = torch::stable::empty_like(scale);
+  Tensor grad_shift = torch::stable::empty_like(shift);
+  Tensor grad_coefficients = torch::stable::empty_like(coefficients);
+  run(FuseBranchesBwdParams{&tables, grad_out.const_data_ptr(), y.const_data_ptr(),
+                            scale.const_data_ptr(), shift.const_data_ptr(),
+                            coefficients.const_data_ptr(), grad_y.mutable_data_ptr(),
+                            grad_scale.mutable_data_ptr(), grad_shift.mutable_data_ptr(),
+                            grad_coefficients.mutable_data_ptr()});
+  return {grad_y, grad_scale, grad_shift, grad_coefficients};
+}
+
+}  // namespace dyhead

@@ -1,0 +1,279 @@
+"""The head on compiled operators: everything is rows of one matrix, all levels go in one call.
+
+A pyramid is one matrix of rows, level-major, then image, then y and x; each row is a pixel's
+channels. Each function here computes what the one of the same name in :mod:`dyhead_cuda.reference`
+does; arguments have been checked by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyhead_cuda import checks, ops
+from dyhead_cuda.ops.common import compute_dtype
+from dyhead_cuda.ops.deform_conv import CROP, FLAT, SAME, Job, Map, Plan, stack_maps
+from dyhead_cuda.ops.fuse_branches import FusePlan
+from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, halved
+from dyhead_cuda.reference import hsigmoid, median_level
+from dyhead_cuda.reference.operators import no_autocast
+from dyhead_cuda.reference.published import upsample
+
+LOW, MID, HIGH = 0, 1, 2
+Size = tuple[int, int]
+
+# How the high branch reads offset and mask, by the name of the variant.
+READ_RULES = {"flat": (FLAT, FLAT), "crop": (CROP, CROP), "mmdet_main": (FLAT, CROP)}
+
+
+def pack(levels: Sequence[Tensor]) -> Tensor:
+    """Levels [N, C, H_l, W_l] of any strides as one matrix of rows [sum N H_l W_l, C]."""
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels])
+
+
+def unpack_rows(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor]:
+    """Views [N, C, H_l, W_l], channels_last in memory, of a matrix of rows."""
+    parts = rows.split([images * h * w for h, w in sizes])
+    return [
+        part.view(images, h, w, -1).permute(0, 3, 1, 2)
+        for part, (h, w) in zip(parts, sizes, strict=True)
+    ]
+
+
+def predict(levels: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 3x3 convolution that predicts offsets and mask logits, as rows [R, 27]."""
+    dtype = levels[0].dtype
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    maps = [
+        F.conv2d(x, weight, bias, padding=1)
+        if x.numel()
+        else x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
+        for x in levels
+    ]
+    return pack(maps).to(compute_dtype(dtype))
+
+
+class BlockPlan:
+    """Jobs of one published block for given sizes: which map each branch reads, and how."""
+
+    def __init__(self, sizes: tuple[Size, ...], images: int, high_offset: str) -> None:
+        self.sizes = sizes
+        source_sizes = list(sizes)
+        predictions = stack_maps(list(sizes), images)
+        # level, branch, source map, size of the output
+        branches: list[tuple[int, int, int, Size]] = []
+        self.resized: list[tuple[int, Size]] = []  # maps to add to the sources: level, size
+
+        def resized(level: int, size: Size) -> int:
+            self.resized.append((level, size))
+            source_sizes.append(size)
+            return len(source_sizes) - 1
+
+        for level, size in enumerate(sizes):
+            branches.append((level, MID, level, size))
+            if level > 0:
+                fits = halved(sizes[level - 1]) == size
+                doubled = (2 * size[0], 2 * size[1])
+                source = level - 1 if fits else resized(level - 1, doubled)
+                branches.append((level, LOW, source, size))
+            if level + 1 < len(sizes):
+                aligned = high_offset == "aligned"
+                source = resized(level + 1, size) if aligned else level + 1
+                branches.append((level, HIGH, source, size if aligned else sizes[level + 1]))
+        outputs = stack_maps([size for *_, size in branches], images)
+        jobs = []
+        for (level, branch, source, _), out in zip(branches, outputs, strict=True):
+            rules = READ_RULES.get(high_offset, (SAME, SAME)) if branch == HIGH else (SAME, SAME)
+            stride = (2, 2) if branch == LOW else (1, 1)
+            jobs.append(
+                Job(out, predictions[level], [(source, branch)], stride, *rules, sizes[level])
+            )
+        self.deform = Plan(images, stack_maps(source_sizes, images), jobs)
+        self.levels_of = [level for level, *_ in branches]
+        self.branches_of = [branch for _, branch, *_ in branches]
+        self.fuse = FusePlan(
+            images,
+            outputs,
+            [
+                (out, [j for j, level_of in enumerate(self.levels_of) if level_of == level])
+                for level, out in enumerate(predictions)
+            ],
+        )
+
+
+@lru_cache(maxsize=256)
+def block_plan(sizes: tuple[Size, ...], images: int, high_offset: str) -> BlockPlan:
+    return BlockPlan(sizes, images, high_offset)
+
+
+def block_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    up_mean: Tensor,
+    parameters: BlockParameters,
+    levels_of: Sequence[int],
+    branches_of: Sequence[int],
+    *,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the moments of the branches to all that the last pass over the pixels needs.
+
+    Group normalisation, scale gates and averaging are affine per channel once the moments are
+    known, and so is the mean that the dynamic ReLU starts from: no pixel is touched here.
+
+    Args:
+        mean, var, up_mean: [J, N, C], per job: the mean, the biased variance, and the mean after
+            upsampling of the deformable convolution's output.
+        parameters: of the block, in the type of the moments.
+        levels_of, branches_of: level and branch (low, mid, high) of each job.
+        num_groups, eps: of the group normalisation.
+
+    Returns:
+        scale [J, N, C] and shift [L, N, C], with z = sum_j scale_j . y_j + shift_l the gated
+        average, and the dynamic ReLU's coefficients [L, N, 4, C]: a1, b1, a2, b2.
+    """
+    p = parameters
+    jobs, images, channels = mean.shape
+    level_of = torch.as_tensor(levels_of, device=mean.device)
+    branch_of = torch.as_tensor(branches_of, device=mean.device)
+    levels = max(levels_of) + 1
+    branches = (p.low, p.mid, p.high)
+    norm_weight = torch.stack([b.norm_weight for b in branches])[branch_of].unsqueeze(1)
+    norm_bias = torch.stack([b.norm_bias for b in branches])[branch_of].unsqueeze(1)
+
+    # Channels of a group have equally many pixels, so their means and variances combine evenly.
+    grouped = mean.unflatten(2, (num_groups, -1))
+    group_mean = grouped.mean(3, keepdim=True)
+    group_var = var.unflatten(2, (num_groups, -1)).mean(3, keepdim=True)
+    group_var = group_var + (grouped - group_mean).square().mean(3, keepdim=True)
+    rstd = torch.rsqrt(group_var + eps)
+    width = channels // num_groups
+    rstd, group_mean = (
+        t.expand(-1, -1, -1, width).reshape(jobs, images, channels) for t in (rstd, group_mean)
+    )
+    scale = norm_weight * rstd
+    shift = norm_bias - scale * group_mean
+
+    pooled = scale * up_mean + shift
+    gates = hsigmoid(F.relu(pooled @ p.gate_weight + p.gate_bias))  # [J, N]
+    share = torch.bincount(level_of, minlength=levels).to(gates.dtype).reciprocal()
+    weight = (gates * share[level_of].unsqueeze(1)).unsqueeze(2)
+    scale, shift = weight * scale, weight * shift
+    zeros = scale.new_zeros(levels, images, channels)
+    means = zeros.index_add(0, level_of, scale * up_mean + shift)
+    shift = zeros.index_add(0, level_of, shift)
+
+    hidden = F.relu(F.linear(means, p.fc1_weight, p.fc1_bias))
+    t = 2 * hsigmoid(F.linear(hidden, p.fc2_weight, p.fc2_bias)) - 1
+    a1, b1, a2, b2 = t.chunk(4, dim=2)
+    return scale, shift, torch.stack([a1 + 1, b1 / 2, a2, b2 / 2], dim=2)
+
+
+def pyramid_block(
+    features: Sequence[Tensor],
+    parameters: BlockParameters,
+    *,
+    high_offset: HighOffset,
+    num_groups: int,
+    eps: float,
+) -> list[Tensor]:
+    """One published block; see :func:`dyhead_cuda.reference.pyramid_block`."""
+    images = features[0].shape[0]
+    sizes = tuple((x.shape[2], x.shape[3]) for x in features)
+    plan = block_plan(sizes, images, high_offset)
+    with no_autocast(features[0]):
+        rows = pack(features)
+        levels = unpack_rows(rows, sizes, images)
+        predictions = predict(levels, parameters.offset_weight, parameters.offset_bias)
+        if plan.resized:
+            extra = [upsample(levels[level], size) for level, size in plan.resized]
+            rows = torch.cat([rows, pack(extra)])
+        p = parameters.to(compute_dtype(rows.dtype))
+        branches = (p.low, p.mid, p.high)
+        bias = None
+        if p.mid.bias is not None:
+            bias = torch.stack([b.bias for b in branches if b.bias is not None])
+        y, mean, var, up_mean = ops.deform_conv(
+            rows,
+            predictions,
+            torch.stack([b.weight for b in branches]),
+            plan.deform,
+            bias,
+            moments=True,
+        )
+        coefficients = block_coefficients(
+            mean,
+            var,
+            up_mean,
+            p,
+            plan.levels_of,
+            plan.branches_of,
+            num_groups=num_groups,
+            eps=eps,
+        )
+        return unpack_rows(ops.fuse_branches(y, *coefficients, plan.fuse), sizes, images)
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    geometry: checks.DeformConvGeometry,
+) -> Tensor:
+    """See :func:`dyhead_cuda.reference.modulated_deform_conv2d`."""
+    n, channels, height, width = input.shape
+    out = Map(0, *geometry.output)
+    plan = Plan(
+        n,
+        [Map(0, height, width)],
+        [Job(out, out, [(0, 0)], geometry.stride)],
+        geometry.kernel,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+        geometry.deform_groups,
+        mask_logits=False,
+    )
+    if mask is None:
+        mask = offset.new_ones(n, offset.shape[1] // 2, *geometry.output)
+    predictions = pack([torch.cat([offset, mask.to(offset.dtype)], dim=1)])
+    stacked_bias = None if bias is None else bias.unsqueeze(0)
+    y, *_ = ops.deform_conv(pack([input]), predictions, weight.unsqueeze(0), plan, stacked_bias)
+    return unpack_rows(y, [geometry.output], n)[0]
+
+
+def spatial_attention(
+    features: Tensor,
+    weight: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Tensor,
+    targets: str,
+    gates: Tensor | None,
+) -> Tensor:
+    """See :func:`dyhead_cuda.reference.spatial_attention`: the gates fold into the sampling."""
+    n, levels, channels, height, width = features.shape
+    dtype = compute_dtype(features.dtype)
+    chosen = [median_level(levels)] if targets == "median" else list(range(levels))
+    sizes = [(height, width)] * levels
+    with no_autocast(features):
+        rows = features.permute(1, 0, 3, 4, 2).reshape(-1, channels)
+        maps = unpack_rows(rows, sizes, n)
+        if gates is None:
+            gates = features.new_ones(n, levels, dtype=dtype)
+        # conv(gate . F) + bias = gate . conv(F) + bias
+        logits = predict([maps[t] for t in chosen], offset_weight, None).view(len(chosen), n, -1)
+        chosen_gates = gates.to(dtype).t()[chosen].unsqueeze(2)
+        logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)
+        outputs = stack_maps([(height, width)] * len(chosen), n)
+        jobs = [Job(out, out, [(level, level) for level in range(levels)]) for out in outputs]
+        plan = Plan(n, stack_maps(sizes, n), jobs)
+        y, *_ = ops.deform_conv(rows, logits, weight, plan, gates=gates / levels)
+    return y.view(len(chosen), n, height, width, -1).permute(1, 0, 4, 2, 3)

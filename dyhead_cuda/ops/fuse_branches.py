@@ -1,0 +1,123 @@
+"""``dyhead::fuse_branches_fwd`` and ``_bwd``: a block's last step, in one pass over pixels.
+
+Normalisation, gates, upsampling and average are affine per channel once a few sums are known: what
+is left to do with pixels is a scaled sum of the upsampled branches and the dynamic ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyhead_cuda import library
+from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
+from dyhead_cuda.ops.deform_conv import Map
+
+MOST_BRANCHES = 3
+
+
+def fuse_branches(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    coefficients: Tensor,
+    images: int,
+    maps: Sequence[Map],
+    levels: Sequence[tuple[Map, Sequence[int]]],
+) -> Tensor:
+    """max(a1 . z + b1, a2 . z + b2) with z = sum_b scale[b] . upsampled(y_b) + shift.
+
+    Upsampling is bilinear with ``align_corners=True``, from a branch's size to its level's.
+
+    Args:
+        y: [S, C], the rows of all branch maps.
+        scale: [J, N, C], a factor of every branch.
+        shift: [L, N, C].
+        coefficients: [L, N, 4, C] in the order a1, b1, a2, b2. Like scale and shift it may be of
+            any floating type: they are converted to the accumulation type.
+        images: N.
+        maps: the J branch maps, which lie one after the other and cover y.
+        levels: the L output maps, which lie one after the other, each with the indices of its one
+            to three branches. Every branch belongs to one level.
+
+    Returns:
+        Rows [R, C] of all levels, of y's type.
+    """
+    dtype = compute_dtype(y.dtype)
+    return torch.ops.dyhead.fuse_branches_fwd(
+        y.contiguous(),
+        scale.to(dtype).contiguous(),
+        shift.to(dtype).contiguous(),
+        coefficients.to(dtype).contiguous(),
+        images,
+        *fuse_tables(maps, levels),
+    )
+
+
+def fuse_tables(
+    maps: Sequence[Map], levels: Sequence[tuple[Map, Sequence[int]]]
+) -> tuple[list[int], list[int]]:
+    """The operator's integer tables (csrc/host/fuse_branches.h)."""
+    table: list[int] = []
+    for out, branches in levels:
+        unused = [-1] * (MOST_BRANCHES - len(branches))
+        table += [*out.numbers(), len(branches), *branches, *unused]
+    return list(chain.from_iterable(m.numbers() for m in maps)), table
+
+
+def _fake_fwd(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    coefficients: Tensor,
+    images: int,
+    maps: list[int],
+    levels: list[int],
+) -> Tensor:
+    fields = 4 + MOST_BRANCHES
+    rows = sum(images * levels[i + 1] * levels[i + 2] for i in range(0, len(levels), fields))
+    return y.new_empty(rows, y.shape[1])
+
+
+def _fake_bwd(
+    grad_out: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    coefficients: Tensor,
+    images: int,
+    maps: list[int],
+    levels: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(y),
+        torch.empty_like(scale),
+        torch.empty_like(shift),
+        torch.empty_like(coefficients),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.images, ctx.maps, ctx.levels = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    grads = torch.ops.dyhead.fuse_branches_bwd(
+        grad_out.to(tensors[0].dtype).contiguous(), *tensors, ctx.images, ctx.maps, ctx.levels
+    )
+    return (*grads, None, None, None)
+
+
+if library.loaded("cpu"):
+    torch.library.register_fake("dyhead::fuse_branches_fwd", _fake_fwd)
+    torch.library.register_fake("dyhead::fuse_branches_bwd", _fake_bwd)
+    torch.library.register_autograd(
+        "dyhead::fuse_branches_fwd", _backward, setup_context=_setup_context
+    )
+    forbid_second_derivative("fuse_branches_bwd")

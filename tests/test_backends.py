@@ -1,0 +1,179 @@
+"""Which implementation runs: nesting, exceptions, and errors that say why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dyhead_cuda import DynamicReLU, backend, backends, library
+from dyhead_cuda.backends import Backend
+
+
+def on(device: str) -> Tensor:
+    """What `select` looks at, for devices that this machine may not have."""
+    return cast(Tensor, SimpleNamespace(device=torch.device(device)))
+
+
+def state(loaded: bool, reason: str = "", fix: str = "") -> library._State:
+    return library._State(loaded, reason, fix)
+
+
+LOADED = {"cpu": state(True), "cuda": state(True)}
+MISSING = {
+    "cpu": state(False, "it was eaten by the dog", "feed the dog"),
+    "cuda": state(False, "torch is a build without CUDA", "install a CUDA build of torch"),
+}
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, library._State]]:
+    """The libraries' states, to be changed by the test."""
+    changed = dict(library._STATES)
+    monkeypatch.setattr(library, "_STATES", changed)
+    backends._warn_slow_cuda.cache_clear()
+    yield changed
+    backends._warn_slow_cuda.cache_clear()
+
+
+class Spy(TorchDispatchMode):
+    """Counts calls of compiled operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += func.namespace == "dyhead"
+        return func(*args, **(kwargs or {}))
+
+
+def compiled_calls() -> int:
+    with Spy() as spy, torch.no_grad():
+        DynamicReLU(8)(torch.randn(2, 8, 3, 4))
+    return spy.calls
+
+
+def test_auto_is_the_default() -> None:
+    assert backends.current() == "auto"
+
+
+def test_nesting() -> None:
+    with backend("reference"):
+        assert backends.current() == "reference"
+        with backend("cpu"):
+            assert backends.current() == "cpu"
+            with backend("auto"):
+                assert backends.current() == "auto"
+            assert backends.current() == "cpu"
+        assert backends.current() == "reference"
+    assert backends.current() == "auto"
+
+
+def test_an_exception_restores_what_was_before() -> None:
+    with backend("cpu"):
+        with pytest.raises(KeyError), backend("reference"):
+            raise KeyError
+        assert backends.current() == "cpu"
+    assert backends.current() == "auto"
+
+
+def test_one_block_can_be_entered_again() -> None:
+    @backend("reference")
+    def which() -> str:
+        return backends.current()
+
+    assert [which(), backends.current(), which(), backends.current()] == [
+        "reference", "auto", "reference", "auto",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", None])
+def test_unknown_names(name: str) -> None:
+    with (
+        pytest.raises(ValueError, match=r"'auto', 'reference', 'cpu', 'cuda'.*got") as error,
+        backend(cast(Backend, name)),
+    ):
+        raise AssertionError("the block of an unknown backend ran")
+    assert repr(name) in str(error.value)
+    assert backends.current() == "auto"
+
+
+@pytest.mark.skipif(not library.loaded("cpu"), reason="the CPU library is not loaded")
+def test_what_runs_on_the_cpu() -> None:
+    assert compiled_calls() == 1
+    with backend("cpu"):
+        assert compiled_calls() == 1
+    with backend("reference"):
+        assert compiled_calls() == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "mps"])
+def test_the_reference_takes_any_device(device: str, states: dict[str, library._State]) -> None:
+    states.update(LOADED)
+    with backend("reference"):
+        assert backends.select(on(device)) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen"),
+    [
+        ("cpu", "cpu"),
+        ("cuda", "cuda"),
+        ("cuda:1", "cuda"),
+        ("meta", "reference"),
+        ("mps", "reference"),
+    ],
+)
+def test_auto_follows_the_device(
+    device: str, chosen: str, states: dict[str, library._State]
+) -> None:
+    states.update(LOADED)
+    assert backends.select(on(device)) == chosen
+
+
+def test_auto_without_libraries_is_the_reference(
+    states: dict[str, library._State], caplog: pytest.LogCaptureFixture
+) -> None:
+    states.update(MISSING)
+    with caplog.at_level(logging.WARNING, "dyhead_cuda"):
+        assert backends.select(on("cpu")) == "reference"
+        assert caplog.records == []  # the loader has said so once
+        assert [backends.select(on("cuda")) for _ in range(3)] == ["reference"] * 3
+    assert len(caplog.records) == 1
+    assert "without CUDA" in caplog.text
+    assert compiled_calls() == 0
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_missing_library_gives_reason_and_fix(
+    name: Backend, states: dict[str, library._State]
+) -> None:
+    states.update(MISSING)
+    with backend(name), pytest.raises(RuntimeError) as error:
+        backends.select(on(name))
+    assert MISSING[name].reason in str(error.value)
+    assert MISSING[name].fix in str(error.value)
+
+
+def test_cuda_asked_for_where_there_is_none(states: dict[str, library._State]) -> None:
+    # Advice to move the tensors to a GPU would help nobody here.
+    states["cuda"] = MISSING["cuda"]
+    with backend("cuda"), pytest.raises(RuntimeError, match=r"a build without CUDA"):
+        DynamicReLU(8)(torch.randn(2, 8, 3))
+
+
+@pytest.mark.parametrize(("name", "device"), [("cpu", "cuda:0"), ("cuda", "cpu"), ("cpu", "meta")])
+def test_tensors_of_another_device(
+    name: Backend, device: str, states: dict[str, library._State]
+) -> None:
+    states.update(LOADED)
+    message = f'backend "{name}" takes {name} tensors, got one on {device}.*backend\\("auto"\\)'
+    with backend(name), pytest.raises(ValueError, match=message):
+        backends.select(on(device))

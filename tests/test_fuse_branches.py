@@ -1,0 +1,353 @@
+"""``dyhead::fuse_branches`` against its formula in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from dyhead_cuda import library
+from dyhead_cuda.ops.deform_conv import stack_maps
+from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
+from tests.conftest import (
+    TOLERANCE,
+    assert_close,
+    assert_gradients_close,
+    gradients,
+    halving_sizes,
+    leaf,
+)
+
+library.require("cpu")
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Levels, each with its size and the sizes of its branches."""
+
+    levels: tuple[tuple[Size, tuple[Size, ...]], ...]
+    images: int = 2
+    channels: int = 5
+    reversed_maps: bool = False  # whether the branches' maps lie in the opposite order
+    seed: int = 0
+
+    def plan(self) -> dict[str, Any]:
+        """The arguments of the operator that are not tensors."""
+        sizes = list(chain.from_iterable(branches for _, branches in self.levels))
+        order = list(range(len(sizes)))
+        if self.reversed_maps:
+            order.reverse()
+        outs = stack_maps([size for size, _ in self.levels], self.images)
+        levels, used = [], 0
+        for out, (_, branches) in zip(outs, self.levels, strict=True):
+            levels.append((out, [order[used + b] for b in range(len(branches))]))
+            used += len(branches)
+        maps = stack_maps([sizes[i] for i in order], self.images)
+        return {"images": self.images, "maps": maps, "levels": levels}
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        source = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=source, dtype=torch.float64)
+
+        plan = self.plan()
+        n, c = self.images, self.channels
+        rows = sum(n * m.pixels for m in plan["maps"])
+        count = len(self.levels)
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        return [
+            leaf(normal(rows, c), dtype),
+            *(
+                leaf(normal(*shape, c), compute)
+                for shape in ((len(plan["maps"]), n), (count, n), (count, n, 4))
+            ),
+        ]
+
+    def run(self, tensors: list[Tensor]) -> Tensor:
+        return fuse_branches(*tensors, **self.plan())
+
+    def reference(self, tensors: list[Tensor]) -> Tensor:
+        """The same in float64, with autograd."""
+        y, scale, shift, coefficients = (t.double() for t in tensors)
+        plan = self.plan()
+        results = [y.new_empty(0, self.channels)]
+        for level, (out, branches) in enumerate(plan["levels"]):
+            size, z = (out.height, out.width), shift[level][:, None, None]
+            if out.pixels == 0:
+                continue
+            for j in branches:
+                branch = plan["maps"][j]
+                rows = y[branch.first_row :][: self.images * branch.pixels]
+                values = rows.view(self.images, branch.height, branch.width, self.channels)
+                if self.images == 0:
+                    values = values.new_empty(0, *size, self.channels)
+                elif (branch.height, branch.width) != size:
+                    values = interpolate(
+                        values.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True
+                    ).permute(0, 2, 3, 1)
+                z = z + scale[j][:, None, None] * values
+            a1, b1, a2, b2 = coefficients[level][:, :, None, None].unbind(1)
+            results.append(torch.maximum(a1 * z + b1, a2 * z + b2).reshape(-1, self.channels))
+        return torch.cat(results)
+
+
+def block_case(sizes: list[Size], *, aligned: bool = False, **options: Any) -> Case:
+    """The branches of the published block: mid, low, and high, which is of the coarser size."""
+    levels = []
+    for i, size in enumerate(sizes):
+        high = sizes[i + 1 : i + 2]
+        low = [size] if i > 0 else []
+        levels.append((size, (size, *low, *([size] if aligned and high else high))))
+    return Case(tuple(levels), **options)
+
+
+CASES = {
+    "one level": block_case([(5, 7)]),
+    "two levels": block_case(halving_sizes(9, 6, 2)),
+    "three levels, odd": block_case(halving_sizes(13, 21, 3)),
+    "five levels": block_case(halving_sizes(25, 42, 5), images=1),
+    "five levels to 1x1": block_case(halving_sizes(11, 16, 5), images=3),
+    "aligned": block_case(halving_sizes(9, 14, 3), aligned=True),
+    "one channel": block_case(halving_sizes(9, 14, 3), channels=1),
+    "many channels": block_case(halving_sizes(9, 14, 3), channels=67),
+    "reversed maps": block_case(halving_sizes(9, 14, 3), reversed_maps=True),
+    "rows wider than a task": block_case([(3, 150), (2, 75)]),
+    "from and to 1x1": Case((((1, 1), ((3, 4), (1, 1), (1, 3))), ((4, 3), ((1, 1), (4, 1))))),
+    "three upsampled": Case((((9, 8), ((5, 4), (2, 8), (9, 3))),)),
+    "smaller levels": Case((((4, 5), ((9, 11), (4, 17), (13, 5))),)),
+}
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
+RANDOM_CASES = st.builds(
+    Case,
+    levels=st.lists(
+        st.tuples(sizes, st.lists(sizes, min_size=1, max_size=3).map(tuple)),
+        min_size=1,
+        max_size=5,
+    ).map(tuple),
+    images=st.integers(0, 3),
+    channels=st.integers(1, 40),
+    reversed_maps=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    tensors = case.tensors(dtype)
+    exact = [leaf(t, torch.float64) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, dtype)
+    assert_gradients_close(
+        gradients(actual, tensors, dtype), gradients(expected, exact, dtype), dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_formula_with_all_gradients(name: str, dtype: torch.dtype) -> None:
+    check(CASES[name], dtype)
+
+
+@given(RANDOM_CASES)
+@example(Case((((7, 5), ((4, 3), (7, 5))),), images=0))
+def test_random_cases(case: Case) -> None:
+    check(case, torch.float64)
+
+
+def test_a_large_map_keeps_the_precision_of_float32() -> None:
+    check(block_case(halving_sizes(100, 168, 2), images=1, channels=16), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["three levels, odd", "from and to 1x1", "smaller levels"])
+def test_gradcheck(name: str) -> None:
+    case = replace(CASES[name], levels=CASES[name].levels[-2:], images=2, channels=2)
+    assert torch.autograd.gradcheck(lambda *tensors: case.run(list(tensors)), case.tensors())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("images", [0, 2])
+def test_opcheck(dtype: torch.dtype, images: int) -> None:
+    case = replace(CASES["two levels"], images=images)
+    plan = case.plan()
+    tables = (images, *fuse_tables(plan["maps"], plan["levels"]))
+    tensors = case.tensors(dtype)
+    torch.library.opcheck(torch.ops.dyhead.fuse_branches_fwd, (*tensors, *tables))
+    plain = [t.detach() for t in tensors]
+    grad_out = torch.randn_like(case.run(plain))
+    torch.library.opcheck(torch.ops.dyhead.fuse_branches_bwd, (grad_out, *plain, *tables))
+
+
+def test_a_tie_is_split() -> None:
+    case = block_case(halving_sizes(3, 4, 2))
+    tensors = case.tensors()
+    with torch.no_grad():
+        tensors[3][:, :, 2:] = tensors[3][:, :, :2]
+    exact = [leaf(t) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert_close(actual, expected)
+    grads = gradients(actual, tensors)
+    assert_gradients_close(grads, gradients(expected, exact))
+    assert torch.equal(grads[3][:, :, :2], grads[3][:, :, 2:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nan_passes_through(dtype: torch.dtype) -> None:
+    case = block_case(halving_sizes(9, 14, 2), channels=20)
+    tensors = case.tensors(dtype)
+    with torch.no_grad():
+        tensors[0][::11, 3], tensors[0][5, 7:] = math.nan, math.inf
+    expected = case.reference(tensors)
+    actual = case.run(tensors)
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    for value in (math.inf, -math.inf):
+        assert torch.equal(actual == value, expected == value)
+
+
+@pytest.mark.parametrize("empty", [(0, 4), (4, 0), (0, 0)])
+def test_levels_without_pixels(empty: Size) -> None:
+    full: tuple[Size, tuple[Size, ...]] = ((5, 4), ((5, 4), (3, 2)))
+    case = Case((full, (empty, (empty, (3, 2))), full))
+    tensors = case.tensors()
+    exact = [leaf(t) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert_close(actual, expected)
+    grads = gradients(actual, tensors)
+    assert_gradients_close(grads, gradients(expected, exact))
+    unread = case.plan()["maps"][3]
+    assert (grads[0][unread.first_row :][: 2 * unread.pixels] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_threads_and_runs_give_the_same_bits(dtype: torch.dtype, threads: None) -> None:
+    case = block_case(halving_sizes(50, 84, 4), channels=19)
+    first = None
+    for count in (1, 2, 7, 7):
+        torch.set_num_threads(count)
+        tensors = case.tensors(dtype)
+        out = case.run(tensors)
+        results = [out, *gradients(out, tensors)]
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+def test_strided_arguments_and_another_parameter_type() -> None:
+    case = CASES["two levels"]
+    tensors = case.tensors(torch.float32)
+    expected = case.run(tensors)
+    strange = [
+        leaf(t, torch.float32 if i == 0 else torch.float64).mT.contiguous().mT
+        for i, t in enumerate(tensors)
+    ]
+    assert not any(t.is_contiguous() for t in strange)
+    actual = case.run(strange)
+    assert torch.equal(actual, expected)
+    cotangent = torch.randn(expected.mT.shape).mT
+    actual_grads = torch.autograd.grad(actual, strange, cotangent)
+    expected_grads = torch.autograd.grad(expected, tensors, cotangent.contiguous())
+    assert [g.dtype for g in actual_grads] == [torch.float32, *[torch.float64] * 3]
+    assert all(torch.equal(a, b) for a, b in zip(actual_grads, expected_grads, strict=True))
+
+
+def test_a_second_derivative_raises() -> None:
+    case = CASES["one level"]
+    tensors = case.tensors()
+    (grad,) = torch.autograd.grad(case.run(tensors).sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable again"):
+        grad.sum().backward()
+
+
+# Map tables of three branches of 2x3, 1x2 and 2x3 pixels, and of two levels of 2x3.
+MAPS = [0, 2, 3, 12, 1, 2, 16, 2, 3]
+LEVELS = [0, 2, 3, 2, 0, 1, -1, 12, 2, 3, 1, 2, -1, -1]
+HUGE = 2**31 - 1
+BAD_TABLES = {
+    "no levels": (MAPS, [], "tables of 3 n and 7 n"),
+    "a level cut off": (MAPS, LEVELS[:-1], "tables of 3 n and 7 n"),
+    "a map cut off": (MAPS[:-1], LEVELS, "tables of 3 n and 7 n"),
+    "a map too few": (MAPS[:-3], LEVELS, "expected scale"),
+    "a level too few": (MAPS, LEVELS[:7], "expected shift"),
+    "a gap between maps": ([*MAPS[:3], 13, *MAPS[4:]], LEVELS, "branch maps without gaps"),
+    "a gap between levels": (MAPS, [*LEVELS[:7], 13, *LEVELS[8:]], "level maps without gaps"),
+    "rows left over": ([*MAPS[:-1], 2], LEVELS, "cover all 28 rows"),
+    "too many rows": ([*MAPS[:-1], 4], LEVELS, "at most 12 rows"),
+    "a negative size": ([*MAPS[:-2], -2, -3], LEVELS, "at most 12 rows"),
+    "a size that overflows": ([*MAPS[:-2], HUGE, HUGE], LEVELS, "at most 12 rows"),
+    "a size beyond 32 bits": ([*MAPS[:-2], 2**32 + 2, 3], LEVELS, "at most 12 rows"),
+    "a level that overflows": (MAPS, [0, HUGE, HUGE, *LEVELS[3:]], "a level map of at most"),
+    "no branches": (MAPS, [*LEVELS[:10], 0, -1, *LEVELS[12:]], "1 to 3 branches, got 0"),
+    "four branches": (MAPS, [*LEVELS[:10], 4, *LEVELS[11:]], "1 to 3 branches, got 4"),
+    "a branch too many": (MAPS, [*LEVELS[:12], 1, -1], "-1 for an unused branch, got 1"),
+    "an unknown branch": (MAPS, [*LEVELS[:11], 3, -1, -1], "out of 3 maps, got 3"),
+    "a negative branch": (MAPS, [*LEVELS[:11], -1, -1, -1], "out of 3 maps, got -1"),
+    "a branch used twice": (MAPS, [*LEVELS[:11], 1, -1, -1], "in exactly one level"),
+    "a branch without pixels": (
+        [0, 2, 3, 12, 0, 2, 12, 4, 2],
+        LEVELS,
+        "branch of pixels for a level of 2x3",
+    ),
+}  # fmt: skip
+
+
+def bad_call(*tensors: Tensor, images: int = 2, maps: list[int] = MAPS) -> None:
+    torch.ops.dyhead.fuse_branches_fwd(*tensors, images, maps, LEVELS)
+
+
+def good_tensors() -> list[Tensor]:
+    return [
+        torch.randn(28, 4),
+        torch.randn(3, 2, 4),
+        torch.randn(2, 2, 4),
+        torch.randn(2, 2, 4, 4),
+    ]
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_tables_raise(name: str) -> None:
+    maps, levels, message = BAD_TABLES[name]
+    tensors = good_tensors()
+    out = torch.ops.dyhead.fuse_branches_fwd(*tensors, 2, MAPS, LEVELS)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dyhead.fuse_branches_fwd(*tensors, 2, maps, levels)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dyhead.fuse_branches_bwd(out, *tensors, 2, maps, levels)
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_bad_tensors_raise(position: int) -> None:
+    names = ("y", "scale", "shift", "coefficients")
+    tensors = good_tensors()
+    good = tensors[position]
+    for bad in (good.unsqueeze(0), good.double(), good.mT.contiguous().mT):
+        tensors[position] = bad
+        with pytest.raises(RuntimeError, match=r"expected .*(y|scale|shift|coefficients) ?"):
+            bad_call(*tensors)
+    tensors[position] = good[..., :3].contiguous()
+    with pytest.raises(
+        RuntimeError, match=f"expected {'scale' if position == 0 else names[position]}"
+    ):
+        bad_call(*tensors)
+
+
+def test_a_bad_number_of_images_or_gradient_raises() -> None:
+    tensors = good_tensors()
+    for images in (-1, 0, 1, 3):
+        with pytest.raises(RuntimeError, match="expected scale"):
+            bad_call(*tensors, images=images)
+    for bad in (torch.randn(23, 4), torch.randn(24, 3), torch.randn(24, 4).double()):
+        with pytest.raises(RuntimeError, match="expected grad_out"):
+            torch.ops.dyhead.fuse_branches_bwd(bad, *tensors, 2, MAPS, LEVELS)
+    with pytest.raises(RuntimeError, match="at least one channel"):
+        bad_call(*(t[..., :0] for t in tensors))
