@@ -25,4 +25,13 @@ STABLE_TORCH_LIBRARY(dyhead, m) {
       "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor weights, Tensor? gates, "
       "Tensor out, Tensor mean, int[] geometry, int[] sources, int[] terms, int[] jobs, "
       "bool mask_logits, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Upsampled branches, scaled and added, through the dynamic ReLU (csrc/common/fuse_branches.h).
+  m.def(
+      "fuse_branches_fwd(Tensor y, Tensor scale, Tensor shift, Tensor coefficients, int images, "
+      "int[] maps, int[] levels) -> Tensor");
+  // Returns the gradients of y, scale, shift and coefficients.
+  m.def(
+      "fuse_branches_bwd(Tensor grad_out, Tensor y, Tensor scale, Tensor shift, "
+      "Tensor coefficients, int images, int[] maps, int[] levels) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }

@@ -64,12 +64,12 @@ def select(x: Tensor) -> Literal["reference", "cpu", "cuda"]:
         if device == "cuda":
             _warn_slow_cuda()
         return "reference"
+    library.require(_requested)
     if device != _requested:
         raise ValueError(
             f'backend "{_requested}" takes {_requested} tensors, got one on {x.device}; move the '
             'features and the module there, or use backend("auto")'
         )
-    library.require(_requested)
     return cast(Literal["cpu", "cuda"], _requested)
 
 

@@ -209,7 +209,9 @@ def pyramid(features: Sequence[Tensor], in_channels: int, high_offset: str) -> N
             )
 
 
-def block_parameters(parameters: BlockParameters, num_groups: int) -> tuple[int, int]:
+def block_parameters(
+    parameters: BlockParameters, num_groups: int, features: Sequence[Tensor] = ()
+) -> tuple[int, int]:
     """Return (in_channels, out_channels); raise ValueError upon parameters that do not fit."""
     weight = parameters.mid.weight
     out_channels, in_channels = weight.shape[:2]
@@ -235,6 +237,8 @@ def block_parameters(parameters: BlockParameters, num_groups: int) -> tuple[int,
                 f"expected {name} of shape {list(shape)} (from mid.weight {list(weight.shape)}), "
                 f"got {list(tensor.shape)}"
             )
+    if len(features) > 0:
+        _same_kind(features[0], **{name: tensor for name, (tensor, _) in expected.items()})
     if num_groups < 1 or out_channels % num_groups:
         raise ValueError(
             f"expected out_channels divisible by num_groups, got {out_channels} channels and "

@@ -1,7 +1,10 @@
 """The public operators: each checks its arguments, then runs on the backend in force.
 
-Under the backend "reference" each is the function of the same name in
-:mod:`dyhead_cuda.reference`, where the formulas, shapes and sources are given in full.
+On the backend "reference" each is the function of the same name in :mod:`dyhead_cuda.reference`,
+where arguments, formulas and sources are given in full. On the others it runs compiled kernels on
+rows of channels: channels_last inputs are read in place, others are copied once, and results are
+channels_last. The backward of the compiled kernels is not differentiable again: use the reference
+for second derivatives.
 """
 
 from __future__ import annotations
@@ -10,14 +13,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dyhead_cuda import checks, ops, reference
+from dyhead_cuda import checks, fused, ops, reference
 from dyhead_cuda.backends import select
 from dyhead_cuda.pyramid import BlockParameters, HighOffset
 from dyhead_cuda.reference import Activation, Targets, UnifiedParameters
-from dyhead_cuda.reference import modulated_deform_conv2d as modulated_deform_conv2d
 from dyhead_cuda.reference import scale_attention as scale_attention
 from dyhead_cuda.reference import scale_gates as scale_gates
-from dyhead_cuda.reference import spatial_attention as spatial_attention
 from dyhead_cuda.reference import stack_pyramid as stack_pyramid
 
 __all__ = [
@@ -33,6 +34,27 @@ __all__ = [
 ]
 
 
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """DCNv2; see :func:`dyhead_cuda.reference.modulated_deform_conv2d`."""
+    geometry = checks.deform_conv_geometry(
+        input, offset, weight, bias, stride, padding, dilation, mask
+    )
+    if select(input) == "reference":
+        return reference.modulated_deform_conv2d(
+            input, offset, weight, bias, stride, padding, dilation, mask
+        )
+    return fused.modulated_deform_conv2d(input, offset, weight, bias, mask, geometry)
+
+
 def dynamic_relu(
     x: Tensor,
     fc1_weight: Tensor,
@@ -42,21 +64,37 @@ def dynamic_relu(
     *,
     activation: Activation = "hsigmoid",
 ) -> Tensor:
-    """Task-aware attention max(a1 . x + b1, a2 . x + b2) in one kernel.
-
-    The arguments are those of :func:`dyhead_cuda.reference.dynamic_relu`. The compiled kernels work
-    on rows of channels: a channels_last (or [N, C]) ``x`` is read in place, others are copied once;
-    the result is channels_last. Their backward is not differentiable again: for double backward use
-    the reference.
-    """
+    """Task-aware attention in one kernel; see :func:`dyhead_cuda.reference.dynamic_relu`."""
     checks.dynamic_relu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     if select(x) == "reference" or x.numel() == 0:
         return reference.dynamic_relu(
             x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
         )
     rows = x.flatten(2).transpose(1, 2) if x.dim() > 2 else x.unsqueeze(1)  # [N, P, C]
-    out = ops.dynamic_relu(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation)
+    out = ops.dynamic_relu(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     return out.transpose(1, 2).reshape(x.shape) if x.dim() > 2 else out.squeeze(1)
+
+
+def spatial_attention(
+    features: Tensor,
+    weight: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Tensor,
+    *,
+    targets: Targets = "all",
+    gates: Tensor | None = None,
+) -> Tensor:
+    """Deformable aggregation over levels; see :func:`dyhead_cuda.reference.spatial_attention`.
+
+    The compiled form folds the gates into the sampling and the sum over levels and taps into one
+    product: nothing of the size of L times the features is made.
+    """
+    checks.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
+    if select(features) == "reference":
+        return reference.spatial_attention(
+            features, weight, offset_weight, offset_bias, targets=targets, gates=gates
+        )
+    return fused.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
 
 
 def task_attention(
@@ -68,10 +106,7 @@ def task_attention(
     *,
     activation: Activation = "sigmoid",
 ) -> Tensor:
-    """Dynamic ReLU of [N, L, C, H, W] with the average over L x S.
-
-    The arguments are those of :func:`dyhead_cuda.reference.task_attention`.
-    """
+    """Dynamic ReLU over levels and space; see :func:`dyhead_cuda.reference.task_attention`."""
     checks.unified_features(features)
     by_channel = features.transpose(1, 2)
     out = dynamic_relu(
@@ -88,24 +123,19 @@ def pyramid_block(
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[Tensor]:
-    """One block of the published head on a pyramid, finest level first.
-
-    The arguments are those of :func:`dyhead_cuda.reference.pyramid_block`.
-    """
-    combined = reference.combine_branches(
+    """One block of the published head; see :func:`dyhead_cuda.reference.pyramid_block`."""
+    in_channels, _ = checks.block_parameters(parameters, num_groups, features)
+    checks.pyramid(features, in_channels, high_offset)
+    block = reference if select(features[0]) == "reference" else fused
+    return block.pyramid_block(
         features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
     )
-    dtype = features[0].dtype
-    return [dynamic_relu(x, *parameters.task).to(dtype) for x in combined]
 
 
 def unified_block(
     features: Tensor, parameters: UnifiedParameters, targets: Targets = "all"
 ) -> Tensor:
-    """W(F) = pi_C(pi_S(pi_L(F) . F) . F) . F, one block of the paper's form.
-
-    The arguments are those of :func:`dyhead_cuda.reference.unified_block`.
-    """
+    """One block of the paper's form; see :func:`dyhead_cuda.reference.unified_block`."""
     p = parameters
     gates = scale_gates(features, p.scale_weight, p.scale_bias)
     features = spatial_attention(

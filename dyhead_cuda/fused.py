@@ -17,7 +17,6 @@ from torch import Tensor
 from dyhead_cuda import checks, ops
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import CROP, FLAT, SAME, Job, Map, Plan, stack_maps
-from dyhead_cuda.ops.fuse_branches import FusePlan
 from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, halved
 from dyhead_cuda.reference import hsigmoid, median_level
 from dyhead_cuda.reference.operators import no_autocast
@@ -96,14 +95,11 @@ class BlockPlan:
         self.deform = Plan(images, stack_maps(source_sizes, images), jobs)
         self.levels_of = [level for level, *_ in branches]
         self.branches_of = [branch for _, branch, *_ in branches]
-        self.fuse = FusePlan(
-            images,
-            outputs,
-            [
-                (out, [j for j, level_of in enumerate(self.levels_of) if level_of == level])
-                for level, out in enumerate(predictions)
-            ],
-        )
+        self.levels = [
+            (out, [j for j, level_of in enumerate(self.levels_of) if level_of == level])
+            for level, out in enumerate(predictions)
+        ]
+        self.branches = outputs
 
 
 @lru_cache(maxsize=256)
@@ -116,8 +112,8 @@ def block_coefficients(
     var: Tensor,
     up_mean: Tensor,
     parameters: BlockParameters,
-    levels_of: Sequence[int],
-    branches_of: Sequence[int],
+    levels_of: list[int],
+    branches_of: list[int],
     *,
     num_groups: int,
     eps: float,
@@ -162,8 +158,8 @@ def block_coefficients(
 
     pooled = scale * up_mean + shift
     gates = hsigmoid(F.relu(pooled @ p.gate_weight + p.gate_bias))  # [J, N]
-    share = torch.bincount(level_of, minlength=levels).to(gates.dtype).reciprocal()
-    weight = (gates * share[level_of].unsqueeze(1)).unsqueeze(2)
+    share = gates.new_tensor([1 / levels_of.count(level) for level in levels_of])
+    weight = (gates * share.unsqueeze(1)).unsqueeze(2)
     scale, shift = weight * scale, weight * shift
     zeros = scale.new_zeros(levels, images, channels)
     means = zeros.index_add(0, level_of, scale * up_mean + shift)
@@ -217,7 +213,8 @@ def pyramid_block(
             num_groups=num_groups,
             eps=eps,
         )
-        return unpack_rows(ops.fuse_branches(y, *coefficients, plan.fuse), sizes, images)
+        out = ops.fuse_branches(y, *coefficients, images, plan.branches, plan.levels)
+        return unpack_rows(out, sizes, images)
 
 
 def modulated_deform_conv2d(
@@ -229,7 +226,7 @@ def modulated_deform_conv2d(
     geometry: checks.DeformConvGeometry,
 ) -> Tensor:
     """See :func:`dyhead_cuda.reference.modulated_deform_conv2d`."""
-    n, channels, height, width = input.shape
+    n, _, height, width = input.shape
     out = Map(0, *geometry.output)
     plan = Plan(
         n,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -88,7 +89,10 @@ def repack(features: Features, levels: Sequence[Tensor]) -> Features:
     """``levels`` in a container like ``features``: the same keys, or the same kind of sequence."""
     packed: Any
     if isinstance(features, dict):
-        packed = type(features)(zip(features.keys(), levels, strict=True))
+        packed = copy.copy(features)  # keeps what a subclass has beside its keys
+        packed.update(zip(features.keys(), levels, strict=True))
+    elif isinstance(features, Mapping):
+        packed = dict(zip(features.keys(), levels, strict=True))
     elif hasattr(features, "_fields"):
         packed = type(features)(*levels)
     else:

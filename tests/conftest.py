@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import hypothesis
@@ -76,18 +77,21 @@ def assert_close(
 
 
 def assert_gradients_close(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype = torch.float64
+    actual: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    dtype: torch.dtype = torch.float64,
+    floor: float = 1e-3,
 ) -> None:
-    """Each within twice the tolerance of its own norm, or of 1e-3 of the largest gradient's norm.
+    """Each within twice the tolerance of its own norm, or of ``floor`` times the largest norm.
 
-    The second is for gradients that cancel: that of a bias before a normalisation, for one.
+    The second is for gradients whose terms cancel: that of a bias before a normalisation, for one.
     """
     largest = max(float(g.double().norm()) for g in expected)
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert a.shape == b.shape, f"gradient {i}: expected {b.shape}, got {a.shape}"
-        error = float((a.double() - b.double()).norm())
-        size = max(float(b.double().norm()), 1e-3 * largest)
-        assert error <= 2 * TOLERANCE[dtype] * size, f"gradient {i}: error {error / size:.3g}"
+        difference = float((a.double() - b.double()).norm())
+        error = difference / max(float(b.double().norm()), floor * largest)
+        assert error <= 2 * TOLERANCE[dtype], f"gradient {i}: relative L2 error {error:.3g}"
 
 
 def leaf(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -197,3 +201,31 @@ def rebuild_parameters(like: BlockParameters, tensors: Sequence[Tensor]) -> Bloc
         return None if value is None else next(rest)
 
     return BlockParameters(*map(take, like))  # type: ignore[arg-type]
+
+
+def random_relu_inputs(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float64,
+    *,
+    hidden: int | None = None,
+    parameter_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """x of ``shape`` and the four parameters of a dynamic ReLU, with some gates saturated."""
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=source, dtype=torch.float64)
+
+    channels = shape[1]
+    hidden = hidden or max(1, channels // 4)
+    mean = normal(shape[0], channels).view(shape[0], channels, *[1] * (len(shape) - 2))
+    values = [
+        normal(*shape) + 0.5 * mean,
+        normal(hidden, channels) / math.sqrt(channels),
+        normal(hidden) + 0.5,
+        normal(4 * channels, hidden) / math.sqrt(hidden),
+        2 * normal(4 * channels),
+    ]
+    kinds = [dtype] + [parameter_dtype or dtype] * 4
+    return [leaf(value, kind) for value, kind in zip(values, kinds, strict=True)]

@@ -147,3 +147,23 @@ def test_cuda_without_a_gpu_is_a_usage_error(capsys: pytest.CaptureFixture[str])
         dynamic_relu.main(["--quick", "--device", "cuda"])
     assert ended.value.code == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        dynamic_relu.main(["--quick", "--json", str(tmp_path / "missing" / "result.json")])
+    assert ended.value.code == 2
+    assert "existing directory" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_quick_run_on_a_gpu(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    assert dynamic_relu.main(["--quick", "--device", "cuda", "--json", str(target)]) == 0
+    record = json.loads(target.read_text())
+    assert record["device"] == "cuda"
+    assert {row["dtype"] for row in record["results"]} == {"float32", "bfloat16"}
+    assert all(row["median_s"] > 0 for row in record["results"])

@@ -143,11 +143,12 @@ def test_dynamic_relu_devices_and_types(module: Any, name: str) -> None:
 
 
 def replaced(parameters: BlockParameters, name: str, tensor: Tensor) -> BlockParameters:
-    if "." not in name:
-        return parameters._replace(**{name: tensor})
-    branch, field = name.split(".")
-    old: BranchParameters = getattr(parameters, branch)
-    return parameters._replace(**{branch: old._replace(**{field: tensor})})
+    value: Any = tensor
+    if "." in name:
+        name, field = name.split(".")
+        branch: BranchParameters = getattr(parameters, name)
+        value = branch._replace(**{field: value})
+    return parameters._replace(**{name: value})
 
 
 @both

@@ -283,6 +283,16 @@ def test_cuda_without_a_gpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "needs a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_demo_on_a_gpu(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--size", "200", "--device", "cuda", "--dtype", dtype]
+    assert run_demo(tmp_path, *options) == 0
+    assert torch.cuda.get_device_name() in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("option", ["--size=9", "--size=big", "--blocks=0", "--seed=-1"])
 def test_numbers_out_of_range_are_usage_errors(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import DynamicReLU, backend, functional, library, reference
 from dyhead_cuda.reference import Activation
-from tests.conftest import TOLERANCE, assert_close, gradients, leaf
+from tests.conftest import (
+    TOLERANCE,
+    assert_close,
+    assert_gradients_close,
+    gradients,
+    leaf,
+    random_relu_inputs,
+)
 
 pytestmark = pytest.mark.skipif(
     not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
@@ -22,38 +29,6 @@ pytestmark = pytest.mark.skipif(
 
 activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def random_inputs(
-    shape: Sequence[int],
-    dtype: torch.dtype = torch.float64,
-    *,
-    hidden: int | None = None,
-    parameter_dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> list[Tensor]:
-    """x and the four parameters, with gates on both sides of their corners."""
-    source = torch.Generator().manual_seed(seed)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=source, dtype=torch.float64)
-
-    channels = shape[1]
-    hidden = hidden or max(1, channels // 4)
-    mean = normal(shape[0], channels).view(shape[0], channels, *[1] * (len(shape) - 2))
-    values = [
-        normal(*shape) + 0.5 * mean,
-        normal(hidden, channels) / math.sqrt(channels),
-        normal(hidden) + 0.5,
-        normal(4 * channels, hidden) / math.sqrt(hidden),
-        2 * normal(4 * channels),
-    ]
-    kinds = [dtype] + [parameter_dtype or dtype] * 4
-    return [leaf(value, kind) for value, kind in zip(values, kinds, strict=True)]
 
 
 def run(inputs: Sequence[Tensor], activation: str = "hsigmoid") -> Tensor:
@@ -75,7 +50,8 @@ def check(inputs: Sequence[Tensor], activation: str) -> None:
     assert_close(actual, expected, dtype)
     grads = gradients(actual, inputs, dtype)
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
-    assert_close(grads, gradients(expected, precise, dtype), dtype, factor=2)
+    # Sums over pixels of both signs: a single one of them may cancel to nearly nothing.
+    assert_gradients_close(grads, gradients(expected, precise, dtype), dtype, floor=0.1)
 
 
 # --- against the reference ------------------------------------------------------------------------
@@ -85,7 +61,7 @@ def check(inputs: Sequence[Tensor], activation: str) -> None:
 @activations
 @pytest.mark.parametrize("channels", [1, 3, 37, 64, 260])
 def test_channels(channels: int, activation: str, dtype: torch.dtype) -> None:
-    check(random_inputs((2, channels, 5, 7), dtype), activation)
+    check(random_relu_inputs((2, channels, 5, 7), dtype), activation)
 
 
 @dtypes
@@ -93,10 +69,10 @@ def test_channels(channels: int, activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("pixels", [1, 2, 255, 256, 257, 511, 512, 513, 2000])
 def test_pixels(pixels: int, activation: str, dtype: torch.dtype) -> None:
     # 256 rows are one task, so that is where sums are split.
-    check(random_inputs((2, 5, pixels), dtype, seed=pixels), activation)
+    check(random_relu_inputs((2, 5, pixels), dtype, seed=pixels), activation)
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     batch=st.integers(1, 4),
     channels=st.integers(1, 70),
@@ -117,18 +93,19 @@ def test_random_sizes(
     activation: str,
     seed: int,
 ) -> None:
-    check(random_inputs((batch, channels, pixels), dtype, hidden=hidden, seed=seed), activation)
+    inputs = random_relu_inputs((batch, channels, pixels), dtype, hidden=hidden, seed=seed)
+    check(inputs, activation)
 
 
 @pytest.mark.parametrize("trailing", [(), (6,), (3, 4), (2, 3, 4)])
 @activations
 def test_any_number_of_dimensions(trailing: tuple[int, ...], activation: str) -> None:
-    check(random_inputs((3, 8, *trailing)), activation)
+    check(random_relu_inputs((3, 8, *trailing)), activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_mean_far_from_zero_is_summed_precisely(dtype: torch.dtype) -> None:
-    inputs = random_inputs((2, 8, 5000), dtype)
+    inputs = random_relu_inputs((2, 8, 5000), dtype)
     with torch.no_grad():
         inputs[0] += 30
         inputs[1] /= 30
@@ -138,7 +115,7 @@ def test_a_mean_far_from_zero_is_summed_precisely(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("parameter_dtype", TOLERANCE)
 @dtypes
 def test_parameters_of_another_type(dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
-    inputs = random_inputs((2, 12, 9), dtype, parameter_dtype=parameter_dtype)
+    inputs = random_relu_inputs((2, 12, 9), dtype, parameter_dtype=parameter_dtype)
     out = run(inputs)
     grads = gradients(out, inputs, dtype)
     assert out.dtype == grads[0].dtype == dtype
@@ -187,7 +164,7 @@ def test_results_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(0, 8, 3, 4), (0, 8), (2, 8, 0, 4), (2, 8, 3, 0), (0, 8, 0)])
 @pytest.mark.parametrize("name", ["cpu", "reference", "auto"])
 def test_empty_inputs(shape: tuple[int, ...], name: str) -> None:
-    inputs = random_inputs(shape)
+    inputs = random_relu_inputs(shape)
     with backend(name):  # type: ignore[arg-type]
         out = functional.dynamic_relu(*inputs)
     assert out.shape == shape
@@ -223,7 +200,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_layout_does_not_matter(layout: str, dtype: torch.dtype) -> None:
-    inputs = random_inputs((3, 6, 4, 5), dtype)
+    inputs = random_relu_inputs((3, 6, 4, 5), dtype)
     strange = LAYOUTS[layout](inputs[0].detach()).requires_grad_()
     assert not strange.is_contiguous()
     assert torch.equal(strange, inputs[0])
@@ -236,7 +213,7 @@ def test_layout_does_not_matter(layout: str, dtype: torch.dtype) -> None:
 
 
 def test_expanded_inputs_and_cotangents() -> None:
-    inputs = random_inputs((1, 6, 4, 5))
+    inputs = random_relu_inputs((1, 6, 4, 5))
     wide = [inputs[0].expand(3, -1, -1, -1), *inputs[1:]]
     precise = exact(inputs)
     expected = reference.dynamic_relu(precise[0].expand(3, -1, -1, -1), *precise[1:])
@@ -246,7 +223,7 @@ def test_expanded_inputs_and_cotangents() -> None:
 
 
 def test_strange_parameters() -> None:
-    inputs = random_inputs((2, 6, 4))
+    inputs = random_relu_inputs((2, 6, 4))
     strange = [
         inputs[0],
         inputs[1].detach().t().contiguous().t().requires_grad_(),
@@ -284,7 +261,7 @@ class Recorder(TorchDispatchMode):
 def test_rows_are_read_in_place(
     shape: tuple[int, ...], layout: torch.memory_format, in_place: bool
 ) -> None:
-    x, *parameters = (t.detach() for t in random_inputs(shape))
+    x, *parameters = (t.detach() for t in random_relu_inputs(shape))
     x = x.contiguous(memory_format=layout)
     with Recorder() as recorder:
         out = run([x, *parameters])
@@ -294,44 +271,6 @@ def test_rows_are_read_in_place(
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-# --- bitwise promises -----------------------------------------------------------------------------
-
-
-@dtypes
-@pytest.mark.parametrize(("shape", "hidden"), [((3, 37, 2000), 9), ((1, 64, 700), 16)])
-def test_bitwise_equal_for_any_number_of_threads(
-    threads: None, dtype: torch.dtype, shape: tuple[int, ...], hidden: int
-) -> None:
-    inputs = random_inputs(shape, dtype, hidden=hidden)
-    results = []
-    for count in (1, 2, 7, 7, 1):
-        torch.set_num_threads(count)
-        out = run(inputs)
-        rows = [
-            out.detach(),
-            *torch.ops.dyhead.dynamic_relu_bwd(
-                *backward_arguments([t.detach() for t in inputs]), True
-            ),
-        ]
-        # Products that torch computes stay out of it: they may depend on the threads.
-        results.append([*rows, gradients(out, inputs)[0]])
-    for result in results[1:]:
-        for a, b in zip(result, results[0], strict=True):
-            assert torch.equal(a, b)
-
-
-def test_auto_equals_the_library_on_the_cpu() -> None:
-    inputs = random_inputs((2, 8, 5, 6), torch.float32)
-    auto = functional.dynamic_relu(*inputs)
-    with backend("auto"):
-        again = functional.dynamic_relu(*inputs)
-    cpu = run(inputs)
-    assert torch.equal(auto, cpu)
-    assert torch.equal(again, cpu)
-    for a, b in zip(gradients(auto, inputs), gradients(cpu, inputs), strict=True):
-        assert torch.equal(a, b)
-
-
 # --- ties, saturation, NaN ------------------------------------------------------------------------
 
 
@@ -339,7 +278,7 @@ def test_auto_equals_the_library_on_the_cpu() -> None:
 def test_ties_split_the_gradient_as_the_reference(activation: Activation) -> None:
     # Equal coefficients (a1 = a2 = 1 for every channel of saturated gates) tie at every value;
     # x = 0 with b1 = b2 ties whatever the slopes are.
-    x, w1, b1, w2, b2 = random_inputs((2, 4, 6), torch.float64)
+    x, w1, b1, w2, b2 = random_relu_inputs((2, 4, 6), torch.float64)
     with torch.no_grad():
         x[..., ::2] = 0
         w2.zero_()
@@ -356,7 +295,7 @@ def test_ties_split_the_gradient_as_the_reference(activation: Activation) -> Non
 @pytest.mark.parametrize("logit", [-3.0, 3.0, -3.5, 3.5, -1e4, 1e4])
 @activations
 def test_saturated_gates(logit: float, activation: Activation) -> None:
-    inputs = random_inputs((2, 4, 6), torch.float64)
+    inputs = random_relu_inputs((2, 4, 6), torch.float64)
     with torch.no_grad():
         inputs[3][::3] = 0  # logits that are exactly their bias
         inputs[4][::3] = logit
@@ -368,7 +307,7 @@ def test_saturated_gates(logit: float, activation: Activation) -> None:
 
 
 def test_a_dead_hidden_layer() -> None:
-    inputs = random_inputs((2, 8, 6))
+    inputs = random_relu_inputs((2, 8, 6))
     with torch.no_grad():
         inputs[2].fill_(-100)
     check(inputs, "hsigmoid")
@@ -381,7 +320,7 @@ def test_a_dead_hidden_layer() -> None:
 @dtypes
 @activations
 def test_nan_comes_through(activation: Activation, dtype: torch.dtype) -> None:
-    inputs = random_inputs((3, 8, 300), dtype)
+    inputs = random_relu_inputs((3, 8, 300), dtype)
     with torch.no_grad():
         inputs[0][1, 2, 270] = math.nan
     out = run(inputs, activation)
@@ -396,7 +335,7 @@ def test_nan_comes_through(activation: Activation, dtype: torch.dtype) -> None:
 def test_non_finite_arguments_as_the_reference(
     place: int, value: float, activation: Activation
 ) -> None:
-    inputs = random_inputs((2, 4, 5), hidden=3)
+    inputs = random_relu_inputs((2, 4, 5), hidden=3)
     with torch.no_grad():
         inputs[place].view(-1)[1] = value
     out, expected = run(inputs, activation), reference.dynamic_relu(*inputs, activation=activation)
@@ -413,13 +352,13 @@ def test_non_finite_arguments_as_the_reference(
 @activations
 def test_gradcheck(activation: Activation) -> None:
     assert torch.autograd.gradcheck(
-        lambda *t: run(t, activation), random_inputs((2, 4, 3, 2), hidden=2)
+        lambda *t: run(t, activation), random_relu_inputs((2, 4, 3, 2), hidden=2)
     )
 
 
 @pytest.mark.parametrize("wanted", range(5))
 def test_any_subset_of_gradients(wanted: int) -> None:
-    inputs = random_inputs((2, 4, 5))
+    inputs = random_relu_inputs((2, 4, 5))
     expected = gradients(run(inputs), inputs)[wanted]
     alone = [t.detach() for t in inputs]
     alone[wanted].requires_grad_()
@@ -427,93 +366,16 @@ def test_any_subset_of_gradients(wanted: int) -> None:
 
 
 def test_second_derivatives_raise_and_name_the_reference() -> None:
-    inputs = random_inputs((2, 4, 5))
+    inputs = random_relu_inputs((2, 4, 5))
     (grad,) = torch.autograd.grad(run(inputs).square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"reference"):
         torch.autograd.grad(grad.square().sum(), inputs[0])
 
 
 def test_the_reference_backend_has_second_derivatives() -> None:
-    inputs = random_inputs((2, 4, 5))
+    inputs = random_relu_inputs((2, 4, 5))
     with backend("reference"):
         assert torch.autograd.gradgradcheck(functional.dynamic_relu, inputs)
-
-
-# --- the operators themselves ---------------------------------------------------------------------
-
-
-def forward_arguments(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """rows [N, P, C] and the parameters as the operator takes them."""
-    x, *parameters = inputs
-    rows = x.detach().transpose(1, 2).contiguous()
-    return [rows, *(t.detach().to(compute_dtype(x.dtype)) for t in parameters)]
-
-
-def backward_arguments(inputs: Sequence[Tensor]) -> list[Tensor]:
-    rows, w1, b1, w2, b2 = forward_arguments(inputs)
-    _, _, hidden, logits = torch.ops.dyhead.dynamic_relu_fwd(rows, w1, b1, w2, b2, True)
-    source = torch.Generator().manual_seed(5)
-    grad_out = torch.randn(rows.shape, generator=source, dtype=torch.float64).to(rows.dtype)
-    return [grad_out, rows, hidden, logits, w1, w2]
-
-
-def test_forward_statistics() -> None:
-    x, w1, b1, w2, b2 = random_inputs((3, 8, 700))
-    arguments = forward_arguments([x, w1, b1, w2, b2])
-    _, mean, hidden, logits = torch.ops.dyhead.dynamic_relu_fwd(*arguments, True)
-    assert_close(mean, x.mean(2))
-    assert_close(hidden, (x.mean(2) @ w1.t() + b1).relu())
-    assert_close(logits, (x.mean(2) @ w1.t() + b1).relu() @ w2.t() + b2)
-
-
-@dtypes
-@pytest.mark.parametrize("shape", [(2, 6, 5), (1, 3, 1), (0, 4, 2)])
-def test_opcheck(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    inputs = random_inputs(shape, dtype)
-    arguments = forward_arguments(inputs)
-    for t in arguments:
-        t.requires_grad_()
-    torch.library.opcheck(torch.ops.dyhead.dynamic_relu_fwd.default, (*arguments, True))
-    torch.library.opcheck(
-        torch.ops.dyhead.dynamic_relu_bwd.default, (*backward_arguments(inputs), False)
-    )
-
-
-def wrong(arguments: list[Tensor], place: int, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    return [make(t) if i == place else t for i, t in enumerate(arguments)]
-
-
-WRONG: dict[str, Callable[[Tensor], Tensor]] = {
-    "shorter": lambda t: t[..., :-1].contiguous(),
-    "longer": lambda t: torch.cat([t, t], -1),
-    "fewer first": lambda t: t[:-1].contiguous(),
-    "one dimension more": lambda t: t.unsqueeze(0),
-    "one dimension less": lambda t: t[0].contiguous(),
-    "empty": lambda t: t[..., :0].contiguous(),
-    "not contiguous": lambda t: torch.stack([t, t], -1)[..., 0],
-    "another type": lambda t: t.half(),
-    "integers": lambda t: t.long(),
-}
-
-
-@pytest.mark.parametrize("place", range(5))
-@pytest.mark.parametrize("fault", WRONG)
-def test_direct_calls_of_the_forward_are_checked(fault: str, place: int) -> None:
-    arguments = forward_arguments(random_inputs((3, 6, 5), torch.float32, hidden=4))
-    torch.ops.dyhead.dynamic_relu_fwd(*arguments, True)
-    if place == 0 and fault in ("fewer first", "another type"):
-        return  # another batch, or rows smaller than the compute type, are no fault
-    with pytest.raises(RuntimeError, match=r"expected"):
-        torch.ops.dyhead.dynamic_relu_fwd(*wrong(arguments, place, WRONG[fault]), True)
-
-
-@pytest.mark.parametrize("place", range(6))
-@pytest.mark.parametrize("fault", WRONG)
-def test_direct_calls_of_the_backward_are_checked(fault: str, place: int) -> None:
-    arguments = backward_arguments(random_inputs((3, 6, 5), torch.float32, hidden=4))
-    torch.ops.dyhead.dynamic_relu_bwd(*arguments, True)
-    with pytest.raises(RuntimeError, match=r"expected"):
-        torch.ops.dyhead.dynamic_relu_bwd(*wrong(arguments, place, WRONG[fault]), True)
 
 
 # --- in the module, in a graph, in a region -------------------------------------------------------
@@ -535,7 +397,7 @@ def test_compiles_in_one_graph_with_gradients() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(functional.dynamic_relu, fullgraph=True, backend="aot_eager")
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = random_inputs((2, 8, 5, 6), dtype, parameter_dtype=torch.float32)
+        inputs = random_relu_inputs((2, 8, 5, 6), dtype, parameter_dtype=torch.float32)
         actual, expected = compiled(*inputs), functional.dynamic_relu(*inputs)
         assert torch.equal(actual, expected)
         assert_close(gradients(actual, inputs), gradients(expected, inputs), dtype)
@@ -546,14 +408,14 @@ def test_compiles_for_sizes_that_change() -> None:
     compiled = torch.compile(
         functional.dynamic_relu, fullgraph=True, backend="aot_eager", dynamic=True
     )
-    parameters = random_inputs((2, 8, 5), torch.float64)[1:]
+    parameters = random_relu_inputs((2, 8, 5), torch.float64)[1:]
     for shape in [(2, 8, 5, 6), (3, 8, 9, 4), (5, 8, 2, 2)]:
         x = leaf(torch.randn(shape, dtype=torch.float64))
         assert torch.equal(compiled(x, *parameters), functional.dynamic_relu(x, *parameters))
 
 
 def test_autocast_does_not_change_it() -> None:
-    inputs = random_inputs((2, 8, 5), torch.float32)
+    inputs = random_relu_inputs((2, 8, 5), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = run(inputs)
     assert out.dtype == torch.float32
@@ -563,6 +425,6 @@ def test_autocast_does_not_change_it() -> None:
 
 
 def test_inference_mode() -> None:
-    inputs = [t.detach() for t in random_inputs((2, 8, 5))]
+    inputs = [t.detach() for t in random_relu_inputs((2, 8, 5))]
     with torch.inference_mode():
         assert torch.equal(run(inputs), run(inputs))

@@ -83,10 +83,9 @@ def sampled(image: list[list[float]], y: float, x: float) -> float:
     return value
 
 
-def slow_spatial_attention(
-    features: Tensor, weight: Tensor, offset_weight: Tensor, offset_bias: Tensor, targets: str
-) -> Tensor:
+def slow_spatial_attention(features: Tensor, arguments: list[Tensor], targets: str) -> Tensor:
     """Equation 4, one addition at a time."""
+    weight, offset_weight, offset_bias = arguments
     batch, levels, channels, height, width = features.shape
     values, w = features.tolist(), weight.tolist()
     chosen = list(range(levels)) if targets == "all" else [levels // 2]
@@ -114,7 +113,7 @@ def test_spatial_attention_formula(targets: Targets, levels: int, size: tuple[in
     arguments = spatial_arguments(levels, 2, 3)
     out = reference.spatial_attention(features, *arguments, targets=targets)
     assert out.shape == (2, levels if targets == "all" else 1, 3, *size)
-    assert_close(out, slow_spatial_attention(features, *arguments, targets))
+    assert_close(out, slow_spatial_attention(features, arguments, targets))
 
 
 def test_the_median_target_is_one_of_all() -> None:
@@ -136,6 +135,19 @@ def test_gates_fold_into_the_sampling_weights() -> None:
         reference.spatial_attention(gated, weight, offset_weight, offset_bias),
         reference.spatial_attention(features, folded, offset_weight, offset_bias),
     )
+
+
+def test_the_gates_of_spatial_attention_scale_the_levels() -> None:
+    features, gates = normal(2, 3, 4, 3, 5), torch.rand(2, 3, dtype=torch.float64)
+    arguments = spatial_arguments(3, 4, 2)
+    gated = features * gates.view(2, 3, 1, 1, 1)
+    for targets in ("all", "median"):
+        assert_close(
+            reference.spatial_attention(features, *arguments, targets=targets, gates=gates),
+            slow_spatial_attention(gated, arguments, targets),
+        )
+    with pytest.raises(ValueError, match=r"gates \[2, 3\].*got \[2, 2\]"):
+        reference.spatial_attention(features, *arguments, gates=gates[:, :2])
 
 
 def test_spatial_attention_is_linear_in_the_weights_and_sums_over_levels() -> None:
@@ -231,7 +243,7 @@ def test_block_is_the_three_attentions_in_turn(targets: Targets) -> None:
         2, 3, 1, 1, 1
     )
     spatial = slow_spatial_attention(
-        scaled, p.spatial_weight, p.offset_weight, p.offset_bias, targets
+        scaled, [p.spatial_weight, p.offset_weight, p.offset_bias], targets
     )
     expected = reference.task_attention(spatial, *p[5:])
     assert_close(reference.unified_block(features, p, targets=targets), expected)

@@ -36,13 +36,12 @@ inline std::vector<FuseTask> fuse_tasks(const FuseTables& tables) {
   return tasks;
 }
 
-// A branch as its level reads it. Without positions it has the level's size.
+// A branch as its level reads it.
 template <class F>
 struct FuseBranch {
   MapShape map;
-  std::vector<Interpolation<F>> y, x;  // per row and column of the level
-
-  bool resized() const { return !y.empty(); }
+  bool resized;                        // whether its size is not the level's
+  std::vector<Interpolation<F>> y, x;  // if so: per row and column of a level that has pixels
 };
 
 template <class F>
@@ -64,7 +63,8 @@ std::vector<FuseBranch<F>> fuse_branches(const FuseTables& tables) {
     for (int32_t b = 0; b < level.branches; ++b) {
       FuseBranch<F>& branch = branches[level.branch[b]];
       branch.map = tables.maps[level.branch[b]];
-      if (branch.map.height == level.out.height && branch.map.width == level.out.width) continue;
+      branch.resized = branch.map.height != level.out.height || branch.map.width != level.out.width;
+      if (!branch.resized || level.out.pixels() == 0) continue;
       branch.y = upsampled_axis<F>(branch.map.height, level.out.height);
       branch.x = upsampled_axis<F>(branch.map.width, level.out.width);
     }
@@ -98,7 +98,7 @@ class FuseReader {
       const int64_t row_size = branch.map.width * channels_;
       const T* map = y_ + (branch.map.first_row + image * branch.map.pixels()) * channels_;
       branch_[b] = &branch;
-      if (!branch.resized()) {
+      if (!branch.resized) {
         row_[b] = map + y * row_size;
         continue;
       }
@@ -111,7 +111,7 @@ class FuseReader {
 
   // Channels of branch b at column x of the row; valid until the next call with the same b.
   const F* value(int32_t b, int32_t x) {
-    if (branch_[b]->resized()) {
+    if (branch_[b]->resized) {
       const Interpolation<F>& at = branch_[b]->x[x];
       const F* line = lines_[b].data();
       blend_rows(line + at.first * channels_, line + at.second * channels_, F(1) - at.fraction,

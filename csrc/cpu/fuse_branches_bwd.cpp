@@ -93,7 +93,7 @@ class Backward {
       for (int32_t b = 0; b < level.branches; ++b) {
         const int32_t j = level.branch[b];
         const FuseBranch<F>& branch = branches_[j];
-        if (!branch.resized()) continue;
+        if (!branch.resized) continue;
         first_line_[j] = size;
         size += static_cast<int64_t>(level.out.height) * branch.map.width * t_.channels;
         readers_[j] = readers_of(branch.y, branch.map.height);
@@ -151,7 +151,8 @@ class Backward {
   }
 
   F* line(int32_t branch, int32_t y) const {
-    return lines_.get() + first_line_[branch] + y * branches_[branch].map.width * t_.channels;
+    return lines_.get() + first_line_[branch] +
+           static_cast<int64_t>(y) * branches_[branch].map.width * t_.channels;
   }
 
   template <int kBranches>
@@ -174,7 +175,7 @@ class Backward {
       scratch.reader.start_row(level, image, y);
       for (int b = 0; b < kBranches; ++b) {
         const FuseBranch<F>& branch = branches_[level.branch[b]];
-        if (!branch.resized()) continue;
+        if (!branch.resized) continue;
         F* to = line(level.branch[b], y);
         std::fill(to, to + branch.map.width * channels, F(0));
       }
@@ -190,7 +191,7 @@ class Backward {
             sums + (kScale + 2) * channels);
         for (int b = 0; b < kBranches; ++b) {
           const FuseBranch<F>& branch = branches_[level.branch[b]];
-          if (branch.resized()) {
+          if (branch.resized) {
             const Interpolation<F>& position = branch.x[x];
             F* to = line(level.branch[b], y);
             add_scaled(grad_z, F(1) - position.fraction, channels, to + position.first * channels);

@@ -2,5 +2,6 @@
 
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.dynamic_relu import dynamic_relu
+from dyhead_cuda.ops.fuse_branches import fuse_branches
 
-__all__ = ["deform_conv", "dynamic_relu"]
+__all__ = ["deform_conv", "dynamic_relu", "fuse_branches"]

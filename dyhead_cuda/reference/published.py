@@ -126,7 +126,7 @@ def combine_branches(
     The arguments and the result are those of :func:`pyramid_block`, except that float16 and
     bfloat16 features give float32 results.
     """
-    in_channels, _ = checks.block_parameters(parameters, num_groups)
+    in_channels, _ = checks.block_parameters(parameters, num_groups, features)
     checks.pyramid(features, in_channels, high_offset)
     features = [to_compute(x) for x in features]
     p = parameters.to(features[0].dtype)

@@ -92,7 +92,8 @@ def scale_gates(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def scale_attention(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """pi_L(F) . F: every level of [N, L, C, H, W] times its gate (see :func:`scale_gates`)."""
     gates = scale_gates(features, weight, bias)
-    return features * gates.to(features.dtype).view(*gates.shape, 1, 1, 1)
+    gated = to_compute(features) * gates.view(*gates.shape, 1, 1, 1)
+    return gated.to(features.dtype)
 
 
 def spatial_attention(

@@ -98,6 +98,7 @@ def mutate(
     replacement: str,
     *,
     occurrence: int | None = None,
+    kernel: str | None = None,
     sanitize: bool = False,
 ) -> Kernels:
     """Kernels with one textual change, for tests that show that tests notice it.
@@ -109,6 +110,8 @@ def mutate(
         replacement: the new text.
         occurrence: which occurrence of `pattern` to replace, from 0; without it, `pattern` must
             occur once.
+        kernel: the .cu file, without its ending, to build with the change where `file` is a header;
+            without it all that are.
         sanitize: build with sanitizers.
 
     Raises:
@@ -116,15 +119,16 @@ def mutate(
     """
     text = (REPOSITORY / file).read_text()
     changed = _replace(file, text, pattern, replacement, occurrence)
-    key = hashlib.sha256(repr((file, pattern, replacement, occurrence, sanitize)).encode())
+    key = hashlib.sha256(repr((file, pattern, replacement, occurrence, kernel, sanitize)).encode())
     build = BUILDS / "simt-mutants" / key.hexdigest()[:16]
     tree = build / "tree"
     for part in ("csrc", "tests/simt/kernels"):
         _mirror(REPOSITORY / part, tree / part, {REPOSITORY / file: changed})
-    stem, suffix = Path(file).stem, Path(file).suffix
+    if file.endswith(".cu"):
+        kernel = Path(file).stem
     _build(
         build,
-        [f"simt_{stem}" if suffix == ".cu" else "kernels"],
+        [f"simt_{kernel}" if kernel else "kernels"],
         SIMT_MODULE="OFF",
         SIMT_SANITIZE="ON" if sanitize else "OFF",
         CMAKE_COMPILE_WARNING_AS_ERROR="OFF",

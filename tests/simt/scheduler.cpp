@@ -43,12 +43,16 @@ unsigned random_below(size_t bound) {
 std::vector<Warp*> ready_warps;
 std::vector<Thread*> spinning;
 Warp* favoured = nullptr;
-unsigned favour = 0;  // eighths of the draws that go to the favoured warp
+unsigned favour = 0;          // eighths of the draws that go to the favoured warp
+const Block* held = nullptr;  // a block that mostly waits while others can run
 
-// One warp far ahead of the others and all warps side by side show different faults.
+// One warp or block far ahead of the others and all of them side by side show different faults.
 void redraw_favour() {
   constexpr unsigned kFavours[] = {0, 7, 8, 8};
   favour = kFavours[random_below(4)];
+  if (random_below(8) != 0) return;
+  const bool hold = !ready_warps.empty() && random_below(2) == 0;
+  held = hold ? ready_warps[random_below(ready_warps.size())]->lanes[0]->block : nullptr;
 }
 
 void make_ready(Warp& warp, unsigned lanes) {
@@ -186,9 +190,19 @@ void poll_spinning() {
   }
 }
 
+Warp& draw_warp() {
+  constexpr int kTries = 8;
+  Warp* warp = nullptr;
+  for (int i = 0; i < kTries; ++i) {
+    warp = ready_warps[random_below(ready_warps.size())];
+    if (warp->lanes[0]->block != held) break;
+  }
+  return *warp;
+}
+
 Thread& draw_thread() {
   const bool stay = favoured != nullptr && favoured->listed && random_below(8) < favour;
-  Warp& warp = stay ? *favoured : *ready_warps[random_below(ready_warps.size())];
+  Warp& warp = stay ? *favoured : draw_warp();
   favoured = &warp;
   const unsigned rotation = random_below(kLanes);
   const unsigned rotated =
@@ -222,6 +236,7 @@ void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks) {
   ready_warps.clear();
   spinning.clear();
   favoured = nullptr;
+  held = nullptr;
   yields = 0;
   redraw_favour();
   for (const auto& block : blocks) {
