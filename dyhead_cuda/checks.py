@@ -105,7 +105,7 @@ def deform_conv_geometry(
             f"{channels} channels, got {list(weight.shape)}"
         )
     groups = channels // group_channels
-    if groups == 0 or out_channels % groups:
+    if groups == 0 or out_channels == 0 or out_channels % groups:
         raise ValueError(
             f"expected C_out divisible by the {groups} groups that follow from input "
             f"{list(input.shape)} and weight {list(weight.shape)}, got C_out {out_channels}"

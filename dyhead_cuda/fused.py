@@ -38,7 +38,7 @@ def unpack_rows(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor
     """Views [N, C, H_l, W_l], channels_last in memory, of a matrix of rows."""
     parts = rows.split([images * h * w for h, w in sizes])
     return [
-        part.view(images, h, w, -1).permute(0, 3, 1, 2)
+        part.view(images, h, w, rows.shape[1]).permute(0, 3, 1, 2)
         for part, (h, w) in zip(parts, sizes, strict=True)
     ]
 
@@ -266,11 +266,13 @@ def spatial_attention(
         if gates is None:
             gates = features.new_ones(n, levels, dtype=dtype)
         # conv(gate . F) + bias = gate . conv(F) + bias
-        logits = predict([maps[t] for t in chosen], offset_weight, None).view(len(chosen), n, -1)
+        logits = predict([maps[t] for t in chosen], offset_weight, None).view(
+            len(chosen), n, height * width * 3 * TAPS
+        )
         chosen_gates = gates.to(dtype).t()[chosen].unsqueeze(2)
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)
         outputs = stack_maps([(height, width)] * len(chosen), n)
         jobs = [Job(out, out, [(level, level) for level in range(levels)]) for out in outputs]
         plan = Plan(n, stack_maps(sizes, n), jobs)
         y, *_ = ops.deform_conv(rows, logits, weight, plan, gates=gates / levels)
-    return y.view(len(chosen), n, height, width, -1).permute(1, 0, 4, 2, 3)
+    return y.view(len(chosen), n, height, width, y.shape[1]).permute(1, 0, 4, 2, 3)

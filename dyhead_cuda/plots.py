@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -220,6 +220,10 @@ def _draw_energies(
                 norm=LogNorm(1 / 2.5, 2.5, clip=True),
             )
             _bare(axes)
+            # Beside a tall photograph room is left, so that its titles keep apart.
+            room = max(0.0, 1.1 * photograph.height - photograph.width) / 2
+            axes.set_xlim(-room, photograph.width + room)
+            axes.spines[:].set_visible(room == 0)
             axes.set_title(f"P{index + 3}, {title}", loc="center")
     ticks = (0.4, 0.6, 1, 1.6, 2.5)
     bar = figure.colorbar(shown, ax=grid, shrink=0.6, extend="both", pad=0.01)
@@ -255,8 +259,8 @@ def _draw_gates(figure: SubFigure, blocks: Sequence[Sequence[LevelTrace]]) -> No
         axes.set_title(f"{name}: {BRANCH_SOURCES[name]}")
         axes.set_yticks(range(len(values)), [f"P{i + 3}" for i in range(len(values))])
         axes.set_xlabel("block")
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        axes.xaxis.set_major_formatter(lambda block, _: f"{block + 1:.0f}")
+        ticks = range(0, len(blocks), -(-len(blocks) // 10))
+        axes.set_xticks(ticks, [str(block + 1) for block in ticks])
         if len(blocks) <= MOST_ANNOTATED_BLOCKS:
             for (i, j), value in np.ndenumerate(values):
                 if np.isfinite(value):

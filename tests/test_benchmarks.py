@@ -159,7 +159,6 @@ def test_a_json_file_that_cannot_be_written_is_refused_at_once(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_quick_run_on_a_gpu(tmp_path: Path) -> None:
     target = tmp_path / "result.json"
     assert dynamic_relu.main(["--quick", "--device", "cuda", "--json", str(target)]) == 0

@@ -234,6 +234,8 @@ def test_pyramids_that_do_not_fit(module: Any, high_offset: str) -> None:
     else:
         with pytest.raises(ValueError, match=r"level 1 of size 5x3.*level 0's 9x6.*got 3x2"):
             run(wrong)
+        with pytest.raises(ValueError, match=r"level 2 of size 3x2.*level 1's 5x3.*got 3x3"):
+            run([good[0], good[1], *random_pyramid(2, 4, [(3, 3)])])
 
 
 @both

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,12 +83,12 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_fails_when_the_backends_disagree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = functional.dynamic_relu
+    original = functional.pyramid_block
 
-    def wrong(x: Tensor, *parameters: Tensor) -> Tensor:
-        return original(x, *parameters) * 1.001
+    def wrong(*arguments: Any, **options: Any) -> list[Tensor]:
+        return [x * 1.001 for x in original(*arguments, **options)]
 
-    monkeypatch.setattr(functional, "dynamic_relu", wrong)
+    monkeypatch.setattr(functional, "pyramid_block", wrong)
     assert run_demo(tmp_path) == 1
     assert "DISAGREE" in capsys.readouterr().out
 
@@ -96,7 +97,10 @@ def test_demo_fails_when_the_backends_disagree(
 def test_demo_fails_on_nan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "dynamic_relu", lambda x, *_: torch.full_like(x, torch.nan))
+    def wrong(features: list[Tensor], *_: Any, **__: Any) -> list[Tensor]:
+        return [torch.full_like(x, torch.nan) for x in features]
+
+    monkeypatch.setattr(functional, "pyramid_block", wrong)
     assert run_demo(tmp_path) == 1
     assert "relative error nan" in capsys.readouterr().out
 
@@ -284,7 +288,6 @@ def test_cuda_without_a_gpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_demo_on_a_gpu(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,29 +40,27 @@ DYHEAD_HD bool corner_exists(const SamplePoint<F>& p, int i, int32_t height, int
 
 template <class F>
 struct Corners {
-  F weight[4];       // 0 where the corner does not exist
-  int32_t pixel[4];  // y * width + x; of an existing corner where this one does not exist
+  F weight[4];
+  int32_t pixel[4];  // y * width + x, or -1 where the corner does not exist and is not to be read
 };
 
-// The sample's value is sum_i weight[i] * value(pixel[i]), with `scale` (the modulation) folded in.
+// The sample's value is the sum of weight[i] * value(pixel[i]) over the corners that exist, with
+// `scale` (the modulation) folded in.
 template <class F>
 DYHEAD_HD Corners<F> corners_of(const SamplePoint<F>& p, int32_t height, int32_t width, F scale) {
   Corners<F> c;
   for (int i = 0; i < 4; ++i) {
     const F weight_y = i / 2 ? p.below : F(1) - p.below;
     const F weight_x = i % 2 ? p.right : F(1) - p.right;
-    const int32_t y = p.top + i / 2;
-    const int32_t x = p.left + i % 2;
-    const int32_t near_y = y < 0 ? 0 : y < height ? y : height - 1;
-    const int32_t near_x = x < 0 ? 0 : x < width ? x : width - 1;
-    c.weight[i] = corner_exists(p, i, height, width) ? weight_y * weight_x * scale : F(0);
-    c.pixel[i] = near_y * width + near_x;
+    const bool exists = corner_exists(p, i, height, width);
+    c.weight[i] = exists ? weight_y * weight_x * scale : F(0);
+    c.pixel[i] = exists ? (p.top + i / 2) * width + p.left + i % 2 : -1;
   }
   return c;
 }
 
 // Derivatives of a sample, given what each corner contributes to (its value, or its inner product
-// with the gradient); `corner` must be 0 where the corner does not exist.
+// with the gradient): 0 where the corner does not exist.
 template <class F>
 DYHEAD_HD F sample_value(const SamplePoint<F>& p, const F (&corner)[4]) {
   return (F(1) - p.below) * ((F(1) - p.right) * corner[0] + p.right * corner[1]) +

@@ -64,7 +64,7 @@ class Backward {
         uses_.push_back({j, t, use_rows_});
         use_rows_ += job.out.pixels();
       }
-      up_weights_.emplace_back(job);
+      if (p.moments) up_weights_.emplace_back(job);
     }
   }
 
@@ -236,14 +236,10 @@ class Backward {
                 group_outputs_);
       taps.sample(slice.deform_group, tap, chunk.first, chunk.rows, scratch.corners.data(),
                   scratch.points.data());
-      kernels_.project_back(source, s_.channels, slice.count, scratch.corners.data(),
-                            scratch.points.data(), chunk.rows, scratch.columns.data(), cols,
-                            grad_source, dots);
+      kernels_.project_back(source, s_.channels, slice.count, scratch.corners.data(), chunk.rows,
+                            scratch.columns.data(), cols, grad_source, dots);
       for (int64_t r = 0; r < chunk.rows; ++r) {
         const SamplePoint<F>& point = scratch.points[r];
-        for (int i = 0; i < 4; ++i) {
-          if (!corner_exists(point, i, map.height, map.width)) dots[r][i] = F(0);
-        }
         F* d = derivatives + (r * s_.taps() + tap) * 3;
         d[0] = sample_value(point, dots[r]);
         d[1] = sample_slope_y(point, dots[r]);

@@ -8,6 +8,7 @@ namespace dyhead::cpu {
 template <class F>
 std::vector<F> UpsampledMeanWeights<F>::axis(int32_t from, int32_t to) {
   std::vector<F> weights(from, F(0));
+  if (from == 0) return weights;
   for (int32_t i = 0; i < to; ++i) {
     const Interpolation<F> at = interpolate<F>(i, from, to);
     weights[at.first] += (F(1) - at.fraction) / static_cast<F>(to);
@@ -119,6 +120,7 @@ class Forward {
     out_stride_ = s_.groups * packed_.cols();
     column_bytes_ = kernels_.column_gemm.pairs == 2 ? sizeof(bfloat16) : sizeof(F);
     column_stride_ = round_up(s_.channels, 2);
+    if (!p.moments) return;
     for (const DeformJob& job : p.tables->jobs) up_weights_.emplace_back(job);
   }
 

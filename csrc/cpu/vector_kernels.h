@@ -21,6 +21,19 @@ struct GemmKernel {
               int64_t c_stride, int64_t rows, int64_t cols, int64_t k);
 };
 
+// Gathers the corners that exist (4, 2, 1 or none) to the front; returns how many they are.
+template <class T, class F>
+DYHEAD_HD int existing_corners(const Corners<F>& s, const T* source, int64_t stride,
+                               const T* (&from)[4], F (&weight)[4]) {
+  int count = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (s.pixel[i] < 0) continue;
+    from[count] = source + s.pixel[i] * stride;
+    weight[count++] = s.weight[i];
+  }
+  return count;
+}
+
 template <class T>
 struct DeformKernels {
   using F = compute_t<T>;
@@ -33,11 +46,11 @@ struct DeformKernels {
   void (*blend_compute)(const T* source, int64_t stride, int64_t channels,
                         const Corners<F>* samples, int64_t rows, F* out, int64_t out_stride);
   // dots[r][i] = sum_c grad[r * grad_stride + c] * source[pixel[i] * stride + c], and
-  // grad_source[pixel[i] * channels + c] += weight[i] * grad[r * grad_stride + c]; samples outside
-  // the image are left out, with dots of 0.
+  // grad_source[pixel[i] * channels + c] += weight[i] * grad[r * grad_stride + c]; corners that
+  // do not exist are left out, with dots of 0.
   void (*project_back)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
-                       const SamplePoint<F>* points, int64_t rows, const F* grad,
-                       int64_t grad_stride, F* grad_source, F (*dots)[4]);
+                       int64_t rows, const F* grad, int64_t grad_stride, F* grad_source,
+                       F (*dots)[4]);
 };
 
 template <class T>

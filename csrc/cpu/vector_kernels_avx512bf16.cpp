@@ -23,32 +23,45 @@ typedef uint32_t Words __attribute__((vector_size(64)));
   return (__m512)(__builtin_convertvector(bits, Words) << 16);
 }
 
-[[gnu::always_inline]] inline __m512 blend_vector(const bfloat16* source, int64_t stride,
-                                                  const Corners<float>& s, int64_t c) {
-  __m512 value = _mm512_mul_ps(_mm512_set1_ps(s.weight[0]), load(source + s.pixel[0] * stride + c));
-  for (int i = 1; i < 4; ++i) {
-    value =
-        _mm512_fmadd_ps(_mm512_set1_ps(s.weight[i]), load(source + s.pixel[i] * stride + c), value);
+template <int kCount>
+[[gnu::always_inline]] inline void blend_row(const bfloat16* const (&from)[4],
+                                             const float (&weight)[4], int64_t channels,
+                                             bfloat16* out) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    __m512 value = _mm512_setzero_ps();
+    for (int i = 0; i < kCount; ++i) {
+      value = _mm512_fmadd_ps(_mm512_set1_ps(weight[i]), load(from[i] + c), value);
+    }
+    const __m256bh rounded = _mm512_cvtneps_pbh(value);
+    std::memcpy(out + c, &rounded, sizeof rounded);
   }
-  return value;
+  for (; c < channels; ++c) {
+    float value = 0;
+    for (int i = 0; i < kCount; ++i) value += weight[i] * to_compute(from[i][c]);
+    out[c] = float_to_bfloat16(value);
+  }
 }
 
 void blend_columns(const bfloat16* source, int64_t stride, int64_t channels,
                    const Corners<float>* samples, int64_t rows, void* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const Corners<float>& s = samples[r];
-    bfloat16* o = static_cast<bfloat16*>(out) + r * out_stride;
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      const __m256bh rounded = _mm512_cvtneps_pbh(blend_vector(source, stride, s, c));
-      std::memcpy(o + c, &rounded, sizeof rounded);
-    }
-    for (; c < channels; ++c) {
-      float value = 0;
-      for (int i = 0; i < 4; ++i) {
-        value += s.weight[i] * to_compute(source[s.pixel[i] * stride + c]);
-      }
-      o[c] = float_to_bfloat16(value);
+    const bfloat16* from[4] = {};
+    float weight[4] = {};
+    const int count = existing_corners(samples[r], source, stride, from, weight);
+    bfloat16* row = static_cast<bfloat16*>(out) + r * out_stride;
+    switch (count) {
+      case 4:
+        blend_row<4>(from, weight, channels, row);
+        break;
+      case 2:
+        blend_row<2>(from, weight, channels, row);
+        break;
+      case 1:
+        blend_row<1>(from, weight, channels, row);
+        break;
+      default:
+        blend_row<0>(from, weight, channels, row);
     }
   }
 }

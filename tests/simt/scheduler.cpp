@@ -46,12 +46,15 @@ Warp* favoured = nullptr;
 unsigned favour = 0;          // eighths of the draws that go to the favoured warp
 const Block* held = nullptr;  // a block that mostly waits while others can run
 
-// One warp or block far ahead of the others and all of them side by side show different faults.
+// One warp far ahead of the others and all warps side by side show different faults.
 void redraw_favour() {
   constexpr unsigned kFavours[] = {0, 7, 8, 8};
   favour = kFavours[random_below(4)];
-  if (random_below(8) != 0) return;
-  const bool hold = !ready_warps.empty() && random_below(2) == 0;
+}
+
+// So do one block far behind the others and all blocks side by side.
+void redraw_held() {
+  const bool hold = !ready_warps.empty() && random_below(4) != 0;
   held = hold ? ready_warps[random_below(ready_warps.size())]->lanes[0]->block : nullptr;
 }
 
@@ -79,6 +82,7 @@ void release_barrier(Block& block) {
     if (thread.state == State::kBarrier) make_ready(thread);
   }
   redraw_favour();
+  if (random_below(16) == 0) redraw_held();
 }
 
 bool same(const Where& a, const Where& b) {
@@ -236,12 +240,12 @@ void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks) {
   ready_warps.clear();
   spinning.clear();
   favoured = nullptr;
-  held = nullptr;
   yields = 0;
   redraw_favour();
   for (const auto& block : blocks) {
     for (Warp& warp : block->warps) make_ready(warp, warp.ready);
   }
+  redraw_held();
   const auto alive = [](const std::unique_ptr<Block>& block) { return block->running != 0; };
   for (;;) {
     if (!spinning.empty() && (ready_warps.empty() || random_below(16) == 0)) poll_spinning();
