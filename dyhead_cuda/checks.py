@@ -179,6 +179,8 @@ def pyramid(features: Sequence[Tensor], in_channels: int, high_offset: str) -> N
     if len(features) == 0:
         raise ValueError("expected at least one level of shape [N, C, H, W], got none")
     first = features[0]
+    if not first.is_floating_point():
+        raise ValueError(f"expected floating-point levels, got {first.dtype}")
     for level, x in enumerate(features):
         if x.dim() != 4 or x.shape[1] != in_channels:
             raise ValueError(

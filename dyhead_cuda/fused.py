@@ -102,9 +102,14 @@ class BlockPlan:
         self.branches = outputs
 
 
-@lru_cache(maxsize=256)
+cached_block_plan = lru_cache(maxsize=256)(BlockPlan)
+
+
 def block_plan(sizes: tuple[Size, ...], images: int, high_offset: str) -> BlockPlan:
-    return BlockPlan(sizes, images, high_offset)
+    """A plan is a few hundred integers; making it takes longer than a launch, so it is kept."""
+    # torch.compile keeps what it traces, and warns of caches that it cannot see into.
+    make = BlockPlan if torch.compiler.is_compiling() else cached_block_plan
+    return make(sizes, images, high_offset)
 
 
 def block_coefficients(

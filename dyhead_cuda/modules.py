@@ -227,7 +227,7 @@ class DyHeadBlock(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, high_offset={self.high_offset!r}, "
-            f"num_groups={self.num_groups}"
+            f"num_groups={self.num_groups}, deform_bias={self.mid.bias is not None}, eps={self.eps}"
         )
 
 

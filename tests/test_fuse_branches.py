@@ -150,9 +150,11 @@ def check(case: Case, dtype: torch.dtype) -> None:
     actual, expected = case.run(tensors), case.reference(exact)
     assert actual.dtype == dtype
     assert_close(actual, expected, dtype)
-    assert_gradients_close(
-        gradients(actual, tensors, dtype), gradients(expected, exact, dtype), dtype
-    )
+    actual_grads = gradients(actual, tensors, dtype)
+    if case.images == 0:
+        assert [g.shape for g in actual_grads] == [t.shape for t in tensors]
+    else:
+        assert_gradients_close(actual_grads, gradients(expected, exact, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -176,7 +178,8 @@ def test_a_large_map_keeps_the_precision_of_float32() -> None:
     [block_case(halving_sizes(3, 5, 2)), CASES["from and to 1x1"], Case((((2, 3), ((5, 4),)),))],
     ids=["block", "from and to 1x1", "smaller level"],
 )
-def test_gradcheck(case: Case) -> None:
+def test_gradcheck(case: Case, threads: None) -> None:
+    torch.set_num_threads(1)  # hundreds of calls with next to nothing to do
     case = replace(case, channels=2)
     assert torch.autograd.gradcheck(lambda *tensors: case.run(list(tensors)), case.tensors())
 

@@ -47,11 +47,7 @@ struct FuseBranch {
 template <class F>
 std::vector<Interpolation<F>> upsampled_axis(int32_t from, int32_t to) {
   std::vector<Interpolation<F>> axis(to);
-  for (int32_t i = 0; i < to; ++i) {
-    // In float32 the position on a map of 100 pixels would leave the fraction an error of 1e-5.
-    const Interpolation<double> at = interpolate<double>(i, from, to);
-    axis[i] = {at.first, at.second, static_cast<F>(at.fraction)};
-  }
+  for (int32_t i = 0; i < to; ++i) axis[i] = interpolate<F>(i, from, to);
   return axis;
 }
 

@@ -2,6 +2,7 @@
 // allocates results; what both libraries do alike.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -23,13 +24,17 @@ namespace detail {
 
 inline MapShape read_map(const IntList& values, size_t at, int64_t images, int64_t rows,
                          const char* name) {
-  const MapShape map{values[at], static_cast<int32_t>(values[at + 1]),
-                     static_cast<int32_t>(values[at + 2])};
-  STD_TORCH_CHECK(map.first_row >= 0 && map.height >= 0 && map.width >= 0 &&
-                      map.first_row + images * map.pixels() <= rows,
-                  "expected a ", name, " map within ", rows, " rows, got rows from ", map.first_row,
-                  " of ", images, " images of ", map.height, "x", map.width);
-  return map;
+  const int64_t first_row = values[at];
+  const int64_t height = values[at + 1];
+  const int64_t width = values[at + 2];
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  // Compared without a product that could overflow.
+  const bool fits = first_row >= 0 && first_row <= rows && height >= 0 && height <= kMost &&
+                    width >= 0 && width <= kMost &&
+                    (images == 0 || height * width <= (rows - first_row) / images);
+  STD_TORCH_CHECK(fits, "expected a ", name, " map within ", rows, " rows, got rows from ",
+                  first_row, " of ", images, " images of ", height, "x", width);
+  return {first_row, static_cast<int32_t>(height), static_cast<int32_t>(width)};
 }
 
 inline void check_job(const DeformJob& job, const DeformTables& tables) {
@@ -59,6 +64,7 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
                                        const IntList& sources, const IntList& terms,
                                        const IntList& jobs, bool mask_logits) {
   constexpr size_t kJobFields = 14;
+  constexpr int64_t kMostRows = int64_t{1} << 40;  // of the output: 1 TiB of single bytes
   STD_TORCH_CHECK(geometry.size() == 9 && sources.size() % 3 == 0 && terms.size() % 2 == 0 &&
                       !jobs.empty() && jobs.size() % kJobFields == 0,
                   "expected tables of 9, 3 n, 2 n and 14 n integers, got ", geometry.size(), ", ",
@@ -118,13 +124,12 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
     t.terms.push_back({static_cast<int32_t>(terms[i]), static_cast<int32_t>(terms[i + 1])});
   }
   for (size_t i = 0; i < jobs.size(); i += kJobFields) {
-    const int64_t pixels = jobs[i + 1] * jobs[i + 2];
     DeformJob job{};
     // Output maps lie one after the other, so that every row is written.
     STD_TORCH_CHECK(jobs[i] == t.out_rows, "expected output maps without gaps, got first row ",
                     jobs[i], " where ", t.out_rows, " follows");
-    t.out_rows += images * pixels;
-    job.out = detail::read_map(jobs, i, images, t.out_rows, "output");
+    job.out = detail::read_map(jobs, i, images, kMostRows, "output");
+    t.out_rows += images * job.out.pixels();
     job.predictions = detail::read_map(jobs, i + 3, images, t.prediction_rows, "prediction");
     job.offset_rule = static_cast<ReadRule>(jobs[i + 6]);
     job.mask_rule = static_cast<ReadRule>(jobs[i + 7]);

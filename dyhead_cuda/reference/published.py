@@ -164,8 +164,9 @@ def pyramid_block(
             level l. "flat": the first K * h * w values of each image's contiguous [K, H, W], which
             is what every released checkpoint was trained with; "crop": [:h, :w]; "mmdet_main":
             offset flat, mask cropped; "aligned": level l + 1 is upsampled first and sampled with
-            level l's own offsets (the paper's formula), any sizes allowed (a finer level that is
-            not twice as large is resized for the ``low`` branch).
+            level l's own offsets (the paper's formula), any sizes allowed: where half of the finer
+            level, rounded up, is not level l's size [h, w], the ``low`` branch reads it resized to
+            [2 h, 2 w]. All resizing is bilinear with align_corners=True.
         num_groups, eps: of the group normalisation.
 
     Returns:

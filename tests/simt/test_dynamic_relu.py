@@ -17,7 +17,14 @@ from torch import Tensor
 
 from dyhead_cuda import reference
 from dyhead_cuda.reference import Activation
-from tests.conftest import TOLERANCE, assert_close, assert_gradients_close, leaf, relative_l2
+from tests.conftest import (
+    TOLERANCE,
+    assert_close,
+    assert_gradients_close,
+    leaf,
+    random_relu_inputs,
+    relative_l2,
+)
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
@@ -32,21 +39,12 @@ def random_inputs(
     hidden: int | None = None,
     seed: int = 0,
 ) -> list[Tensor]:
-    """rows [N, P, C] and the four parameters, with gates on both sides of their corners."""
-    source = torch.Generator().manual_seed(seed)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=source, dtype=torch.float64)
-
-    hidden = hidden or max(1, channels // 4)
+    """rows [N, P, C] and the four parameters in the accumulation type."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return [
-        (normal(images, pixels, channels) + normal(images, 1, channels)).to(dtype),
-        (normal(hidden, channels) / math.sqrt(channels)).to(compute),
-        (normal(hidden) + 0.5).to(compute),
-        (normal(4 * channels, hidden) / math.sqrt(hidden)).to(compute),
-        (2 * normal(4 * channels)).to(compute),
-    ]
+    x, *parameters = random_relu_inputs(
+        (images, channels, pixels), dtype, hidden=hidden, parameter_dtype=compute, seed=seed
+    )
+    return [t.detach() for t in (x.transpose(1, 2).contiguous(), *parameters)]
 
 
 def to_array(t: Tensor, skew: int = 0) -> NDArray[Any]:
