@@ -244,6 +244,7 @@ def modulated_deform_conv2d(
         geometry.deform_groups,
         mask_logits=False,
     )
+    offset = offset.to(compute_dtype(input.dtype))
     if mask is None:
         mask = offset.new_ones(n, offset.shape[1] // 2, *geometry.output)
     predictions = pack([torch.cat([offset, mask.to(offset.dtype)], dim=1)])

@@ -2,17 +2,14 @@
 // allocates results; what both libraries do alike.
 #pragma once
 
-#include <limits>
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../common/deform_jobs.h"
-#include "tensors.h"
+#include "maps.h"
 
 namespace dyhead {
-
-using IntList = std::vector<int64_t>;
 
 // The tables as dyhead_cuda/ops/deform_conv.py writes them:
 //   geometry  images, groups, deform_groups, kernel_h, kernel_w, pad_h, pad_w, dilation_h,
@@ -22,39 +19,40 @@ using IntList = std::vector<int64_t>;
 
 namespace detail {
 
-inline MapShape read_map(const IntList& values, size_t at, int64_t images, int64_t rows,
-                         const char* name) {
-  const int64_t first_row = values[at];
-  const int64_t height = values[at + 1];
-  const int64_t width = values[at + 2];
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  // Compared without a product that could overflow.
-  const bool fits = first_row >= 0 && first_row <= rows && height >= 0 && height <= kMost &&
-                    width >= 0 && width <= kMost &&
-                    (images == 0 || height * width <= (rows - first_row) / images);
-  STD_TORCH_CHECK(fits, "expected a ", name, " map within ", rows, " rows, got rows from ",
-                  first_row, " of ", images, " images of ", height, "x", width);
-  return {first_row, static_cast<int32_t>(height), static_cast<int32_t>(width)};
+inline void check_rule(const DeformJob& job, ReadRule rule) {
+  const MapShape& out = job.out;
+  const MapShape& from = job.predictions;
+  bool fits = false;
+  switch (rule) {
+    case ReadRule::kSame:
+      fits = out.height == from.height && out.width == from.width;
+      break;
+    case ReadRule::kCrop:
+      fits = out.height <= from.height && out.width <= from.width;
+      break;
+    case ReadRule::kFlat:
+      fits = out.pixels() <= from.pixels();
+      break;
+  }
+  STD_TORCH_CHECK(fits, "expected predictions that a map of ", out.height, "x", out.width,
+                  " can read by rule ", static_cast<int>(rule), ", got ", from.height, "x",
+                  from.width);
 }
 
-inline void check_job(const DeformJob& job, const DeformTables& tables) {
-  const bool same_size =
-      job.out.height == job.predictions.height && job.out.width == job.predictions.width;
-  for (ReadRule rule : {job.offset_rule, job.mask_rule}) {
-    const bool fits = rule == ReadRule::kSame   ? same_size
-                      : rule == ReadRule::kCrop ? job.out.height <= job.predictions.height &&
-                                                      job.out.width <= job.predictions.width
-                                                : job.out.pixels() <= job.predictions.pixels();
-    STD_TORCH_CHECK(rule >= ReadRule::kSame && rule <= ReadRule::kFlat && fits,
-                    "expected predictions that a map of ", job.out.height, "x", job.out.width,
-                    " can read by rule ", static_cast<int>(rule), ", got ", job.predictions.height,
-                    "x", job.predictions.width);
+// Jobs either share a prediction map or read others: the gradients of a map are one task's.
+inline void check_disjoint_predictions(const DeformTables& t) {
+  std::vector<MapShape> maps;
+  for (const DeformJob& job : t.jobs) maps.push_back(job.predictions);
+  std::sort(maps.begin(), maps.end(),
+            [](const MapShape& a, const MapShape& b) { return a.first_row < b.first_row; });
+  for (size_t i = 1; i < maps.size(); ++i) {
+    const MapShape& a = maps[i - 1];
+    const MapShape& b = maps[i];
+    const bool same = a.first_row == b.first_row && a.height == b.height && a.width == b.width;
+    STD_TORCH_CHECK(same || a.first_row + t.shape.images * a.pixels() <= b.first_row,
+                    "expected prediction maps that are equal or apart, got maps from rows ",
+                    a.first_row, " and ", b.first_row);
   }
-  STD_TORCH_CHECK(job.stride_h > 0 && job.stride_w > 0 && job.first_term >= 0 && job.terms > 0 &&
-                      job.first_term + job.terms <= static_cast<int64_t>(tables.terms.size()) &&
-                      job.up_height > 0 && job.up_width > 0,
-                  "expected a job of positive strides and sizes with terms in the list of ",
-                  tables.terms.size());
 }
 
 }  // namespace detail
@@ -64,7 +62,6 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
                                        const IntList& sources, const IntList& terms,
                                        const IntList& jobs, bool mask_logits) {
   constexpr size_t kJobFields = 14;
-  constexpr int64_t kMostRows = int64_t{1} << 40;  // of the output: 1 TiB of single bytes
   STD_TORCH_CHECK(geometry.size() == 9 && sources.size() % 3 == 0 && terms.size() % 2 == 0 &&
                       !jobs.empty() && jobs.size() % kJobFields == 0,
                   "expected tables of 9, 3 n, 2 n and 14 n integers, got ", geometry.size(), ", ",
@@ -74,25 +71,25 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
       "expected source [R, C], predictions [Q, 3 D K] and weights [W, C_out, C / groups,"
       " kh, kw], got ",
       shape_string(source), ", ", shape_string(predictions), " and ", shape_string(weights));
+  constexpr int64_t kMostStep = 1 << 20;  // strides, paddings and dilations: products fit
   DeformTables t{};
-  const int64_t images = geometry[0];
+  const int64_t images = narrow("images", geometry[0], 0);
   t.shape = {images,
              source.size(1),
              weights.size(1),
-             static_cast<int32_t>(geometry[1]),
-             static_cast<int32_t>(geometry[2]),
-             static_cast<int32_t>(geometry[3]),
-             static_cast<int32_t>(geometry[4]),
-             static_cast<int32_t>(geometry[5]),
-             static_cast<int32_t>(geometry[6]),
-             static_cast<int32_t>(geometry[7]),
-             static_cast<int32_t>(geometry[8]),
+             narrow("groups", geometry[1], 1),
+             narrow("deform_groups", geometry[2], 1),
+             narrow("kernel_h", geometry[3], 1, 1 << 10),
+             narrow("kernel_w", geometry[4], 1, 1 << 10),
+             narrow("pad_h", geometry[5], 0, kMostStep),
+             narrow("pad_w", geometry[6], 0, kMostStep),
+             narrow("dilation_h", geometry[7], 1, kMostStep),
+             narrow("dilation_w", geometry[8], 1, kMostStep),
              mask_logits,
              dtype_of(source)};
   const DeformShape& s = t.shape;
-  STD_TORCH_CHECK(images >= 0 && s.channels > 0 && s.groups > 0 && s.deform_groups > 0 &&
-                      s.channels % s.groups == 0 && s.out_channels % s.groups == 0 &&
-                      s.channels % s.deform_groups == 0 && s.taps() > 0,
+  STD_TORCH_CHECK(s.channels > 0 && s.out_channels > 0 && s.channels % s.groups == 0 &&
+                      s.out_channels % s.groups == 0 && s.channels % s.deform_groups == 0,
                   "expected channels divisible by the groups, got ", s.channels, " and ",
                   s.out_channels, " channels with ", s.groups, " and ", s.deform_groups, " groups");
   t.source_rows = source.size(0);
@@ -107,10 +104,8 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
                source);
   int64_t covered = 0;
   for (size_t i = 0; i < sources.size(); i += 3) {
-    const MapShape map = detail::read_map(sources, i, images, t.source_rows, "source");
     // Without gaps and overlaps, so that every row gets its gradient from one map.
-    STD_TORCH_CHECK(map.first_row == covered, "expected source maps without gaps, got first row ",
-                    map.first_row, " where ", covered, " follows");
+    const MapShape map = read_next_map(sources, i, images, covered, t.source_rows, "source");
     covered += images * map.pixels();
     t.sources.push_back(map);
   }
@@ -123,25 +118,29 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
                     " weights, got source ", terms[i], " and weight ", terms[i + 1]);
     t.terms.push_back({static_cast<int32_t>(terms[i]), static_cast<int32_t>(terms[i + 1])});
   }
+  const int64_t most_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
   for (size_t i = 0; i < jobs.size(); i += kJobFields) {
     DeformJob job{};
-    // Output maps lie one after the other, so that every row is written.
-    STD_TORCH_CHECK(jobs[i] == t.out_rows, "expected output maps without gaps, got first row ",
-                    jobs[i], " where ", t.out_rows, " follows");
-    job.out = detail::read_map(jobs, i, images, kMostRows, "output");
+    job.out = read_next_map(jobs, i, images, t.out_rows, most_rows, "output");
     t.out_rows += images * job.out.pixels();
-    job.predictions = detail::read_map(jobs, i + 3, images, t.prediction_rows, "prediction");
-    job.offset_rule = static_cast<ReadRule>(jobs[i + 6]);
-    job.mask_rule = static_cast<ReadRule>(jobs[i + 7]);
-    job.stride_h = static_cast<int32_t>(jobs[i + 8]);
-    job.stride_w = static_cast<int32_t>(jobs[i + 9]);
-    job.first_term = static_cast<int32_t>(jobs[i + 10]);
-    job.terms = static_cast<int32_t>(jobs[i + 11]);
-    job.up_height = static_cast<int32_t>(jobs[i + 12]);
-    job.up_width = static_cast<int32_t>(jobs[i + 13]);
-    detail::check_job(job, t);
+    job.predictions = read_map(jobs, i + 3, images, t.prediction_rows, "prediction");
+    job.offset_rule = static_cast<ReadRule>(narrow("offset_rule", jobs[i + 6], 0, 2));
+    job.mask_rule = static_cast<ReadRule>(narrow("mask_rule", jobs[i + 7], 0, 2));
+    job.stride_h = narrow("stride_h", jobs[i + 8], 1, kMostStep);
+    job.stride_w = narrow("stride_w", jobs[i + 9], 1, kMostStep);
+    job.first_term = narrow("first_term", jobs[i + 10], 0);
+    job.terms = narrow("terms", jobs[i + 11], 1);
+    job.up_height = narrow("up_height", jobs[i + 12], 1, kMostStep);
+    job.up_width = narrow("up_width", jobs[i + 13], 1, kMostStep);
+    STD_TORCH_CHECK(
+        static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
+        "expected terms within the list of ", t.terms.size(), ", got ", job.terms, " from ",
+        job.first_term);
+    detail::check_rule(job, job.offset_rule);
+    detail::check_rule(job, job.mask_rule);
     t.jobs.push_back(job);
   }
+  detail::check_disjoint_predictions(t);
   return t;
 }
 

@@ -8,35 +8,16 @@
 #include <vector>
 
 #include "../common/fuse_branches.h"
-#include "tensors.h"
+#include "maps.h"
 
 namespace dyhead {
-
-namespace detail {
-
-// The map at `values[at]`, which must start at row `first_row` and have at most `most_rows` rows.
-inline MapShape read_next_map(const std::vector<int64_t>& values, size_t at, int64_t images,
-                              int64_t first_row, int64_t most_rows, const char* name) {
-  constexpr int64_t kMostSize = std::numeric_limits<int32_t>::max();
-  const int64_t height = values[at + 1], width = values[at + 2];
-  STD_TORCH_CHECK(values[at] == first_row, "expected ", name, " maps without gaps, got first row ",
-                  values[at], " where ", first_row, " follows");
-  STD_TORCH_CHECK(height >= 0 && width >= 0 && height <= kMostSize && width <= kMostSize &&
-                      (images == 0 || height * width <= most_rows / images),
-                  "expected a ", name, " map of at most ", most_rows, " rows, got ", images,
-                  " images of ", height, "x", width);
-  return {first_row, static_cast<int32_t>(height), static_cast<int32_t>(width)};
-}
-
-}  // namespace detail
 
 // The tables as dyhead_cuda/ops/fuse_branches.py writes them:
 //   maps    first_row, height, width of each branch map
 //   levels  first_row, height, width, count, and `count` branches followed by -1, of each level
 inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& shift,
-                                   const Tensor& coefficients, int64_t images,
-                                   const std::vector<int64_t>& maps,
-                                   const std::vector<int64_t>& levels) {
+                                   const Tensor& coefficients, int64_t images, const IntList& maps,
+                                   const IntList& levels) {
   constexpr size_t kMapFields = 3, kLevelFields = 4 + kMostBranches;
   STD_TORCH_CHECK(
       !levels.empty() && levels.size() % kLevelFields == 0 && maps.size() % kMapFields == 0,
@@ -57,8 +38,7 @@ inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const T
 
   int64_t covered = 0;
   for (size_t i = 0; i < maps.size(); i += kMapFields) {
-    t.maps.push_back(
-        detail::read_next_map(maps, i, images, covered, y.size(0) - covered, "branch"));
+    t.maps.push_back(read_next_map(maps, i, images, covered, y.size(0), "branch"));
     covered += images * t.maps.back().pixels();
   }
   STD_TORCH_CHECK(covered == y.size(0), "expected branch maps that cover all ", y.size(0),
@@ -68,8 +48,7 @@ inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const T
   std::vector<int> uses(map_count, 0);
   for (size_t i = 0; i < levels.size(); i += kLevelFields) {
     FuseLevel level{};
-    level.out =
-        detail::read_next_map(levels, i, images, t.out_rows, most_rows - t.out_rows, "level");
+    level.out = read_next_map(levels, i, images, t.out_rows, most_rows, "level");
     t.out_rows += images * level.out.pixels();
     const int64_t count = levels[i + 3];
     STD_TORCH_CHECK(count >= 1 && count <= kMostBranches, "expected a level of 1 to ",
@@ -102,9 +81,8 @@ inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const T
 // Checks, allocates and calls run(const FuseBranchesFwdParams&). Returns out.
 template <class Run>
 Tensor fuse_branches_fwd_with(Run&& run, const Tensor& y, const Tensor& scale, const Tensor& shift,
-                              const Tensor& coefficients, int64_t images,
-                              const std::vector<int64_t>& maps,
-                              const std::vector<int64_t>& levels) {
+                              const Tensor& coefficients, int64_t images, const IntList& maps,
+                              const IntList& levels) {
   const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, maps, levels);
   Tensor out = torch::stable::new_empty(y, {tables.out_rows, tables.channels});
   run(FuseBranchesFwdParams{&tables, y.const_data_ptr(), scale.const_data_ptr(),
@@ -117,8 +95,7 @@ Tensor fuse_branches_fwd_with(Run&& run, const Tensor& y, const Tensor& scale, c
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd_with(
     Run&& run, const Tensor& grad_out, const Tensor& y, const Tensor& scale, const Tensor& shift,
-    const Tensor& coefficients, int64_t images, const std::vector<int64_t>& maps,
-    const std::vector<int64_t>& levels) {
+    const Tensor& coefficients, int64_t images, const IntList& maps, const IntList& levels) {
   const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, maps, levels);
   check_tensor("grad_out", grad_out, {tables.out_rows, tables.channels}, y.scalar_type(), y);
   Tensor grad_y = torch::stable::empty_like(y);
