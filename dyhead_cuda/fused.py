@@ -16,7 +16,17 @@ from torch import Tensor
 
 from dyhead_cuda import checks, ops
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import CROP, FLAT, SAME, Job, Map, Plan, stack_maps
+from dyhead_cuda.ops.deform_conv import (
+    CROP,
+    FLAT,
+    NO_MAP,
+    NONE,
+    SAME,
+    Job,
+    Map,
+    Plan,
+    stack_maps,
+)
 from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, halved
 from dyhead_cuda.reference import hsigmoid, median_level
 from dyhead_cuda.reference.operators import no_autocast
@@ -34,6 +44,27 @@ def pack(levels: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels])
 
 
+def shared_rows(levels: Sequence[Tensor]) -> Tensor | None:
+    """The matrix of rows that ``levels`` already are: what :func:`unpack_rows` made them of.
+
+    Blocks in a row then hand their rows on without a copy, forward and backward.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return None
+    base = levels[0]._base
+    if base is None or base.dim() != 2 or not base.is_contiguous():
+        return None
+    channels = levels[0].shape[1]
+    start = base.storage_offset()
+    for x in levels:
+        strides = (x.shape[2] * x.shape[3] * channels, 1, x.shape[3] * channels, channels)
+        if x._base is not base or x.storage_offset() != start or x.stride() != strides:
+            return None
+        start += x.numel()
+    rows = (start - base.storage_offset()) // max(channels, 1)
+    return base if base.shape == (rows, channels) and base.dtype == levels[0].dtype else None
+
+
 def unpack_rows(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor]:
     """Views [N, C, H_l, W_l], channels_last in memory, of a matrix of rows."""
     parts = rows.split([images * h * w for h, w in sizes])
@@ -43,18 +74,22 @@ def unpack_rows(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor
     ]
 
 
-def predict(levels: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """The 3x3 convolution that predicts offsets and mask logits, as rows [R, 27]."""
-    dtype = levels[0].dtype
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    maps = [
-        F.conv2d(x, weight, bias, padding=1)
-        if x.numel()
-        else x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
-        for x in levels
+    none = rows.new_zeros(0, 3 * TAPS, dtype=compute_dtype(rows.dtype))
+    out, *_ = ops.deform_conv(
+        rows, none, weight.unsqueeze(0), plan, None if bias is None else bias.unsqueeze(0)
+    )
+    return out
+
+
+def predict_plan(maps: list[Map], images: int) -> Plan:
+    """A plain 3x3 convolution of every map, with one weight matrix."""
+    jobs = [
+        Job(out, NO_MAP, [(source, 0)], offset_rule=NONE, mask_rule=NONE)
+        for source, out in enumerate(maps)
     ]
-    return pack(maps).to(compute_dtype(dtype))
+    return Plan(images, maps, jobs)
 
 
 class BlockPlan:
@@ -92,6 +127,7 @@ class BlockPlan:
             jobs.append(
                 Job(out, predictions[level], [(source, branch)], stride, *rules, sizes[level])
             )
+        self.predict = predict_plan(predictions, images)
         self.deform = Plan(images, stack_maps(source_sizes, images), jobs)
         self.levels_of = [level for level, *_ in branches]
         self.branches_of = [branch for _, branch, *_ in branches]
@@ -141,12 +177,12 @@ def block_coefficients(
     """
     p = parameters
     jobs, images, channels = mean.shape
-    level_of = torch.as_tensor(levels_of, device=mean.device)
-    branch_of = torch.as_tensor(branches_of, device=mean.device)
-    levels = max(levels_of) + 1
     branches = (p.low, p.mid, p.high)
-    norm_weight = torch.stack([b.norm_weight for b in branches])[branch_of].unsqueeze(1)
-    norm_bias = torch.stack([b.norm_bias for b in branches])[branch_of].unsqueeze(1)
+    norm_weight = torch.stack([branches[b].norm_weight for b in branches_of]).unsqueeze(1)
+    norm_bias = torch.stack([branches[b].norm_bias for b in branches_of]).unsqueeze(1)
+    levels = range(max(levels_of) + 1)
+    members = mean.new_tensor([[float(of == level) for of in levels_of] for level in levels])
+    counts = members.sum(1)
 
     # Channels of a group have equally many pixels, so their means and variances combine evenly.
     grouped = mean.unflatten(2, (num_groups, -1))
@@ -163,12 +199,10 @@ def block_coefficients(
 
     pooled = scale * up_mean + shift
     gates = hsigmoid(F.relu(pooled @ p.gate_weight + p.gate_bias))  # [J, N]
-    share = gates.new_tensor([1 / levels_of.count(level) for level in levels_of])
-    weight = (gates * share.unsqueeze(1)).unsqueeze(2)
+    weight = (gates * (members.t() @ (1 / counts)).unsqueeze(1)).unsqueeze(2)
     scale, shift = weight * scale, weight * shift
-    zeros = scale.new_zeros(levels, images, channels)
-    means = zeros.index_add(0, level_of, scale * up_mean + shift)
-    shift = zeros.index_add(0, level_of, shift)
+    means = torch.einsum("lj,jnc->lnc", members, scale * up_mean + shift)
+    shift = torch.einsum("lj,jnc->lnc", members, shift)
 
     hidden = F.relu(F.linear(means, p.fc1_weight, p.fc1_bias))
     t = 2 * hsigmoid(F.linear(hidden, p.fc2_weight, p.fc2_bias)) - 1
@@ -189,13 +223,15 @@ def pyramid_block(
     sizes = tuple((x.shape[2], x.shape[3]) for x in features)
     plan = block_plan(sizes, images, high_offset)
     with no_autocast(features[0]):
-        rows = pack(features)
-        levels = unpack_rows(rows, sizes, images)
-        predictions = predict(levels, parameters.offset_weight, parameters.offset_bias)
+        rows = shared_rows(features)
+        if rows is None:
+            rows = pack(features)
+        p = parameters.to(compute_dtype(rows.dtype))
+        predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
         if plan.resized:
+            levels = unpack_rows(rows, sizes, images)
             extra = [upsample(levels[level], size) for level, size in plan.resized]
             rows = torch.cat([rows, pack(extra)])
-        p = parameters.to(compute_dtype(rows.dtype))
         branches = (p.low, p.mid, p.high)
         bias = None
         if p.mid.bias is not None:
@@ -265,20 +301,21 @@ def spatial_attention(
     n, levels, channels, height, width = features.shape
     dtype = compute_dtype(features.dtype)
     chosen = [median_level(levels)] if targets == "median" else list(range(levels))
-    sizes = [(height, width)] * levels
     with no_autocast(features):
         rows = features.permute(1, 0, 3, 4, 2).reshape(-1, channels)
-        maps = unpack_rows(rows, sizes, n)
+        maps = stack_maps([(height, width)] * levels, n)
         if gates is None:
             gates = features.new_ones(n, levels, dtype=dtype)
         # conv(gate . F) + bias = gate . conv(F) + bias
-        logits = predict([maps[t] for t in chosen], offset_weight, None).view(
-            len(chosen), n, height * width * 3 * TAPS
-        )
+        rows_per_level = n * height * width
+        first = chosen[0] * rows_per_level
+        targets_rows = rows[first : first + len(chosen) * rows_per_level]
+        outputs = stack_maps([(height, width)] * len(chosen), n)
+        logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n)).to(dtype)
+        logits = logits.view(len(chosen), n, height * width * 3 * TAPS)
         chosen_gates = gates.to(dtype).t()[chosen].unsqueeze(2)
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)
-        outputs = stack_maps([(height, width)] * len(chosen), n)
         jobs = [Job(out, out, [(level, level) for level in range(levels)]) for out in outputs]
-        plan = Plan(n, stack_maps(sizes, n), jobs)
+        plan = Plan(n, maps, jobs)
         y, *_ = ops.deform_conv(rows, logits, weight, plan, gates=gates / levels)
     return y.view(len(chosen), n, height, width, y.shape[1]).permute(1, 0, 4, 2, 3)

@@ -643,9 +643,7 @@ def test_bad_tensors_raise_in_the_backward(place: int) -> None:
     arguments = work.backward_arguments(tensors)
     good = arguments[place]
     strided = torch.stack([good, good], -1)[..., 0]
-    for bad in (good.unsqueeze(0), torch.cat([good, good]), strided, good.long(), good.double()):
-        if bad.dtype == torch.float32 and place == 6 and bad.dim() == 5 and bad.is_contiguous():
-            continue  # more weight matrices than are used are no fault
+    for bad in (good.unsqueeze(0), good[..., :-1].contiguous(), strided, good.long(), good.double()):
         with pytest.raises(RuntimeError, match="expected"):
             torch.ops.dyhead.deform_conv_bwd(*arguments[:place], bad, *arguments[place + 1 :])
 
@@ -661,7 +659,7 @@ ODD_VALUES = [-(2**63), -(2**31), -1, 0, 1, 2, 3, 5, 12, 24, 26, 40, HUGE, 2**31
 ODD_VALUES += [2**32, 2**32 + 1, 2**32 + 3, 2**61, 2**62, 2**63 - 1]
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     images=st.integers(1, 4),
     changes=st.lists(

@@ -27,6 +27,7 @@ enum class ReadRule : int32_t {
   kSame,  // the same pixel of a map of the same size
   kCrop,  // the same y and x: the map's upper left part
   kFlat,  // the first K * h * w values of the map's [K, H, W], read as [K, h, w]
+  kNone,  // it has none: offsets are 0 and the mask is 1, a plain convolution
 };
 
 struct DeformTerm {
@@ -35,6 +36,8 @@ struct DeformTerm {
 };
 
 struct DeformJob {
+  DYHEAD_HD bool plain() const { return offset_rule == ReadRule::kNone; }
+
   MapShape out;
   MapShape predictions;
   ReadRule offset_rule, mask_rule;

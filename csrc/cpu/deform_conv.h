@@ -102,22 +102,30 @@ struct TapSampler {
   F gate;
 
   F modulation(int32_t deform_group, int32_t tap, int64_t pixel, F* before_gate = nullptr) const {
-    const int32_t k = deform_group * shape.taps() + tap;
-    const F value =
-        predictions[prediction_index(shape, job, job.mask_rule, shape.offset_columns(), k, pixel)];
-    const F mask = shape.mask_logits ? F(1) / (F(1) + std::exp(-value)) : value;
+    F mask = F(1);
+    if (!job.plain()) {
+      const int32_t k = deform_group * shape.taps() + tap;
+      const F value = predictions[prediction_index(shape, job, job.mask_rule,
+                                                   shape.offset_columns(), k, pixel)];
+      mask = shape.mask_logits ? F(1) / (F(1) + std::exp(-value)) : value;
+    }
     if (before_gate != nullptr) *before_gate = mask;
     return mask * gate;
   }
 
   SamplePoint<F> point(int32_t deform_group, int32_t tap, int64_t pixel) const {
+    const int64_t y = pixel / job.out.width * job.stride_h - shape.pad_h +
+                      static_cast<int64_t>(tap / shape.kernel_w) * shape.dilation_h;
+    const int64_t x = pixel % job.out.width * job.stride_w - shape.pad_w +
+                      static_cast<int64_t>(tap % shape.kernel_w) * shape.dilation_w;
+    if (job.plain()) {
+      const bool inside = y >= 0 && y < source.height && x >= 0 && x < source.width;
+      if (!inside) return {F(0), F(0), 0, 0, false};
+      return {F(0), F(0), static_cast<int32_t>(y), static_cast<int32_t>(x), true};
+    }
     const int32_t k = 2 * (deform_group * shape.taps() + tap);
     const F dy = predictions[prediction_index(shape, job, job.offset_rule, 0, k, pixel)];
     const F dx = predictions[prediction_index(shape, job, job.offset_rule, 0, k + 1, pixel)];
-    const int64_t y = pixel / job.out.width * job.stride_h - shape.pad_h +
-                      tap / shape.kernel_w * shape.dilation_h;
-    const int64_t x = pixel % job.out.width * job.stride_w - shape.pad_w +
-                      tap % shape.kernel_w * shape.dilation_w;
     return locate(static_cast<F>(y) + dy, static_cast<F>(x) + dx, source.height, source.width);
   }
 
@@ -128,7 +136,12 @@ struct TapSampler {
       if (points != nullptr) points[r] = p;
       // A sample outside must stay zero even where its modulation is not finite.
       const F scale = p.inside ? modulation(deform_group, tap, first + r) : F(0);
-      corners[r] = corners_of(p, source.height, source.width, scale);
+      if (job.plain()) {
+        const int32_t pixel = p.inside ? p.top * source.width + p.left : -1;
+        corners[r] = {{scale, F(0), F(0), F(0)}, {pixel, -1, -1, -1}};
+      } else {
+        corners[r] = corners_of(p, source.height, source.width, scale);
+      }
     }
   }
 };

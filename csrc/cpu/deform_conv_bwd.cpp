@@ -252,6 +252,7 @@ class Backward {
   void prediction_pass(int64_t first_image, int64_t images) {
     std::vector<int64_t> maps;
     for (const DeformJob& job : tables_.jobs) {
+      if (job.plain() && p_.grad_gates == nullptr) continue;
       if (std::find(maps.begin(), maps.end(), job.predictions.first_row) == maps.end()) {
         maps.push_back(job.predictions.first_row);
       }
@@ -295,13 +296,14 @@ class Backward {
           }
           F mask;
           const F modulation = taps.modulation(d, tap, p, &mask);
+          grad_gate += value * mask;
+          if (job.plain()) continue;
           const int32_t k = d * s_.taps() + tap;
           grad[prediction_index(s_, job, job.offset_rule, 0, 2 * k, p)] += modulation * slope_y;
           grad[prediction_index(s_, job, job.offset_rule, 0, 2 * k + 1, p)] += modulation * slope_x;
           const F slope = s_.mask_logits ? mask * (F(1) - mask) : F(1);
           grad[prediction_index(s_, job, job.mask_rule, s_.offset_columns(), k, p)] +=
               value * taps.gate * slope;
-          grad_gate += value * mask;
         }
       }
     }

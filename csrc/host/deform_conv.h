@@ -33,6 +33,9 @@ inline void check_rule(const DeformJob& job, ReadRule rule) {
     case ReadRule::kFlat:
       fits = out.pixels() <= from.pixels();
       break;
+    case ReadRule::kNone:
+      fits = job.offset_rule == job.mask_rule;
+      break;
   }
   STD_TORCH_CHECK(fits, "expected predictions that a map of ", out.height, "x", out.width,
                   " can read by rule ", static_cast<int>(rule), ", got ", from.height, "x",
@@ -124,8 +127,8 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
     job.out = read_next_map(jobs, i, images, t.out_rows, most_rows, "output");
     t.out_rows += images * job.out.pixels();
     job.predictions = read_map(jobs, i + 3, images, t.prediction_rows, "prediction");
-    job.offset_rule = static_cast<ReadRule>(narrow("offset_rule", jobs[i + 6], 0, 2));
-    job.mask_rule = static_cast<ReadRule>(narrow("mask_rule", jobs[i + 7], 0, 2));
+    job.offset_rule = static_cast<ReadRule>(narrow("offset_rule", jobs[i + 6], 0, 3));
+    job.mask_rule = static_cast<ReadRule>(narrow("mask_rule", jobs[i + 7], 0, 3));
     job.stride_h = narrow("stride_h", jobs[i + 8], 1, kMostStep);
     job.stride_w = narrow("stride_w", jobs[i + 9], 1, kMostStep);
     job.first_term = narrow("first_term", jobs[i + 10], 0);

@@ -17,7 +17,7 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
 
-SAME, CROP, FLAT = 0, 1, 2
+SAME, CROP, FLAT, NONE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Map:
         return [self.first_row, self.height, self.width]
 
 
+NO_MAP = Map(0, 0, 0)
+
+
 def stack_maps(sizes: list[tuple[int, int]], images: int) -> list[Map]:
     """Maps of the given sizes, one after the other, each with its images."""
     maps, row = [], 0
@@ -50,7 +53,7 @@ class Job:
     """One output map: which maps it reads with which weights, and where its predictions are."""
 
     out: Map
-    predictions: Map
+    predictions: Map  # NO_MAP with rules NONE: a plain convolution
     terms: list[tuple[int, int]]  # source map, weight matrix
     stride: tuple[int, int] = (1, 1)
     offset_rule: int = SAME
