@@ -15,6 +15,12 @@ from dyhead_cuda import library
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
+# The operators that each compiled library has kernels of.
+OPERATORS = {
+    "cpu": ("deform_conv", "dynamic_relu", "fuse_branches"),
+    "cuda": ("dynamic_relu",),
+}
+
 _log = logging.getLogger("dyhead_cuda")
 _requested: str = "auto"
 
@@ -46,36 +52,42 @@ def current() -> Backend:
     return cast(Backend, _requested)
 
 
-def select(x: Tensor) -> Literal["reference", "cpu", "cuda"]:
-    """The backend that runs an operator on ``x``.
+def select(x: Tensor, operator: str) -> Literal["reference", "cpu", "cuda"]:
+    """The backend that runs a compiled ``operator`` (a name in ``OPERATORS``) on ``x``.
 
     Raises:
         ValueError: a backend was asked for that does not take tensors of this device.
-        RuntimeError: its library is not loaded, with the reason and what to do.
+        RuntimeError: its library is not loaded, with the reason and what to do, or it has no kernel
+            of this operator.
     """
     device = x.device.type
     if _requested == "reference":
         return "reference"
     if _requested == "auto":
-        if device not in ("cpu", "cuda"):
+        if device not in OPERATORS:
             return "reference"
-        if library.loaded(device):
-            return cast(Literal["cpu", "cuda"], device)
-        if device == "cuda":
-            _warn_slow_cuda()
-        return "reference"
+        if not library.loaded(device):
+            if device == "cuda":
+                _warn_once(f"the CUDA library is not loaded: {library.reason('cuda')}")
+            return "reference"
+        if operator not in OPERATORS[device]:
+            _warn_once(f"the CUDA library has no kernel of {operator} yet")
+            return "reference"
+        return cast(Literal["cpu", "cuda"], device)
     library.require(_requested)
     if device != _requested:
         raise ValueError(
             f'backend "{_requested}" takes {_requested} tensors, got one on {x.device}; move the '
             'features and the module there, or use backend("auto")'
         )
+    if operator not in OPERATORS[_requested]:
+        raise RuntimeError(
+            f'backend "{_requested}" has no kernel of {operator} yet; use backend("auto"), which '
+            "runs it on the reference"
+        )
     return cast(Literal["cpu", "cuda"], _requested)
 
 
 @cache
-def _warn_slow_cuda() -> None:
-    _log.warning(
-        "the CUDA library is not loaded, so CUDA tensors run on the slow reference: %s",
-        library.reason("cuda"),
-    )
+def _warn_once(reason: str) -> None:
+    _log.warning("CUDA tensors run on the slow reference here: %s", reason)

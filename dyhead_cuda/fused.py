@@ -47,18 +47,20 @@ def pack(levels: Sequence[Tensor]) -> Tensor:
 def shared_rows(levels: Sequence[Tensor]) -> Tensor | None:
     """The matrix of rows that ``levels`` already are: what :func:`unpack_rows` made them of.
 
-    Blocks in a row then hand their rows on without a copy, forward and backward.
+    Without gradients, blocks in a row then hand their rows on without a copy. With gradients they
+    do not: a hook on a level, or its ``retain_grad``, would miss what does not flow through it.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return None
     base = levels[0]._base
-    if base is None or base.dim() != 2 or not base.is_contiguous():
+    if base is None or base.requires_grad or base.dim() != 2 or not base.is_contiguous():
         return None
     channels = levels[0].shape[1]
     start = base.storage_offset()
     for x in levels:
         strides = (x.shape[2] * x.shape[3] * channels, 1, x.shape[3] * channels, channels)
-        if x._base is not base or x.storage_offset() != start or x.stride() != strides:
+        moved = x.storage_offset() != start or x.stride() != strides
+        if x._base is not base or x.requires_grad or moved:
             return None
         start += x.numel()
     rows = (start - base.storage_offset()) // max(channels, 1)

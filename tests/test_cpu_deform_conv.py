@@ -643,7 +643,13 @@ def test_bad_tensors_raise_in_the_backward(place: int) -> None:
     arguments = work.backward_arguments(tensors)
     good = arguments[place]
     strided = torch.stack([good, good], -1)[..., 0]
-    for bad in (good.unsqueeze(0), good[..., :-1].contiguous(), strided, good.long(), good.double()):
+    for bad in (
+        good.unsqueeze(0),
+        good[..., :-1].contiguous(),
+        strided,
+        good.long(),
+        good.double(),
+    ):
         with pytest.raises(RuntimeError, match="expected"):
             torch.ops.dyhead.deform_conv_bwd(*arguments[:place], bad, *arguments[place + 1 :])
 

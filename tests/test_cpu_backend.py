@@ -1,0 +1,467 @@
+"""Both forms of the head on the compiled CPU operators, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import group_norm, interpolate, linear
+
+from dyhead_cuda import DyHead, UnifiedDyHead, backend, functional, library
+from dyhead_cuda.backends import Backend
+from dyhead_cuda.fused import block_coefficients
+from dyhead_cuda.pyramid import HIGH_OFFSETS, BlockParameters, HighOffset
+from dyhead_cuda.reference import UnifiedParameters
+from dyhead_cuda.reference import hsigmoid as hsigmoid
+from tests.conftest import (
+    TOLERANCE,
+    assert_close,
+    assert_gradients_close,
+    flat_parameters,
+    gradients,
+    halving_sizes,
+    leaf,
+    random_block_parameters,
+    random_pyramid,
+    rebuild_parameters,
+)
+from tests.test_backends import Spy
+from tests.test_unified import random_parameters
+
+library.require("cpu")
+
+ROOT = Path(__file__).parent.parent
+Size = tuple[int, int]
+
+
+# --- the published block --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sizes and options of one block."""
+
+    sizes: tuple[Size, ...] = tuple(halving_sizes(13, 10, 3))
+    batch: int = 2
+    in_channels: int = 5
+    out_channels: int = 8
+    num_groups: int = 4
+    bias: bool = True
+    high_offset: HighOffset = "flat"
+    eps: float = 1e-5
+    offset_scale: float = 1.0
+    seed: int = 0
+
+    def tensors(
+        self, dtype: torch.dtype = torch.float64, parameter_dtype: torch.dtype | None = None
+    ) -> tuple[list[Tensor], BlockParameters]:
+        features = random_pyramid(self.batch, self.in_channels, self.sizes, dtype, self.seed)
+        parameters = random_block_parameters(
+            self.in_channels,
+            self.out_channels,
+            bias=self.bias,
+            dtype=parameter_dtype or dtype,
+            offset_scale=self.offset_scale,
+            seed=self.seed + 1,
+        )
+        tensors = [leaf(t) for t in flat_parameters(parameters)]
+        return [leaf(x) for x in features], rebuild_parameters(parameters, tensors)
+
+    def run(
+        self, name: Backend, features: Sequence[Tensor], parameters: BlockParameters
+    ) -> list[Tensor]:
+        with backend(name):
+            return functional.pyramid_block(
+                features,
+                parameters,
+                high_offset=self.high_offset,
+                num_groups=self.num_groups,
+                eps=self.eps,
+            )
+
+
+def in_double(
+    features: Sequence[Tensor], parameters: BlockParameters
+) -> tuple[list[Tensor], BlockParameters]:
+    tensors = [leaf(t, torch.float64) for t in flat_parameters(parameters)]
+    return [leaf(x, torch.float64) for x in features], rebuild_parameters(parameters, tensors)
+
+
+def check_block(block: Block, dtype: torch.dtype = torch.float64, factor: float = 1) -> None:
+    features, parameters = block.tensors(dtype)
+    exact_features, exact_parameters = in_double(features, parameters)
+    actual = block.run("cpu", features, parameters)
+    expected = block.run("reference", exact_features, exact_parameters)
+    assert [x.dtype for x in actual] == [dtype] * len(features)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in actual)
+    assert_close(actual, expected, dtype, factor)
+    assert_gradients_close(
+        gradients(actual, [*features, *flat_parameters(parameters)], dtype),
+        gradients(expected, [*exact_features, *flat_parameters(exact_parameters)], dtype),
+        dtype,
+    )
+
+
+BLOCKS = {
+    "odd sizes": Block(),
+    "five levels": Block(sizes=tuple(halving_sizes(25, 37, 5)), batch=1),
+    "to 1x1": Block(sizes=tuple(halving_sizes(5, 3, 5)), num_groups=2),
+    "one level": Block(sizes=((6, 7),)),
+    "one pixel": Block(sizes=((1, 1),), num_groups=1),
+    "a row and a column": Block(sizes=((1, 9), (1, 5), (1, 3))),
+    "more than a vector": Block(in_channels=70, out_channels=40, batch=1),
+    "one group": Block(num_groups=1, bias=False),
+    "a group per channel": Block(num_groups=8, bias=False),
+    "several chunks": Block(sizes=tuple(halving_sizes(31, 26, 2)), offset_scale=4),
+    "another eps": Block(eps=0.1),
+}
+
+
+@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_equals_the_reference_with_all_gradients(name: str, high_offset: HighOffset) -> None:
+    check_block(replace(BLOCKS[name], high_offset=high_offset))
+
+
+@settings(max_examples=25)
+@given(
+    st.builds(
+        Block,
+        sizes=st.builds(
+            lambda h, w, n: tuple(halving_sizes(h, w, n)),
+            st.integers(1, 24),
+            st.integers(1, 24),
+            st.integers(1, 5),
+        ),
+        batch=st.integers(1, 3),
+        in_channels=st.integers(1, 9),
+        out_channels=st.sampled_from([4, 12, 20]),
+        num_groups=st.sampled_from([1, 2, 4]),
+        bias=st.booleans(),
+        high_offset=st.sampled_from(HIGH_OFFSETS),
+        offset_scale=st.sampled_from([0.1, 1.0, 10.0]),
+        seed=st.integers(0, 10**6),
+    )
+)
+def test_random_blocks(block: Block) -> None:
+    check_block(block)
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 15)), min_size=2, max_size=4),
+    seed=st.integers(0, 10**6),
+)
+def test_aligned_takes_any_sizes(sizes: list[Size], seed: int) -> None:
+    check_block(Block(sizes=tuple(sizes), high_offset="aligned", seed=seed))
+
+
+@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_block_in_other_types(dtype: torch.dtype, high_offset: HighOffset) -> None:
+    block = Block(
+        sizes=tuple(halving_sizes(17, 22, 3)), in_channels=24, out_channels=32,
+        high_offset=high_offset,
+    )  # fmt: skip
+    check_block(block, dtype, factor=5 if dtype == torch.float32 else 1)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.cat([x, x + 1e3], 3)[..., : x.shape[3]],
+    "channels of more": lambda x: torch.cat([x + 1e3, x], 1)[:, x.shape[1] :],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "rows of another": lambda x: x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_does_not_matter(layout: str) -> None:
+    block = Block()
+    features, parameters = block.tensors()
+    strange = [LAYOUTS[layout](x.detach()).requires_grad_() for x in features]
+    actual = block.run("cpu", strange, parameters)
+    expected = block.run("cpu", features, parameters)
+    assert_close(actual, expected)
+    assert_close(gradients(actual, strange), gradients(expected, features), factor=2)
+
+
+def test_one_image_expanded_to_a_batch() -> None:
+    block = Block(batch=1)
+    features, parameters = block.tensors()
+    shared = [x.expand(3, *x.shape[1:]) for x in features]
+    actual, expected = (block.run(name, shared, parameters) for name in ("cpu", "reference"))
+    assert_close(actual, expected)
+    assert_gradients_close(gradients(actual, features), gradients(expected, features))
+
+
+@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
+def test_empty_batch(high_offset: HighOffset) -> None:
+    block = Block(batch=0, high_offset=high_offset)
+    features, parameters = block.tensors()
+    outs = block.run("cpu", features, parameters)
+    assert [x.shape for x in outs] == [(0, 8, *size) for size in block.sizes]
+    grads = gradients(outs, [*features, *flat_parameters(parameters)])
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
+@pytest.mark.parametrize("size", [(0, 6), (5, 0), (0, 0)])
+def test_levels_without_pixels(size: Size, high_offset: HighOffset) -> None:
+    block = Block(sizes=tuple(halving_sizes(*size, 3)), high_offset=high_offset)
+    features, parameters = block.tensors()
+    outs = block.run("cpu", features, parameters)
+    assert [x.shape for x in outs] == [(2, 8, *size) for size in block.sizes]
+    assert all(g.isfinite().all() for g in gradients(outs, flat_parameters(parameters)))
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_level_without_pixels_among_others(place: int) -> None:
+    sizes = halving_sizes(9, 7, 8)
+    sizes[place] = (0, 3)
+    block = Block(sizes=tuple(sizes), high_offset="aligned")
+    features, parameters = block.tensors()
+    actual, expected = (block.run(name, features, parameters) for name in ("cpu", "reference"))
+    assert_close(actual, expected)
+
+
+def test_parameters_keep_their_type_in_gradients() -> None:
+    block = Block(in_channels=24, out_channels=32)
+    features, parameters = block.tensors(torch.bfloat16, torch.float32)
+    exact_features, exact_parameters = in_double(features, parameters)
+    actual = block.run("cpu", features, parameters)
+    assert_close(actual, block.run("reference", exact_features, exact_parameters), torch.bfloat16)
+    inputs = [*features, *flat_parameters(parameters)]
+    grads = gradients(actual, inputs)
+    assert [g.dtype for g in grads] == [t.dtype for t in inputs]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_extreme_offsets(value: float) -> None:
+    # The offset convolution's bias puts two of the nine taps beyond every border.
+    block = Block()
+    features, parameters = block.tensors()
+    with torch.no_grad():
+        parameters.offset_bias[2:5] = value
+    actual, expected = (block.run(name, features, parameters) for name in ("cpu", "reference"))
+    assert all(x.isfinite().all() for x in actual)
+    assert_close(actual, expected)
+    inputs = [*features, *flat_parameters(parameters)]
+    assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+# --- the coefficients -----------------------------------------------------------------------------
+
+LEVELS_OF, BRANCHES_OF = [0, 0, 1, 1, 1, 2, 2], [1, 2, 1, 0, 2, 1, 0]
+JOB_SIZES: list[Size] = [(6, 7), (3, 4), (3, 4), (3, 4), (2, 2), (2, 2), (2, 2)]
+LEVEL_SIZES: list[Size] = [(6, 7), (3, 4), (2, 2)]
+
+
+def coefficients(parameters: BlockParameters, *moments: Tensor) -> tuple[Tensor, ...]:
+    mean, var, up_mean = moments
+    return block_coefficients(
+        mean, var, up_mean, parameters, LEVELS_OF, BRANCHES_OF, num_groups=2, eps=1e-3
+    )
+
+
+def test_coefficients_equal_the_layers() -> None:
+    p = random_block_parameters(3, 8)
+    ys = random_pyramid(2, 8, JOB_SIZES)
+    ups = [
+        interpolate(y, LEVEL_SIZES[level], mode="bilinear", align_corners=True)
+        for y, level in zip(ys, LEVELS_OF, strict=True)
+    ]
+    moments = (
+        torch.stack([y.mean((2, 3)) for y in ys]),
+        torch.stack([y.var((2, 3), correction=0) for y in ys]),
+        torch.stack([up.mean((2, 3)) for up in ups]),
+    )
+    scale, shift, relu = coefficients(p, *moments)
+    for level, size in enumerate(LEVEL_SIZES):
+        jobs = [j for j, of in enumerate(LEVELS_OF) if of == level]
+        actual = shift[level][:, :, None, None] + sum(
+            scale[j][:, :, None, None] * ups[j] for j in jobs
+        )
+        expected = torch.zeros(2, 8, *size, dtype=torch.float64)
+        for j in jobs:
+            branch = (p.low, p.mid, p.high)[BRANCHES_OF[j]]
+            y = group_norm(ys[j], 2, branch.norm_weight, branch.norm_bias, 1e-3)
+            y = interpolate(y, size, mode="bilinear", align_corners=True)
+            gate = hsigmoid((y.mean((2, 3)) @ p.gate_weight + p.gate_bias).relu())
+            expected = expected + gate[:, None, None, None] * y / len(jobs)
+        assert_close(actual, expected)
+        hidden = linear(expected.mean((2, 3)), p.fc1_weight, p.fc1_bias).relu()
+        t = 2 * hsigmoid(linear(hidden, p.fc2_weight, p.fc2_bias)).view(2, 4, 8) - 1
+        assert_close(relu[level], torch.stack([1 + t[:, 0], t[:, 1] / 2, t[:, 2], t[:, 3] / 2], 1))
+
+
+def test_gradcheck_of_the_coefficients() -> None:
+    parameters = random_block_parameters(1, 4)
+    tensors = [leaf(t) for t in flat_parameters(parameters)]
+    mean, var, up_mean = (leaf(torch.randn(7, 2, 4, dtype=torch.float64)) for _ in range(3))
+    with torch.no_grad():
+        var.abs_()
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        return coefficients(rebuild_parameters(parameters, values[3:]), *values[:3])
+
+    inputs = (mean, var, up_mean, *tensors)
+    # The weights and the offset convolution take no part.
+    used = [t.requires_grad_(t.dim() < 4 and t.shape != (27,)) for t in inputs]
+    assert torch.autograd.gradcheck(run, tuple(used))
+
+
+# --- the paper's form -----------------------------------------------------------------------------
+
+
+def unified_inputs(
+    shape: Sequence[int], out_channels: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """features, weight, offset_weight, offset_bias, gates."""
+    n, levels, channels, _, _ = shape
+    p = random_parameters(levels, channels, out_channels)
+    features = torch.randn(tuple(shape), dtype=torch.float64)
+    gates = torch.randn(n, levels, dtype=torch.float64)
+    tensors = [features, p.spatial_weight, p.offset_weight, p.offset_bias, gates]
+    return [leaf(t, dtype) for t in tensors]
+
+
+def attend(name: Backend, tensors: Sequence[Tensor], **options: Any) -> Tensor:
+    with backend(name):
+        return functional.spatial_attention(*tensors[:4], **options)
+
+
+@pytest.mark.parametrize("targets", ["all", "median"])
+@pytest.mark.parametrize("with_gates", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_spatial_attention(targets: str, with_gates: bool, dtype: torch.dtype) -> None:
+    tensors = unified_inputs((2, 3, 20, 13, 15), 9, dtype)
+    exact = [leaf(t, torch.float64) for t in tensors]
+    used = 5 if with_gates else 4
+    actual, expected = (
+        attend(name, values, targets=targets, gates=values[4] if with_gates else None)
+        for name, values in (("cpu", tensors), ("reference", exact))
+    )
+    assert actual.dtype == dtype
+    assert_close(actual, expected, dtype)
+    assert_gradients_close(
+        gradients(actual, tensors[:used], dtype), gradients(expected, exact[:used], dtype), dtype
+    )
+
+
+@settings(max_examples=15)
+@given(
+    shape=st.tuples(
+        st.integers(0, 3), st.integers(1, 5), st.integers(1, 20), st.integers(0, 9),
+        st.integers(0, 9),
+    ),
+    out_channels=st.integers(1, 20),
+    targets=st.sampled_from(["all", "median"]),
+)  # fmt: skip
+def test_random_spatial_attention(shape: tuple[int, ...], out_channels: int, targets: str) -> None:
+    tensors = unified_inputs(shape, out_channels)
+    actual, expected = (
+        attend(name, tensors, targets=targets, gates=tensors[4]) for name in ("cpu", "reference")
+    )
+    assert_close(actual, expected)
+    if tensors[0].numel() > 0:
+        assert_gradients_close(gradients(actual, tensors), gradients(expected, tensors))
+
+
+@pytest.mark.parametrize("targets", ["all", "median"])
+def test_unified_block(targets: Any) -> None:
+    features = leaf(torch.randn(2, 3, 8, 5, 6, dtype=torch.float64))
+    parameters = UnifiedParameters(*(leaf(t) for t in random_parameters(3, 8, 8)))
+    outs = []
+    for name in ("cpu", "reference"):
+        with backend(name):  # type: ignore[arg-type]
+            outs.append(functional.unified_block(features, parameters, targets))
+    assert_close(*outs)
+    inputs = [features, *parameters]
+    assert_gradients_close(gradients(outs[0], inputs), gradients(outs[1], inputs))
+
+
+def test_unified_head_of_a_pyramid() -> None:
+    head = UnifiedDyHead(3, 8, 2).double()
+    features = [leaf(x) for x in random_pyramid(2, 8, halving_sizes(9, 11, 3))]
+    with backend("cpu"):
+        actual = head(features)
+    with backend("reference"):
+        expected = head(features)
+    assert_close(actual, expected)
+    inputs = [*features, *head.parameters()]
+    assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+# --- the backend as a whole -----------------------------------------------------------------------
+
+
+def calls_of_compiled_operators(run: Callable[[], object]) -> int:
+    with Spy() as spy, torch.no_grad():
+        run()
+    return spy.calls
+
+
+def test_auto_runs_the_compiled_operators() -> None:
+    block = Block()
+    features, parameters = block.tensors(torch.float32)
+    unified = unified_inputs((1, 2, 4, 3, 3), 4)
+    assert calls_of_compiled_operators(lambda: block.run("auto", features, parameters)) == 2
+    assert calls_of_compiled_operators(lambda: block.run("reference", features, parameters)) == 0
+    assert calls_of_compiled_operators(lambda: attend("auto", unified)) == 1
+    auto, cpu = (block.run(name, features, parameters) for name in ("auto", "cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(auto, cpu, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_and_runs_give_the_same_bits(dtype: torch.dtype, threads: None) -> None:
+    block = Block(
+        sizes=tuple(halving_sizes(19, 24, 4)), in_channels=256, out_channels=256, num_groups=16
+    )
+    first = None
+    for count in (1, 2, 7, 7):
+        torch.set_num_threads(count)
+        features, parameters = block.tensors(dtype)
+        outs = block.run("cpu", features, parameters)
+        results = [*outs, *gradients(outs, [*features, *flat_parameters(parameters)])]
+        first = first or results
+        for i, (a, b) in enumerate(zip(first, results, strict=True)):
+            assert torch.equal(a, b), (count, i)
+
+
+def test_python_threads_at_once() -> None:
+    blocks = [replace(BLOCKS["several chunks"], seed=seed) for seed in range(4)]
+    tensors = [block.tensors(torch.float32) for block in blocks]
+
+    def run(i: int) -> list[Tensor]:
+        features, parameters = tensors[i]
+        outs = blocks[i].run("auto", features, parameters)
+        return [*outs, *gradients(outs, [*features, *flat_parameters(parameters)])]
+
+    alone = [run(i) for i in range(len(blocks))]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, list(range(len(blocks))) * 3))
+    for i, results in enumerate(together):
+        for a, b in zip(results, alone[i % len(blocks)], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
+def test_head_compiles_in_one_graph(high_offset: HighOffset) -> None:
+    head = DyHead(4, 8, 2, num_groups=2, high_offset=high_offset).double()
+    features = [leaf(x) for x in random_pyramid(2, 4, halving_sizes(7, 6, 3))]
+    torch._dynamo.reset()
+    with backend("cpu"):
+        compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+        actual, expected = compiled(features), head(features)
+    assert_close(actual, expected)
+    inputs = [*features, *head.parameters()]
+    assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
