@@ -13,18 +13,20 @@ STABLE_TORCH_LIBRARY(dyhead, m) {
       "dynamic_relu_bwd(Tensor grad_out, Tensor rows, Tensor hidden, Tensor logits, "
       "Tensor fc1_weight, Tensor fc2_weight, bool hard_sigmoid) -> (Tensor, Tensor, Tensor)");
   // Any list of deformable jobs (csrc/common/deform_jobs.h). Returns the output rows and, where
-  // `moments` is set, mean, biased variance and upsampled mean per job, image and channel.
+  // `moments` is set, mean, biased variance and upsampled mean per job, image and channel. The rows
+  // have the source's type, or the compute type where `wide_out` is set.
   m.def(
       "deform_conv_fwd(Tensor source, Tensor predictions, Tensor weights, Tensor? bias, "
       "Tensor? gates, int[] geometry, int[] sources, int[] terms, int[] jobs, bool mask_logits, "
-      "bool moments) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool wide_out, bool moments) -> (Tensor, Tensor, Tensor, Tensor)");
   // Returns the gradients of source, predictions, weights, bias and gates; the last two are empty
   // where they do not exist.
   m.def(
       "deform_conv_bwd(Tensor grad_out, Tensor? grad_mean, Tensor? grad_var, "
       "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor weights, Tensor? gates, "
       "Tensor out, Tensor mean, int[] geometry, int[] sources, int[] terms, int[] jobs, "
-      "bool mask_logits, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool mask_logits, bool wide_out, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   // Upsampled branches, scaled and added, through the dynamic ReLU (csrc/common/fuse_branches.h).
   m.def(
       "fuse_branches_fwd(Tensor y, Tensor scale, Tensor shift, Tensor coefficients, int images, "

@@ -77,10 +77,19 @@ def unpack_rows(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor
 
 
 def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """The 3x3 convolution that predicts offsets and mask logits, as rows [R, 27]."""
+    """The 3x3 convolution that predicts offsets and mask logits, as rows [R, 27].
+
+    Of the accumulation type: an offset rounded to bfloat16 would move its sample, and near a whole
+    pixel change the slope of the interpolation.
+    """
     none = rows.new_zeros(0, 3 * TAPS, dtype=compute_dtype(rows.dtype))
     out, *_ = ops.deform_conv(
-        rows, none, weight.unsqueeze(0), plan, None if bias is None else bias.unsqueeze(0)
+        rows,
+        none,
+        weight.unsqueeze(0),
+        plan,
+        None if bias is None else bias.unsqueeze(0),
+        wide_out=True,
     )
     return out
 
@@ -313,7 +322,7 @@ def spatial_attention(
         first = chosen[0] * rows_per_level
         targets_rows = rows[first : first + len(chosen) * rows_per_level]
         outputs = stack_maps([(height, width)] * len(chosen), n)
-        logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n)).to(dtype)
+        logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n))
         logits = logits.view(len(chosen), n, height * width * 3 * TAPS)
         chosen_gates = gates.to(dtype).t()[chosen].unsqueeze(2)
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)

@@ -19,8 +19,7 @@ from dyhead_cuda import DyHead, UnifiedDyHead, backend, functional, library
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.fused import block_coefficients
 from dyhead_cuda.pyramid import HIGH_OFFSETS, BlockParameters, HighOffset
-from dyhead_cuda.reference import UnifiedParameters
-from dyhead_cuda.reference import hsigmoid as hsigmoid
+from dyhead_cuda.reference import UnifiedParameters, hsigmoid
 from tests.conftest import (
     TOLERANCE,
     assert_close,
@@ -30,6 +29,7 @@ from tests.conftest import (
     halving_sizes,
     leaf,
     random_block_parameters,
+    random_like,
     random_pyramid,
     rebuild_parameters,
 )
@@ -95,19 +95,55 @@ def in_double(
     return [leaf(x, torch.float64) for x in features], rebuild_parameters(parameters, tensors)
 
 
-def check_block(block: Block, dtype: torch.dtype = torch.float64, factor: float = 1) -> None:
-    features, parameters = block.tensors(dtype)
+def block_gradients(
+    outs: Sequence[Tensor],
+    features: Sequence[Tensor],
+    parameters: BlockParameters,
+    rounded_to: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Of everything, zeros for what takes no part: the other branches of a single level."""
+    cotangents = [t.to(rounded_to).to(out) for t, out in zip(random_like(*outs), outs, strict=True)]
+    inputs = [*features, *flat_parameters(parameters)]
+    return list(torch.autograd.grad(outs, inputs, cotangents, materialize_grads=True))
+
+
+def check_block(
+    block: Block,
+    dtype: torch.dtype = torch.float64,
+    parameter_dtype: torch.dtype | None = None,
+    smooth: bool = False,
+) -> None:
+    features, parameters = block.tensors(dtype, parameter_dtype)
+    if smooth:
+        make_smooth(parameters)
     exact_features, exact_parameters = in_double(features, parameters)
     actual = block.run("cpu", features, parameters)
     expected = block.run("reference", exact_features, exact_parameters)
     assert [x.dtype for x in actual] == [dtype] * len(features)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in actual)
-    assert_close(actual, expected, dtype, factor)
-    assert_gradients_close(
-        gradients(actual, [*features, *flat_parameters(parameters)], dtype),
-        gradients(expected, [*exact_features, *flat_parameters(exact_parameters)], dtype),
-        dtype,
-    )
+    assert_close(actual, expected, dtype)
+    grads = block_gradients(actual, features, parameters, dtype)
+    inputs = [*features, *flat_parameters(parameters)]
+    assert [g.dtype for g in grads] == [t.dtype for t in inputs]
+    if dtype.itemsize > 2 or smooth:
+        expected_grads = block_gradients(expected, exact_features, exact_parameters, dtype)
+        # Those of the gates are sums over a map that cancel.
+        floor = 1e-3 if dtype == torch.float64 else 2e-2
+        assert_gradients_close(grads, expected_grads, dtype, floor)
+
+
+def make_smooth(parameters: BlockParameters) -> None:
+    """No pixel of a block is near a kink, which a rounding of 2^-9 would cross for some pixels.
+
+    A sample that crosses a pixel's border has another slope, and so has the dynamic ReLU where the
+    other of its lines is the larger one: offsets are those of the bias, and the lines parallel.
+    """
+    channels = parameters.gate_weight.shape[0]
+    with torch.no_grad():
+        parameters.offset_weight.zero_()
+        parameters.fc2_weight.mul_(0.01)
+        t = torch.tensor([-0.5, 0.5, 0.5, -0.5]).repeat_interleave(channels)
+        parameters.fc2_bias.copy_(3 * t)
 
 
 BLOCKS = {
@@ -167,11 +203,11 @@ def test_aligned_takes_any_sizes(sizes: list[Size], seed: int) -> None:
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_block_in_other_types(dtype: torch.dtype, high_offset: HighOffset) -> None:
-    block = Block(
-        sizes=tuple(halving_sizes(17, 22, 3)), in_channels=24, out_channels=32,
-        high_offset=high_offset,
-    )  # fmt: skip
-    check_block(block, dtype, factor=5 if dtype == torch.float32 else 1)
+    sizes = tuple(halving_sizes(17, 22, 3))
+    block = Block(sizes=sizes, in_channels=24, out_channels=32, high_offset=high_offset)
+    check_block(block, dtype)
+    check_block(block, dtype, smooth=True)
+    check_block(block, dtype, torch.float32, smooth=True)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -209,7 +245,7 @@ def test_empty_batch(high_offset: HighOffset) -> None:
     features, parameters = block.tensors()
     outs = block.run("cpu", features, parameters)
     assert [x.shape for x in outs] == [(0, 8, *size) for size in block.sizes]
-    grads = gradients(outs, [*features, *flat_parameters(parameters)])
+    grads = block_gradients(outs, features, parameters)
     assert all((g == 0).all() for g in grads)
 
 
@@ -220,7 +256,7 @@ def test_levels_without_pixels(size: Size, high_offset: HighOffset) -> None:
     features, parameters = block.tensors()
     outs = block.run("cpu", features, parameters)
     assert [x.shape for x in outs] == [(2, 8, *size) for size in block.sizes]
-    assert all(g.isfinite().all() for g in gradients(outs, flat_parameters(parameters)))
+    assert all(g.isfinite().all() for g in block_gradients(outs, features, parameters))
 
 
 @pytest.mark.parametrize("place", range(8))
@@ -233,17 +269,6 @@ def test_a_level_without_pixels_among_others(place: int) -> None:
     assert_close(actual, expected)
 
 
-def test_parameters_keep_their_type_in_gradients() -> None:
-    block = Block(in_channels=24, out_channels=32)
-    features, parameters = block.tensors(torch.bfloat16, torch.float32)
-    exact_features, exact_parameters = in_double(features, parameters)
-    actual = block.run("cpu", features, parameters)
-    assert_close(actual, block.run("reference", exact_features, exact_parameters), torch.bfloat16)
-    inputs = [*features, *flat_parameters(parameters)]
-    grads = gradients(actual, inputs)
-    assert [g.dtype for g in grads] == [t.dtype for t in inputs]
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_extreme_offsets(value: float) -> None:
     # The offset convolution's bias puts two of the nine taps beyond every border.
@@ -254,8 +279,10 @@ def test_extreme_offsets(value: float) -> None:
     actual, expected = (block.run(name, features, parameters) for name in ("cpu", "reference"))
     assert all(x.isfinite().all() for x in actual)
     assert_close(actual, expected)
-    inputs = [*features, *flat_parameters(parameters)]
-    assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
+    assert_gradients_close(
+        block_gradients(actual, features, parameters),
+        block_gradients(expected, features, parameters),
+    )
 
 
 # --- the coefficients -----------------------------------------------------------------------------
@@ -431,7 +458,7 @@ def test_threads_and_runs_give_the_same_bits(dtype: torch.dtype, threads: None) 
         torch.set_num_threads(count)
         features, parameters = block.tensors(dtype)
         outs = block.run("cpu", features, parameters)
-        results = [*outs, *gradients(outs, [*features, *flat_parameters(parameters)])]
+        results = [*outs, *block_gradients(outs, features, parameters)]
         first = first or results
         for i, (a, b) in enumerate(zip(first, results, strict=True)):
             assert torch.equal(a, b), (count, i)
@@ -444,7 +471,7 @@ def test_python_threads_at_once() -> None:
     def run(i: int) -> list[Tensor]:
         features, parameters = tensors[i]
         outs = blocks[i].run("auto", features, parameters)
-        return [*outs, *gradients(outs, [*features, *flat_parameters(parameters)])]
+        return [*outs, *block_gradients(outs, features, parameters)]
 
     alone = [run(i) for i in range(len(blocks))]
     with ThreadPoolExecutor(2) as pool:

@@ -20,7 +20,18 @@ from torch.nn.functional import interpolate, pad
 
 from dyhead_cuda import backend, functional, library, reference
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import CROP, FLAT, SAME, Job, Map, Plan, deform_conv, stack_maps
+from dyhead_cuda.ops.deform_conv import (
+    CROP,
+    FLAT,
+    NO_MAP,
+    NONE,
+    SAME,
+    Job,
+    Map,
+    Plan,
+    deform_conv,
+    stack_maps,
+)
 from tests.conftest import (
     TOLERANCE,
     assert_close,
@@ -295,7 +306,7 @@ def test_gradcheck(mask: bool) -> None:
 class Work:
     """A call of the operator: jobs of several terms, all read rules, gates, bias and moments.
 
-    No job reads source map 2, weights 3 and all but a part of the predictions.
+    No job reads source map 2 and weights 3.
     """
 
     images: int = 2
@@ -312,13 +323,15 @@ class Work:
     def plan(self) -> Plan:
         n, s = self.images, self.scale
         sources = stack_maps([(3 * s, 4 * s), (2 * s, 2 * s), (s, s), (2 * s, 3 * s)], n)
-        outs = stack_maps([(3 * s, 4 * s), (2 * s, 2 * s), (2 * s, 2 * s), (s, 2 * s)], n)
+        sizes = [(3 * s, 4 * s), (2 * s, 2 * s), (2 * s, 2 * s), (s, 2 * s), (2 * s, 3 * s)]
+        outs = stack_maps(sizes, n)
         large, small = stack_maps([(3 * s, 4 * s), (s, 2 * s)], n)
         jobs = [
             Job(outs[0], large, [(0, 0), (1, 1)]),
             Job(outs[1], large, [(1, 2)], (1, 1), FLAT, CROP, (3 * s, 4 * s)),
             Job(outs[2], large, [(0, 0)], (2, 2), CROP, FLAT, (2 * s, 5 * s)),
             Job(outs[3], small, [(3, 1), (0, 2), (3, 1)], (1, 2), SAME, SAME, (1, 1)),
+            Job(outs[4], NO_MAP, [(3, 4), (1, 0)], (1, 1), NONE, NONE),
         ]
         return Plan(n, sources, jobs, mask_logits=self.mask_logits)
 
@@ -337,10 +350,10 @@ class Work:
         tensors = {
             "source": normal(sum(n * m.pixels for m in plan.sources), self.channels),
             "predictions": predictions,
-            "weights": normal(4, self.out_channels, self.channels, 3, 3) / 3,
+            "weights": normal(5, self.out_channels, self.channels, 3, 3) / 3,
         }
         if self.with_bias:
-            tensors["bias"] = normal(4, self.out_channels)
+            tensors["bias"] = normal(5, self.out_channels)
         if self.with_gates:
             tensors["gates"] = normal(n, len(plan.sources))
         return {k: leaf(t, dtype if k == "source" else compute) for k, t in tensors.items()}
@@ -371,10 +384,14 @@ class Work:
         maps, statistics = [], []
         for job in self.plan.jobs:
             size, up = (job.out.height, job.out.width), job.upsampled
-            predictions = self.map(t["predictions"], job.predictions)
-            offset = read(predictions[:, :18], size, job.offset_rule)
-            mask = read(predictions[:, 18:], size, job.mask_rule)
-            mask = mask.sigmoid() if self.mask_logits else mask
+            if job.offset_rule == NONE:
+                offset = t["source"].new_zeros(self.images, 18, *size)
+                mask = t["source"].new_ones(self.images, 9, *size)
+            else:
+                predictions = self.map(t["predictions"], job.predictions)
+                offset = read(predictions[:, :18], size, job.offset_rule)
+                mask = read(predictions[:, 18:], size, job.mask_rule)
+                mask = mask.sigmoid() if self.mask_logits else mask
             y = t["source"].new_zeros(self.images, self.out_channels, *size)
             for source, weight in job.terms:
                 x = self.map(t["source"], self.plan.sources[source])
@@ -561,7 +578,7 @@ BAD_TABLES: dict[str, tuple[int, int | None, int, str]] = {
     "a source beyond 32 bits": (SOURCES, -1, 2**32 + 3, "expected"),
     "an unknown source": (TERMS, 0, 4, "expected"),
     "a negative source": (TERMS, 0, -1, "expected"),
-    "an unknown weight": (TERMS, 1, 4, "expected"),
+    "an unknown weight": (TERMS, 1, 5, "expected"),
     "a negative weight": (TERMS, 1, -1, "expected"),
     "a gap between outputs": (JOBS, 14, 25, "expected"),
     "a negative output": (JOBS, 1, -3, "expected"),
@@ -569,13 +586,15 @@ BAD_TABLES: dict[str, tuple[int, int | None, int, str]] = {
     "predictions that do not fit": (JOBS, 4, 2, "expected"),
     "predictions beyond the rows": (JOBS, 45, 25, "expected"),
     "predictions before the rows": (JOBS, 45, -1, "expected"),
-    "an unknown offset rule": (JOBS, 6, 3, "expected"),
+    "an unknown offset rule": (JOBS, 6, 4, "expected"),
     "an unknown mask rule": (JOBS, 7, -1, "expected"),
+    "a mask without offsets": (JOBS, 6, NONE, "expected"),
+    "offsets without a mask": (JOBS, 7, NONE, "expected"),
     "no stride": (JOBS, 8, 0, "expected"),
     "a negative first term": (JOBS, 10, -1, "expected"),
-    "a first term beyond the list": (JOBS, 10, 7, "expected"),
+    "a first term beyond the list": (JOBS, 10, 9, "expected"),
     "a first term beyond 32 bits": (JOBS, 10, 2**32, "expected"),
-    "too many terms": (JOBS, 11, 8, "expected"),
+    "too many terms": (JOBS, 11, 10, "expected"),
     "no terms": (JOBS, 11, 0, "expected"),
     "no upsampled size": (JOBS, 12, 0, "expected"),
 }

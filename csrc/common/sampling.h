@@ -18,16 +18,21 @@ struct SamplePoint {
   bool inside;
 };
 
-// Valid samples are -1 < y < height, -1 < x < width; NaN and infinity fail these comparisons. Only
-// a valid coordinate is converted to an integer.
+// The sample at (base_y + dy, base_x + dx). Valid samples are -1 < y < height, -1 < x < width; NaN
+// and infinity fail these comparisons, and only a valid coordinate is converted to an integer. The
+// fraction is that of the offset alone: adding the pixel's position first would cost it digits.
 template <class F>
-DYHEAD_HD SamplePoint<F> locate(F y, F x, int32_t height, int32_t width) {
+DYHEAD_HD SamplePoint<F> locate(int64_t base_y, F dy, int64_t base_x, F dx, int32_t height,
+                                int32_t width) {
+  const F y = static_cast<F>(base_y) + dy;
+  const F x = static_cast<F>(base_x) + dx;
   const bool inside =
       y > F(-1) && y < static_cast<F>(height) && x > F(-1) && x < static_cast<F>(width);
   if (!inside) return {F(0), F(0), 0, 0, false};
-  const F top = std::floor(y);
-  const F left = std::floor(x);
-  return {y - top, x - left, static_cast<int32_t>(top), static_cast<int32_t>(left), true};
+  const F whole_y = std::floor(dy);
+  const F whole_x = std::floor(dx);
+  return {dy - whole_y, dx - whole_x, static_cast<int32_t>(base_y + static_cast<int64_t>(whole_y)),
+          static_cast<int32_t>(base_x + static_cast<int64_t>(whole_x)), true};
 }
 
 // Whether corner i lies in the image.

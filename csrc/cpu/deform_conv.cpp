@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
     const Tensor& source, const Tensor& predictions, const Tensor& weights,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& gates, const IntList& geometry,
     const IntList& sources, const IntList& terms, const IntList& jobs, bool mask_logits,
-    bool moments) {
+    bool wide_out, bool moments) {
   const DeformTables tables =
       read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
   const DeformShape& s = tables.shape;
@@ -21,7 +21,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
   const auto statistics = [&] {
     return torch::stable::new_empty(source, {job_count, s.images, s.out_channels}, compute);
   };
-  const Tensor out = torch::stable::new_empty(source, {tables.out_rows, s.out_channels});
+  STD_TORCH_CHECK(!(wide_out && moments), "expected moments of an output of the source's type");
+  const Tensor out = torch::stable::new_empty(source, {tables.out_rows, s.out_channels},
+                                              wide_out ? compute : source.scalar_type());
   const Tensor mean = statistics();
   const Tensor var = statistics();
   const Tensor up_mean = statistics();
@@ -34,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
   params.gates = optional_data("gates", gates,
                                {s.images, static_cast<int64_t>(tables.sources.size())}, source);
   params.out = out.mutable_data_ptr();
+  params.wide_out = wide_out;
   params.moments = moments;
   params.mean = mean.mutable_data_ptr();
   params.var = var.mutable_data_ptr();
@@ -48,16 +51,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
     const Tensor& source, const Tensor& predictions, const Tensor& weights,
     const std::optional<Tensor>& gates, const Tensor& out, const Tensor& mean,
     const IntList& geometry, const IntList& sources, const IntList& terms, const IntList& jobs,
-    bool mask_logits, bool with_bias) {
+    bool mask_logits, bool wide_out, bool with_bias) {
   const DeformTables tables =
       read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
   const DeformShape& s = tables.shape;
   const ScalarType compute = compute_type_of(source);
   const int64_t job_count = static_cast<int64_t>(tables.jobs.size());
   const int64_t source_count = static_cast<int64_t>(tables.sources.size());
-  check_tensor("grad_out", grad_out, {tables.out_rows, s.out_channels}, source.scalar_type(),
-               source);
-  check_tensor("out", out, {tables.out_rows, s.out_channels}, source.scalar_type(), source);
+  const ScalarType out_type = wide_out ? compute : source.scalar_type();
+  check_tensor("grad_out", grad_out, {tables.out_rows, s.out_channels}, out_type, source);
+  check_tensor("out", out, {tables.out_rows, s.out_channels}, out_type, source);
   const bool moments = grad_mean.has_value();
   STD_TORCH_CHECK(moments == grad_var.has_value() && moments == grad_up_mean.has_value(),
                   "expected the gradients of all three moments, or of none");
@@ -79,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
   params.gates = optional_data("gates", gates, {s.images, source_count}, source);
   params.grad_out = grad_out.const_data_ptr();
   params.out = out.const_data_ptr();
+  params.wide_out = wide_out;
   params.moments = moments;
   params.mean = mean.const_data_ptr();
   const auto statistics = {job_count, s.images, s.out_channels};

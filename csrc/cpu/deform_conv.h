@@ -22,6 +22,7 @@ struct DeformFwdParams {
   const void* bias;         // [W, C_out] or null; a job adds that of its first term
   const void* gates;        // [N, sources] or null: factor of a source map
   void* out;                // [S, C_out]
+  bool wide_out;            // out has the compute type
   bool moments;             // whether to fill the next three, [J, N, C_out] each
   void* mean;
   void* var;      // biased
@@ -35,6 +36,7 @@ struct DeformBwdParams {
   const void* weights;
   const void* gates;
   const void* grad_out;      // [S, C_out]
+  bool wide_out;             // grad_out has the compute type
   bool moments;              // whether there are gradients of the moments: the next five
   const void* out;           // [S, C_out]
   const void* mean;          // [J, N, C_out]
@@ -126,7 +128,7 @@ struct TapSampler {
     const int32_t k = 2 * (deform_group * shape.taps() + tap);
     const F dy = predictions[prediction_index(shape, job, job.offset_rule, 0, k, pixel)];
     const F dx = predictions[prediction_index(shape, job, job.offset_rule, 0, k + 1, pixel)];
-    return locate(static_cast<F>(y) + dy, static_cast<F>(x) + dx, source.height, source.width);
+    return locate(y, dy, x, dx, source.height, source.width);
   }
 
   void sample(int32_t deform_group, int32_t tap, int64_t first, int64_t rows, Corners<F>* corners,

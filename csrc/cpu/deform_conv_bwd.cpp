@@ -111,9 +111,14 @@ class Backward {
     const DeformJob& job = tables_.jobs[chunk.job];
     const int64_t channels = s_.out_channels;
     const int64_t start = chunk.out_row(job) * channels;
-    const T* from = static_cast<const T*>(p_.grad_out) + start;
     const int64_t count = chunk.rows * channels;
-    for (int64_t i = 0; i < count; ++i) grad[i] = to_compute(from[i]);
+    if (p_.wide_out) {
+      const F* from = static_cast<const F*>(p_.grad_out) + start;
+      std::copy(from, from + count, grad.begin());
+    } else {
+      const T* from = static_cast<const T*>(p_.grad_out) + start;
+      for (int64_t i = 0; i < count; ++i) grad[i] = to_compute(from[i]);
+    }
     if (!p_.moments) return;
     const int64_t at = (chunk.job * s_.images + chunk.image) * channels;
     const T* y = static_cast<const T*>(p_.out) + start;

@@ -115,11 +115,14 @@ class Forward {
       : p_(p),
         s_(p.tables->shape),
         kernels_(deform_kernels<T>()),
-        packed_(p, kernels_.column_gemm) {
-    // Without padding, so that rows of y are contiguous for the epilogue where one group is all.
-    out_stride_ = s_.groups * packed_.cols();
-    column_bytes_ = kernels_.column_gemm.pairs == 2 ? sizeof(bfloat16) : sizeof(F);
-    column_stride_ = round_up(s_.channels, 2);
+        // Pairs of columns must not reach across groups.
+        paired_(kernels_.column_gemm.pairs == 2 &&
+                (s_.groups == 1 || s_.channels / s_.groups % 2 == 0)),
+        gemm_(paired_ ? kernels_.column_gemm : kernels_.gemm),
+        packed_(p, gemm_),
+        out_stride_(s_.groups * packed_.cols()),
+        column_bytes_(paired_ ? sizeof(bfloat16) : sizeof(F)),
+        column_stride_(round_up(s_.channels, 2)) {
     if (!p.moments) return;
     for (const DeformJob& job : p.tables->jobs) up_weights_.emplace_back(job);
   }
@@ -148,10 +151,20 @@ class Forward {
     std::vector<F> out;
   };
 
+  void blend(const T* source, int64_t channels, const Corners<F>* corners, int64_t rows,
+             std::byte* columns) const {
+    if (paired_) {
+      kernels_.blend(source, s_.channels, channels, corners, rows, columns, column_stride_);
+    } else {
+      kernels_.blend_compute(source, s_.channels, channels, corners, rows,
+                             reinterpret_cast<F*>(columns), column_stride_);
+    }
+  }
+
   void compute(const DeformChunk& chunk, Scratch& scratch) const {
     const DeformTables& tables = *p_.tables;
     const DeformJob& job = tables.jobs[chunk.job];
-    const int64_t padded = round_up(chunk.rows, kernels_.column_gemm.tile_rows);
+    const int64_t padded = round_up(chunk.rows, gemm_.tile_rows);
     const int64_t deform_channels = s_.channels / s_.deform_groups;
     const int64_t group_channels = s_.channels / s_.groups;
     std::fill(scratch.out.begin(), scratch.out.end(), F(0));
@@ -166,16 +179,13 @@ class Forward {
       for (int32_t tap = 0; tap < s_.taps(); ++tap) {
         for (int32_t d = 0; d < s_.deform_groups; ++d) {
           sampler.sample(d, tap, chunk.first, chunk.rows, scratch.corners.data());
-          kernels_.blend(source + d * deform_channels, s_.channels, deform_channels,
-                         scratch.corners.data(), chunk.rows,
-                         scratch.columns.data() + d * deform_channels * column_bytes_,
-                         column_stride_);
+          blend(source + d * deform_channels, deform_channels, scratch.corners.data(), chunk.rows,
+                scratch.columns.data() + d * deform_channels * column_bytes_);
         }
         for (int32_t g = 0; g < s_.groups; ++g) {
-          kernels_.column_gemm.run(scratch.columns.data() + g * group_channels * column_bytes_,
-                                   column_stride_, 1, packed_.at(term.weight, g, tap),
-                                   scratch.out.data() + g * packed_.cols(), out_stride_, padded,
-                                   packed_.cols(), packed_.k());
+          gemm_.run(scratch.columns.data() + g * group_channels * column_bytes_, column_stride_, 1,
+                    packed_.at(term.weight, g, tap), scratch.out.data() + g * packed_.cols(),
+                    out_stride_, padded, packed_.cols(), packed_.k());
         }
       }
     }
@@ -189,7 +199,7 @@ class Forward {
     const int64_t group_outputs = channels / s_.groups;
     const F* bias = static_cast<const F*>(p_.bias);
     if (bias != nullptr) bias += p_.tables->terms[job.first_term].weight * channels;
-    T* out = static_cast<T*>(p_.out) + chunk.out_row(job) * channels;
+    const int64_t start = chunk.out_row(job) * channels;
     F* y = scratch.out.data();
     for (int64_t r = 0; r < chunk.rows; ++r) {
       // Packs the groups together, in place: they only move to the front.
@@ -200,8 +210,12 @@ class Forward {
           y[r * out_stride_ + o] = bias == nullptr ? value : value + bias[o];
         }
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        out[r * channels + c] = from_compute<T>(y[r * out_stride_ + c]);
+      const F* row = y + r * out_stride_;
+      if (p_.wide_out) {
+        std::copy(row, row + channels, static_cast<F*>(p_.out) + start + r * channels);
+      } else {
+        T* out = static_cast<T*>(p_.out) + start + r * channels;
+        for (int64_t c = 0; c < channels; ++c) out[c] = from_compute<T>(row[c]);
       }
     }
     if (moments == nullptr) return;
@@ -242,6 +256,8 @@ class Forward {
   const DeformFwdParams& p_;
   const DeformShape& s_;
   const DeformKernels<T>& kernels_;
+  const bool paired_;
+  const GemmKernel<F>& gemm_;
   PackedWeights<F> packed_;
   std::vector<UpsampledMeanWeights<F>> up_weights_;
   int64_t out_stride_, column_bytes_, column_stride_;

@@ -13,6 +13,10 @@ void run(const Params& params, const Tensor& rows, int resident, int quantities,
          cudaError_t (*launch)(const Params&, const DynamicReluGrid&, const DynamicReluWorkspace&,
                                cudaStream_t)) {
   const DynamicReluShape& s = params.shape;
+  STD_TORCH_CHECK(resident > 0,
+                  "expected channels whose sums fit the shared memory of a block, got ", s.channels,
+                  " channels with a hidden layer of ", s.hidden,
+                  "; run this layer under backend(\"reference\")");
   const ScalarType compute = compute_type_of(rows);
   const DynamicReluGrid grid = dynamic_relu_grid(s.images, s.pixels, resident);
   const Tensor partial = torch::stable::new_empty(

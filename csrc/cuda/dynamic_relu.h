@@ -22,21 +22,19 @@ struct DynamicReluGrid {
   bool cooperative;  // blocks wait for each other, so all must be resident
 };
 
-// Enough blocks per image for 64 pixels each, all images at once if the device holds them; at most
-// 256, since the last block of an image adds up what all of them leave.
-// Example: 2 images of 100 x 168 pixels on a device with 1056 resident blocks: min(263, 528, 256) =
-// 256 blocks per image, 2 images in flight. 1000 regions of 7 x 7: 1 block each, no waiting.
+// Enough blocks per image for 64 pixels each, as far as the device holds them for all images at
+// once; at most 256, since the last block of an image adds up what all of them leave. Example: 2
+// images of 100 x 168 pixels on a device with 1056 resident blocks: min(263, 528, 256) = 256 blocks
+// per image, 2 images in flight. 1000 regions of 7 x 7: 1 block each, no waiting.
 inline DynamicReluGrid dynamic_relu_grid(int64_t images, int64_t pixels, int resident_blocks) {
   constexpr int64_t kPixelsPerBlock = 64;
   constexpr int64_t kMostBlocksPerImage = 256;
   constexpr int64_t kMostImagesInFlight = 32768;
-  const int64_t resident = std::max(resident_blocks, 1);
   const int64_t wanted = (pixels + kPixelsPerBlock - 1) / kPixelsPerBlock;
   const int64_t blocks =
-      std::max<int64_t>(1, std::min({wanted, resident / images, kMostBlocksPerImage}));
-  const int64_t in_flight =
-      blocks == 1 ? std::min(images, kMostImagesInFlight) : std::min(images, resident / blocks);
-  return {static_cast<int>(blocks), static_cast<int>(in_flight), blocks > 1};
+      std::max<int64_t>(1, std::min({wanted, resident_blocks / images, kMostBlocksPerImage}));
+  return {static_cast<int>(blocks), static_cast<int>(std::min(images, kMostImagesInFlight)),
+          blocks > 1};
 }
 
 // What the two kernels need beside their tensors, allocated by the caller.

@@ -45,7 +45,9 @@ inline void check_rule(const DeformJob& job, ReadRule rule) {
 // Jobs either share a prediction map or read others: the gradients of a map are one task's.
 inline void check_disjoint_predictions(const DeformTables& t) {
   std::vector<MapShape> maps;
-  for (const DeformJob& job : t.jobs) maps.push_back(job.predictions);
+  for (const DeformJob& job : t.jobs) {
+    if (job.predictions.pixels() > 0) maps.push_back(job.predictions);
+  }
   std::sort(maps.begin(), maps.end(),
             [](const MapShape& a, const MapShape& b) { return a.first_row < b.first_row; });
   for (size_t i = 1; i < maps.size(); ++i) {

@@ -102,6 +102,8 @@ def deform_conv(
     plan: Plan,
     bias: Tensor | None = None,
     gates: Tensor | None = None,
+    *,
+    wide_out: bool = False,
     moments: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a plan.
@@ -113,7 +115,8 @@ def deform_conv(
         weights: [W, C_out, C / groups, kh, kw].
         bias: [W, C_out] or None.
         gates: [N, sources] or None, a factor of every source map.
-        moments: whether to return moments.
+        wide_out: return rows of the accumulation type instead of the source's.
+        moments: whether to return moments (not with ``wide_out``).
 
     Returns:
         Rows [S, C_out] of the jobs' outputs, and per job, image and channel the mean, the biased
@@ -128,6 +131,7 @@ def deform_conv(
         None if gates is None else gates.to(dtype).contiguous(),
         *plan.tables,
         plan.mask_logits,
+        wide_out,
         moments,
     )
 
@@ -143,6 +147,7 @@ def _fake_fwd(
     terms: list[int],
     jobs: list[int],
     mask_logits: bool,
+    wide_out: bool,
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, channels, fields = geometry[0], weights.shape[1], 14
@@ -150,7 +155,7 @@ def _fake_fwd(
     count = len(jobs) // fields if moments else 0
     mean = predictions.new_empty(count, images, channels)
     return (
-        source.new_empty(rows, channels),
+        source.new_empty(rows, channels, dtype=predictions.dtype if wide_out else None),
         mean,
         torch.empty_like(mean),
         torch.empty_like(mean),
@@ -173,6 +178,7 @@ def _fake_bwd(
     terms: list[int],
     jobs: list[int],
     mask_logits: bool,
+    wide_out: bool,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -185,10 +191,10 @@ def _fake_bwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    source, predictions, weights, bias, gates, *tables, mask_logits, moments = inputs
+    source, predictions, weights, bias, gates, *tables, mask_logits, wide_out, moments = inputs
     out, mean, _, _ = output
     ctx.save_for_backward(source, predictions, weights, gates, out, mean)
-    ctx.tables, ctx.mask_logits, ctx.moments = tables, mask_logits, moments
+    ctx.tables, ctx.moments = [*tables, mask_logits, wide_out], moments
     ctx.with_bias = bias is not None
     ctx.set_materialize_grads(False)
 
@@ -211,7 +217,6 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
             out,
             mean,
             *ctx.tables,
-            ctx.mask_logits,
             ctx.with_bias,
         )
     )
@@ -221,7 +226,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
         grad_weights,
         grad_bias if ctx.with_bias else None,
         None if gates is None else grad_gates,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 
