@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 DYHEAD_REQUIRE ?= cpu
 export DYHEAD_REQUIRE
 
-BENCHMARKS := dynamic_relu
+BENCHMARKS := dynamic_relu block
 SECOND_VENV := .venv-second
 
 ifeq ($(VENV),none)

@@ -41,7 +41,8 @@ READ_RULES = {"flat": (FLAT, FLAT), "crop": (CROP, CROP), "mmdet_main": (FLAT, C
 
 def pack(levels: Sequence[Tensor]) -> Tensor:
     """Levels [N, C, H_l, W_l] of any strides as one matrix of rows [sum N H_l W_l, C]."""
-    return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels])
+    parts = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def shared_rows(levels: Sequence[Tensor]) -> Tensor | None:
@@ -255,6 +256,7 @@ def pyramid_block(
             bias,
             moments=True,
         )
+        del rows, predictions  # without gradients nobody needs them: the last pass then fits there
         coefficients = block_coefficients(
             mean,
             var,

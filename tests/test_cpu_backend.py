@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import group_norm, interpolate, linear
 
-from dyhead_cuda import DyHead, UnifiedDyHead, backend, functional, library
+from dyhead_cuda import UnifiedDyHead, backend, functional, library
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.fused import block_coefficients
 from dyhead_cuda.pyramid import HIGH_OFFSETS, BlockParameters, HighOffset
@@ -33,13 +31,12 @@ from tests.conftest import (
     random_pyramid,
     rebuild_parameters,
 )
-from tests.test_backends import Spy
 from tests.test_unified import random_parameters
 
 library.require("cpu")
 
-ROOT = Path(__file__).parent.parent
 Size = tuple[int, int]
+COMPARED: tuple[Backend, Backend] = ("cpu", "reference")
 
 
 # --- the published block --------------------------------------------------------------------------
@@ -127,9 +124,8 @@ def check_block(
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
     if dtype.itemsize > 2 or smooth:
         expected_grads = block_gradients(expected, exact_features, exact_parameters, dtype)
-        # Those of the gates are sums over a map that cancel.
-        floor = 1e-3 if dtype == torch.float64 else 2e-2
-        assert_gradients_close(grads, expected_grads, dtype, floor)
+        # Those of the gates, and of a norm of one pixel, are sums that cancel.
+        assert_gradients_close(grads, expected_grads, dtype, floor=2e-2)
 
 
 def make_smooth(parameters: BlockParameters) -> None:
@@ -234,7 +230,7 @@ def test_one_image_expanded_to_a_batch() -> None:
     block = Block(batch=1)
     features, parameters = block.tensors()
     shared = [x.expand(3, *x.shape[1:]) for x in features]
-    actual, expected = (block.run(name, shared, parameters) for name in ("cpu", "reference"))
+    actual, expected = (block.run(name, shared, parameters) for name in COMPARED)
     assert_close(actual, expected)
     assert_gradients_close(gradients(actual, features), gradients(expected, features))
 
@@ -265,7 +261,7 @@ def test_a_level_without_pixels_among_others(place: int) -> None:
     sizes[place] = (0, 3)
     block = Block(sizes=tuple(sizes), high_offset="aligned")
     features, parameters = block.tensors()
-    actual, expected = (block.run(name, features, parameters) for name in ("cpu", "reference"))
+    actual, expected = (block.run(name, features, parameters) for name in COMPARED)
     assert_close(actual, expected)
 
 
@@ -276,7 +272,7 @@ def test_extreme_offsets(value: float) -> None:
     features, parameters = block.tensors()
     with torch.no_grad():
         parameters.offset_bias[2:5] = value
-    actual, expected = (block.run(name, features, parameters) for name in ("cpu", "reference"))
+    actual, expected = (block.run(name, features, parameters) for name in COMPARED)
     assert all(x.isfinite().all() for x in actual)
     assert_close(actual, expected)
     assert_gradients_close(
@@ -373,10 +369,8 @@ def test_spatial_attention(targets: str, with_gates: bool, dtype: torch.dtype) -
     tensors = unified_inputs((2, 3, 20, 13, 15), 9, dtype)
     exact = [leaf(t, torch.float64) for t in tensors]
     used = 5 if with_gates else 4
-    actual, expected = (
-        attend(name, values, targets=targets, gates=values[4] if with_gates else None)
-        for name, values in (("cpu", tensors), ("reference", exact))
-    )
+    actual = attend("cpu", tensors, targets=targets, gates=tensors[4] if with_gates else None)
+    expected = attend("reference", exact, targets=targets, gates=exact[4] if with_gates else None)
     assert actual.dtype == dtype
     assert_close(actual, expected, dtype)
     assert_gradients_close(
@@ -396,24 +390,31 @@ def test_spatial_attention(targets: str, with_gates: bool, dtype: torch.dtype) -
 def test_random_spatial_attention(shape: tuple[int, ...], out_channels: int, targets: str) -> None:
     tensors = unified_inputs(shape, out_channels)
     actual, expected = (
-        attend(name, tensors, targets=targets, gates=tensors[4]) for name in ("cpu", "reference")
+        attend(name, tensors, targets=targets, gates=tensors[4]) for name in COMPARED
     )
     assert_close(actual, expected)
     if tensors[0].numel() > 0:
         assert_gradients_close(gradients(actual, tensors), gradients(expected, tensors))
 
 
+def test_more_images_than_the_backward_of_the_gates_takes_at_once() -> None:
+    # It holds 24 MiB of derivatives: here 3 slices x 4 uses x 1600 pixels x 9 x 3 x 8 bytes an image.
+    tensors = unified_inputs((7, 2, 130, 40, 40), 2)
+    actual, expected = (attend(name, tensors, gates=tensors[4]) for name in COMPARED)
+    assert_gradients_close(gradients(actual, tensors), gradients(expected, tensors))
+
+
 @pytest.mark.parametrize("targets", ["all", "median"])
 def test_unified_block(targets: Any) -> None:
     features = leaf(torch.randn(2, 3, 8, 5, 6, dtype=torch.float64))
     parameters = UnifiedParameters(*(leaf(t) for t in random_parameters(3, 8, 8)))
-    outs = []
-    for name in ("cpu", "reference"):
-        with backend(name):  # type: ignore[arg-type]
-            outs.append(functional.unified_block(features, parameters, targets))
-    assert_close(*outs)
+    with backend("cpu"):
+        actual = functional.unified_block(features, parameters, targets)
+    with backend("reference"):
+        expected = functional.unified_block(features, parameters, targets)
+    assert_close(actual, expected)
     inputs = [features, *parameters]
-    assert_gradients_close(gradients(outs[0], inputs), gradients(outs[1], inputs))
+    assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
 
 
 def test_unified_head_of_a_pyramid() -> None:
@@ -423,72 +424,6 @@ def test_unified_head_of_a_pyramid() -> None:
         actual = head(features)
     with backend("reference"):
         expected = head(features)
-    assert_close(actual, expected)
-    inputs = [*features, *head.parameters()]
-    assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
-
-
-# --- the backend as a whole -----------------------------------------------------------------------
-
-
-def calls_of_compiled_operators(run: Callable[[], object]) -> int:
-    with Spy() as spy, torch.no_grad():
-        run()
-    return spy.calls
-
-
-def test_auto_runs_the_compiled_operators() -> None:
-    block = Block()
-    features, parameters = block.tensors(torch.float32)
-    unified = unified_inputs((1, 2, 4, 3, 3), 4)
-    assert calls_of_compiled_operators(lambda: block.run("auto", features, parameters)) == 2
-    assert calls_of_compiled_operators(lambda: block.run("reference", features, parameters)) == 0
-    assert calls_of_compiled_operators(lambda: attend("auto", unified)) == 1
-    auto, cpu = (block.run(name, features, parameters) for name in ("auto", "cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(auto, cpu, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_and_runs_give_the_same_bits(dtype: torch.dtype, threads: None) -> None:
-    block = Block(
-        sizes=tuple(halving_sizes(19, 24, 4)), in_channels=256, out_channels=256, num_groups=16
-    )
-    first = None
-    for count in (1, 2, 7, 7):
-        torch.set_num_threads(count)
-        features, parameters = block.tensors(dtype)
-        outs = block.run("cpu", features, parameters)
-        results = [*outs, *block_gradients(outs, features, parameters)]
-        first = first or results
-        for i, (a, b) in enumerate(zip(first, results, strict=True)):
-            assert torch.equal(a, b), (count, i)
-
-
-def test_python_threads_at_once() -> None:
-    blocks = [replace(BLOCKS["several chunks"], seed=seed) for seed in range(4)]
-    tensors = [block.tensors(torch.float32) for block in blocks]
-
-    def run(i: int) -> list[Tensor]:
-        features, parameters = tensors[i]
-        outs = blocks[i].run("auto", features, parameters)
-        return [*outs, *block_gradients(outs, features, parameters)]
-
-    alone = [run(i) for i in range(len(blocks))]
-    with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(run, list(range(len(blocks))) * 3))
-    for i, results in enumerate(together):
-        for a, b in zip(results, alone[i % len(blocks)], strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
-def test_head_compiles_in_one_graph(high_offset: HighOffset) -> None:
-    head = DyHead(4, 8, 2, num_groups=2, high_offset=high_offset).double()
-    features = [leaf(x) for x in random_pyramid(2, 4, halving_sizes(7, 6, 3))]
-    torch._dynamo.reset()
-    with backend("cpu"):
-        compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
-        actual, expected = compiled(features), head(features)
     assert_close(actual, expected)
     inputs = [*features, *head.parameters()]
     assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))

@@ -75,10 +75,10 @@ class Backward {
         slices * use_rows_ * s_.taps() * 3 * static_cast<int64_t>(sizeof(F));
     const int64_t together =
         std::max<int64_t>(1, kDerivativeBytes / std::max<int64_t>(image_bytes, 1));
-    std::memset(p_.grad_predictions, 0,
-                tables_.prediction_rows * s_.prediction_columns() * sizeof(F));
+    std::fill_n(static_cast<F*>(p_.grad_predictions),
+                tables_.prediction_rows * s_.prediction_columns(), F(0));
     if (p_.grad_gates != nullptr) {
-      std::memset(p_.grad_gates, 0, s_.images * tables_.sources.size() * sizeof(F));
+      std::fill_n(static_cast<F*>(p_.grad_gates), s_.images * tables_.sources.size(), F(0));
     }
     for (int64_t first = 0; first < s_.images; first += together) {
       const int64_t images = std::min(together, s_.images - first);
