@@ -88,8 +88,13 @@ def test_groups_in_every_type(groups: int, deform_groups: int, dtype: torch.dtyp
     check(Case(groups=groups, deform_groups=deform_groups, in_multiple=5, margin=(9, 7)), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_more_channels_than_a_slice_of_the_backward(dtype: torch.dtype) -> None:
+    check(Case(in_multiple=300, out_multiple=2, margin=(5, 5)), dtype)
+
+
 def test_more_images_than_the_backward_takes_at_once() -> None:
-    # It holds 24 MiB of derivatives: here 70 slices x 2173 pixels x 9 taps x 3 x 4 bytes an image.
+    # It holds 24 MiB: here 70 slices x 2173 pixels x 9 taps x 3 x 4 bytes an image.
     check(Case(batch=4, groups=70, in_multiple=1, out_multiple=1, margin=(40, 52)), torch.float32)
 
 
