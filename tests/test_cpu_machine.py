@@ -115,8 +115,11 @@ def test_blocks_hand_on_what_a_user_changed_between_them() -> None:
             copy *= 2
         expected = block.run("reference", copies, parameters)
         assert_close(block.run("cpu", first, parameters), expected)
-        swapped = [copies[0], first[1], first[2]]
-        assert_close(block.run("cpu", swapped, parameters), expected)
+        # Levels that lie where those of one matrix would, but in another one.
+        others = block.run("cpu", [x + 1 for x in features], parameters)
+        mixed = [first[0], others[1], first[2]]
+        expected_mixed = block.run("reference", [x.clone() for x in mixed], parameters)
+        assert_close(block.run("cpu", mixed, parameters), expected_mixed)
         assert_close(
             block.run("cpu", [x[1:] for x in first], parameters), [x[1:] for x in expected]
         )

@@ -18,6 +18,7 @@ from tests.fixtures import Array, Fixture
 BACKENDS: tuple[Backend, ...] = ("reference", "auto")
 DIGEST_TOLERANCE = 1e-10
 FLOAT32_FACTOR = 10
+FLOAT32_OUTPUT_L2 = 1e-5
 
 
 @pytest.fixture(params=fixtures.paths(), ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -81,6 +82,9 @@ def check_single(fixture: Fixture, found: dict[str, Array]) -> None:
         error = np.abs(value - expected).max()
         limit = FLOAT32_FACTOR * costs[key.split(".")[0]] * np.abs(expected).max()
         assert error <= limit, (key, error, limit)
+        if key.startswith("out."):
+            difference = np.linalg.norm(value - expected) / np.linalg.norm(expected)
+            assert difference <= FLOAT32_OUTPUT_L2, (key, difference)
 
 
 CHECKS: dict[torch.dtype, Callable[[Fixture, dict[str, Array]], None]] = {
