@@ -2,9 +2,9 @@
 
 On the backend "reference" each is the function of the same name in :mod:`dyhead_cuda.reference`,
 where arguments, formulas and sources are given in full. On the others it runs compiled kernels on
-rows of channels: channels_last inputs are read in place, others are copied once, and results are
-channels_last. The backward of the compiled kernels is not differentiable again: use the reference
-for second derivatives.
+rows of channels: a pyramid is packed once into one matrix of rows, and results are channels_last.
+The backward of the compiled kernels is not differentiable again: use the reference for second
+derivatives.
 """
 
 from __future__ import annotations
