@@ -16,17 +16,17 @@ STABLE_TORCH_LIBRARY(dyhead, m) {
   // `moments` is set, mean, biased variance and upsampled mean per job, image and channel. The rows
   // have the source's type, or the compute type where `wide_out` is set.
   m.def(
-      "deform_conv_fwd(Tensor source, Tensor predictions, Tensor weights, Tensor? bias, "
+      "deform_conv_fwd(Tensor source, Tensor predictions, Tensor[] weights, Tensor[] bias, "
       "Tensor? gates, int[] geometry, int[] sources, int[] terms, int[] jobs, bool mask_logits, "
       "bool wide_out, bool moments) -> (Tensor, Tensor, Tensor, Tensor)");
-  // Returns the gradients of source, predictions, weights, bias and gates; the last two are empty
-  // where they do not exist.
+  // Returns the gradients of source, predictions, weights, bias and gates; those of weights and
+  // bias are stacked and of the compute type, the last two are empty where they do not exist.
   m.def(
       "deform_conv_bwd(Tensor grad_out, Tensor? grad_mean, Tensor? grad_var, "
-      "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor weights, Tensor? gates, "
+      "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor[] weights, Tensor? gates, "
       "Tensor out, Tensor mean, int[] geometry, int[] sources, int[] terms, int[] jobs, "
-      "bool mask_logits, bool wide_out, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "bool mask_logits, bool wide_out, bool with_bias, bool deterministic) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   // Upsampled branches, scaled and added, through the dynamic ReLU (csrc/common/fuse_branches.h).
   m.def(
       "fuse_branches_fwd(Tensor y, Tensor scale, Tensor shift, Tensor coefficients, int images, "

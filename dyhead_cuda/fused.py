@@ -87,9 +87,9 @@ def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Te
     out, *_ = ops.deform_conv(
         rows,
         none,
-        weight.unsqueeze(0),
+        [weight],
         plan,
-        None if bias is None else bias.unsqueeze(0),
+        [] if bias is None else [bias],
         wide_out=True,
     )
     return out
@@ -245,15 +245,12 @@ def pyramid_block(
             extra = [upsample(levels[level], size) for level, size in plan.resized]
             rows = torch.cat([rows, pack(extra)])
         branches = (p.low, p.mid, p.high)
-        bias = None
-        if p.mid.bias is not None:
-            bias = torch.stack([b.bias for b in branches if b.bias is not None])
         y, mean, var, up_mean = ops.deform_conv(
             rows,
             predictions,
-            torch.stack([b.weight for b in branches]),
+            [b.weight for b in branches],
             plan.deform,
-            bias,
+            [b.bias for b in branches if b.bias is not None],
             moments=True,
         )
         del rows, predictions  # without gradients nobody needs them: the last pass then fits there
@@ -297,8 +294,8 @@ def modulated_deform_conv2d(
     if mask is None:
         mask = offset.new_ones(n, offset.shape[1] // 2, *geometry.output)
     predictions = pack([torch.cat([offset, mask.to(offset.dtype)], dim=1)])
-    stacked_bias = None if bias is None else bias.unsqueeze(0)
-    y, *_ = ops.deform_conv(pack([input]), predictions, weight.unsqueeze(0), plan, stacked_bias)
+    biases = [] if bias is None else [bias]
+    y, *_ = ops.deform_conv(pack([input]), predictions, [weight], plan, biases)
     return unpack_rows(y, [geometry.output], n)[0]
 
 
@@ -330,5 +327,5 @@ def spatial_attention(
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)
         jobs = [Job(out, out, [(level, level) for level in range(levels)]) for out in outputs]
         plan = Plan(n, maps, jobs)
-        y, *_ = ops.deform_conv(rows, logits, weight, plan, gates=gates / levels)
+        y, *_ = ops.deform_conv(rows, logits, weight.unbind(), plan, gates=gates / levels)
     return y.view(len(chosen), n, height, width, y.shape[1]).permute(1, 0, 4, 2, 3)

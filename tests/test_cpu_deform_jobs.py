@@ -97,9 +97,9 @@ class Work:
         results = deform_conv(
             tensors["source"],
             tensors["predictions"],
-            tensors["weights"],
+            tensors["weights"].unbind(),
             self.plan,
-            tensors.get("bias"),
+            tensors["bias"].unbind() if self.with_bias else (),
             tensors.get("gates"),
             wide_out=self.wide_out,
             moments=self.moments,
@@ -108,10 +108,13 @@ class Work:
 
     def arguments(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
         """Of ``deform_conv_fwd``."""
-        names = ("source", "predictions", "weights", "bias", "gates")
         plan = self.plan
         return (
-            *map(tensors.get, names),
+            tensors["source"],
+            tensors["predictions"],
+            list(tensors["weights"].unbind()),
+            list(tensors["bias"].unbind()) if self.with_bias else [],
+            tensors.get("gates"),
             *plan.tables,
             plan.mask_logits,
             self.wide_out,
@@ -126,7 +129,7 @@ class Work:
         grads = [torch.randn_like(mean) if self.moments else None for _ in range(3)]
         source, predictions, weights, _, gates, *tables, _ = arguments
         first = [torch.randn_like(out), *grads, source, predictions, weights, gates, out, mean]
-        return (*first, *tables, self.with_bias)
+        return (*first, *tables, self.with_bias, False)
 
     def reference(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         """The same in float64: map by map, with the reference's convolution."""

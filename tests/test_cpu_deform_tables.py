@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from dyhead_cuda import library
@@ -111,16 +112,26 @@ def test_predictions_that_overlap_raise() -> None:
     raises_in_both_directions(Work(), changed(Work().plan.tables, shifted), "expected")
 
 
+def spoilt(argument: Tensor | list[Tensor], *, columns: bool = False) -> Iterator[Any]:
+    """A tensor, or the last of a list, of wrong shapes, strides and types."""
+    if isinstance(argument, list):
+        for bad in spoilt(argument[-1], columns=columns):
+            yield [*argument[:-1], bad]
+        yield argument[:-1]
+        return
+    yield argument.unsqueeze(0)
+    yield (argument[..., :-1] if columns else argument[:-1]).contiguous()
+    yield torch.stack([argument, argument], -1)[..., 0]
+    yield argument.long()
+    yield argument.double()
+
+
 @pytest.mark.parametrize("place", range(5))
 def test_bad_tensors_raise(place: int) -> None:
     work = Work()
     tensors = {name: t.detach() for name, t in work.tensors(torch.float32).items()}
     arguments = work.arguments(tensors)
-    good = arguments[place]
-    strided = torch.stack([good, good], -1)[..., 0]
-    for bad in (good.unsqueeze(0), good[:-1].contiguous(), strided, good.long(), good.half()):
-        if place == 0 and bad.dtype == torch.half:
-            continue  # rows smaller than the other tensors' type are no fault
+    for bad in spoilt(arguments[place]):
         with pytest.raises(RuntimeError, match="expected"):
             torch.ops.dyhead.deform_conv_fwd(*arguments[:place], bad, *arguments[place + 1 :])
 
@@ -130,15 +141,7 @@ def test_bad_tensors_raise_in_the_backward(place: int) -> None:
     work = Work()
     tensors = {name: t.detach() for name, t in work.tensors(torch.float32).items()}
     arguments = work.backward_arguments(tensors)
-    good = arguments[place]
-    strided = torch.stack([good, good], -1)[..., 0]
-    for bad in (
-        good.unsqueeze(0),
-        good[..., :-1].contiguous(),
-        strided,
-        good.long(),
-        good.double(),
-    ):
+    for bad in spoilt(arguments[place], columns=True):
         with pytest.raises(RuntimeError, match="expected"):
             torch.ops.dyhead.deform_conv_bwd(*arguments[:place], bad, *arguments[place + 1 :])
 

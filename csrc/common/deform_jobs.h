@@ -68,17 +68,34 @@ struct DeformTables {
   int64_t weights, source_rows, prediction_rows, out_rows;
 };
 
-// Index, relative to the image's first value, of value k of output pixel p in a block of columns
+// Pixel index = y * width + x of a job's output map.
+struct OutputPixel {
+  int64_t index;
+  int32_t y, x;
+};
+
+DYHEAD_HD OutputPixel output_pixel(const DeformJob& job, int64_t index) {
+  return {index, static_cast<int32_t>(index / job.out.width),
+          static_cast<int32_t>(index % job.out.width)};
+}
+
+// Index, relative to the image's first value, of value k of an output pixel in a block of columns
 // that starts at `first_column` of the prediction rows.
 DYHEAD_HD int64_t prediction_index(const DeformShape& shape, const DeformJob& job, ReadRule rule,
-                                   int32_t first_column, int32_t k, int64_t p) {
-  int64_t pixel = p;
+                                   int32_t first_column, int32_t k, const OutputPixel& at) {
+  int64_t pixel = at.index;
   if (rule == ReadRule::kCrop) {
-    pixel = p / job.out.width * job.predictions.width + p % job.out.width;
+    pixel = static_cast<int64_t>(at.y) * job.predictions.width + at.x;
   } else if (rule == ReadRule::kFlat) {
-    const int64_t i = k * job.out.pixels() + p;
-    k = static_cast<int32_t>(i / job.predictions.pixels());
-    pixel = i % job.predictions.pixels();
+    const int64_t i = k * job.out.pixels() + at.index;
+    const int64_t size = job.predictions.pixels();
+    if (i <= 0xffffffff && size <= 0xffffffff) {  // 64-bit divisions are slow on a GPU
+      k = static_cast<int32_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(size));
+      pixel = static_cast<uint32_t>(i) % static_cast<uint32_t>(size);
+    } else {
+      k = static_cast<int32_t>(i / size);
+      pixel = i % size;
+    }
   }
   return pixel * shape.prediction_columns() + first_column + k;
 }

@@ -138,7 +138,7 @@ class Backward {
   }
 
   TapSampler<F> sampler(const Use& use, int64_t image) const {
-    return tap_sampler(s_, tables_, tables_.jobs[use.job], tables_.terms[use.term],
+    return tap_sampler(tables_, tables_.jobs[use.job], tables_.terms[use.term],
                        static_cast<const F*>(p_.predictions), static_cast<const F*>(p_.gates),
                        image);
   }
@@ -163,10 +163,9 @@ class Backward {
       const Slice& slice = input_slices_[task % slices];
       F* to =
           packed_.data() + task / slices * slice_offsets_.back() + slice_offsets_[task % slices];
-      const F* from =
-          static_cast<const F*>(p_.weights) +
-          (task / slices * s_.out_channels + slice.group * group_outputs_) * channels * taps +
-          (slice.first - slice.group * channels) * taps;
+      const F* from = static_cast<const F*>(p_.weights->matrices[task / slices]) +
+                      slice.group * group_outputs_ * channels * taps +
+                      (slice.first - slice.group * channels) * taps;
       for (int64_t o = 0; o < group_outputs_; ++o) {
         for (int64_t c = 0; c < slice.count; ++c) {
           const int64_t panel = c / gemm_.tile_cols;
@@ -239,7 +238,7 @@ class Backward {
       gemm_.run(scratch.grad.data() + slice.group * group_outputs_, s_.out_channels, 1,
                 weights + tap * group_outputs_ * cols, scratch.columns.data(), cols, padded, cols,
                 group_outputs_);
-      taps.sample(slice.deform_group, tap, chunk.first, chunk.rows, scratch.corners.data(),
+      sample_rows(taps, slice.deform_group, tap, chunk.first, chunk.rows, scratch.corners.data(),
                   scratch.points.data());
       kernels_.project_back(source, s_.channels, slice.count, scratch.corners.data(), chunk.rows,
                             scratch.columns.data(), cols, grad_source, dots);
@@ -287,9 +286,10 @@ class Backward {
     const int64_t row = job.predictions.first_row + image * job.predictions.pixels();
     F* grad = static_cast<F*>(p_.grad_predictions) + row * s_.prediction_columns();
     for (int64_t p = 0; p < job.out.pixels(); ++p) {
+      const OutputPixel pixel = output_pixel(job, p);
       for (int32_t d = 0; d < s_.deform_groups; ++d) {
         for (int32_t tap = 0; tap < s_.taps(); ++tap) {
-          if (!taps.point(d, tap, p).inside) continue;
+          if (!taps.point(d, tap, pixel).inside) continue;
           F value = F(0), slope_y = F(0), slope_x = F(0);
           for (size_t i = 0; i < input_slices_.size(); ++i) {
             if (input_slices_[i].deform_group != d) continue;
@@ -300,15 +300,17 @@ class Backward {
             slope_x += part[2];
           }
           F mask;
-          const F modulation = taps.modulation(d, tap, p, &mask);
+          const F modulation = taps.modulation(d, tap, pixel, &mask);
           grad_gate += value * mask;
           if (job.plain()) continue;
           const int32_t k = d * s_.taps() + tap;
-          grad[prediction_index(s_, job, job.offset_rule, 0, 2 * k, p)] += modulation * slope_y;
-          grad[prediction_index(s_, job, job.offset_rule, 0, 2 * k + 1, p)] += modulation * slope_x;
+          const auto add = [&](ReadRule rule, int32_t column, int32_t value_index, F change) {
+            grad[prediction_index(s_, job, rule, column, value_index, pixel)] += change;
+          };
+          add(job.offset_rule, 0, 2 * k, modulation * slope_y);
+          add(job.offset_rule, 0, 2 * k + 1, modulation * slope_x);
           const F slope = s_.mask_logits ? mask * (F(1) - mask) : F(1);
-          grad[prediction_index(s_, job, job.mask_rule, s_.offset_columns(), k, p)] +=
-              value * taps.gate * slope;
+          add(job.mask_rule, s_.offset_columns(), k, value * taps.gate * slope);
         }
       }
     }
@@ -348,7 +350,7 @@ class Backward {
                                         std::min<int64_t>(kChunkRows, pixels - first)};
                 load_grad(chunk, scratch.grad);
                 pack_grad(scratch.grad.data() + slice.group * group_outputs_, chunk.rows, packed);
-                at.sample(slice.deform_group, tap, first, chunk.rows, scratch.corners.data());
+                sample_rows(at, slice.deform_group, tap, first, chunk.rows, scratch.corners.data());
                 kernels_.blend_compute(source_of(map, image) + slice.first, s_.channels,
                                        slice.count, scratch.corners.data(), chunk.rows,
                                        scratch.columns.data(), width);

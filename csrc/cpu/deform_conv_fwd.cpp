@@ -38,14 +38,14 @@ class PackedWeights {
     const int64_t outputs = p.tables->shape.out_channels / groups_;
     const int64_t panels = cols_ / gemm.tile_cols;
     const int64_t tap_bytes = k_ * cols_ * element_;
-    const auto* weights = static_cast<const F*>(p.weights);
     parallel_for_each(p.tables->weights * groups_ * panels, [&](int64_t task) {
       const int64_t matrix = task / panels;
       const int64_t first = task % panels * gemm.tile_cols;
       const int64_t last = std::min<int64_t>(first + gemm.tile_cols, outputs);
       std::byte* panel = bytes_.data() + matrix * taps_ * tap_bytes + first * k_ * element_;
       for (int64_t o = first; o < last; ++o) {
-        const F* from = weights + (matrix * outputs + o) * channels * taps_;
+        const F* from = static_cast<const F*>(p.weights->matrices[matrix / groups_]) +
+                        (matrix % groups_ * outputs + o) * channels * taps_;
         for (int64_t c = 0; c < channels; ++c) {
           const int64_t at =
               (c / gemm.pairs * gemm.tile_cols + o - first) * gemm.pairs + c % gemm.pairs;
@@ -174,11 +174,11 @@ class Forward {
       const T* source = static_cast<const T*>(p_.source) +
                         (map.first_row + chunk.image * map.pixels()) * s_.channels;
       const TapSampler<F> sampler =
-          tap_sampler(s_, tables, job, term, static_cast<const F*>(p_.predictions),
+          tap_sampler(tables, job, term, static_cast<const F*>(p_.predictions),
                       static_cast<const F*>(p_.gates), chunk.image);
       for (int32_t tap = 0; tap < s_.taps(); ++tap) {
         for (int32_t d = 0; d < s_.deform_groups; ++d) {
-          sampler.sample(d, tap, chunk.first, chunk.rows, scratch.corners.data());
+          sample_rows(sampler, d, tap, chunk.first, chunk.rows, scratch.corners.data());
           blend(source + d * deform_channels, deform_channels, scratch.corners.data(), chunk.rows,
                 scratch.columns.data() + d * deform_channels * column_bytes_);
         }
@@ -197,8 +197,10 @@ class Forward {
     const DeformJob& job = p_.tables->jobs[chunk.job];
     const int64_t channels = s_.out_channels;
     const int64_t group_outputs = channels / s_.groups;
-    const F* bias = static_cast<const F*>(p_.bias);
-    if (bias != nullptr) bias += p_.tables->terms[job.first_term].weight * channels;
+    const std::vector<const void*>& biases = p_.weights->bias;
+    const F* bias = biases.empty()
+                        ? nullptr
+                        : static_cast<const F*>(biases[p_.tables->terms[job.first_term].weight]);
     const int64_t start = chunk.out_row(job) * channels;
     F* y = scratch.out.data();
     for (int64_t r = 0; r < chunk.rows; ++r) {

@@ -7,6 +7,7 @@ One operator serves the published block (a job per branch and level), the paper'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -98,9 +99,9 @@ class Plan:
 def deform_conv(
     source: Tensor,
     predictions: Tensor,
-    weights: Tensor,
+    weights: Sequence[Tensor],
     plan: Plan,
-    bias: Tensor | None = None,
+    bias: Sequence[Tensor] = (),
     gates: Tensor | None = None,
     *,
     wide_out: bool = False,
@@ -112,8 +113,8 @@ def deform_conv(
         source: [R, C], the rows of all source maps.
         predictions: [Q, 3 * D * K], the rows of all prediction maps: offsets (dy, dx per tap and
             deformable group, in pixels), then masks (logits where ``plan.mask_logits``).
-        weights: [W, C_out, C / groups, kh, kw].
-        bias: [W, C_out] or None.
+        weights: matrices [C_out, C / groups, kh, kw].
+        bias: a bias [C_out] for each matrix, or none at all.
         gates: [N, sources] or None, a factor of every source map.
         wide_out: return rows of the accumulation type instead of the source's.
         moments: whether to return moments (not with ``wide_out``).
@@ -123,11 +124,14 @@ def deform_conv(
         variance and the mean after upsampling, each [J, N, C_out] (J = 0 without ``moments``).
     """
     dtype = compute_dtype(source.dtype)
+    kinds = {w.dtype for w in (*weights, *bias)}
+    # The CUDA kernels read half-precision weights as they are, beside half-precision rows.
+    kept = source.is_cuda and kinds == {source.dtype}
     return torch.ops.dyhead.deform_conv_fwd(
         source.contiguous(),
         predictions.to(dtype).contiguous(),
-        weights.to(dtype).contiguous(),
-        None if bias is None else bias.to(dtype).contiguous(),
+        [(w if kept else w.to(dtype)).contiguous() for w in weights],
+        [(b if kept else b.to(dtype)).contiguous() for b in bias],
         None if gates is None else gates.to(dtype).contiguous(),
         *plan.tables,
         plan.mask_logits,
@@ -139,8 +143,8 @@ def deform_conv(
 def _fake_fwd(
     source: Tensor,
     predictions: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
+    weights: list[Tensor],
+    bias: list[Tensor],
     gates: Tensor | None,
     geometry: list[int],
     sources: list[int],
@@ -150,7 +154,7 @@ def _fake_fwd(
     wide_out: bool,
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, channels, fields = geometry[0], weights.shape[1], 14
+    images, channels, fields = geometry[0], weights[0].shape[0], 14
     rows = sum(images * jobs[i + 1] * jobs[i + 2] for i in range(0, len(jobs), fields))
     count = len(jobs) // fields if moments else 0
     mean = predictions.new_empty(count, images, channels)
@@ -169,7 +173,7 @@ def _fake_bwd(
     grad_up_mean: Tensor | None,
     source: Tensor,
     predictions: Tensor,
-    weights: Tensor,
+    weights: list[Tensor],
     gates: Tensor | None,
     out: Tensor,
     mean: Tensor,
@@ -180,27 +184,28 @@ def _fake_bwd(
     mask_logits: bool,
     wide_out: bool,
     with_bias: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(source),
         torch.empty_like(predictions),
-        torch.empty_like(weights),
-        weights.new_empty(weights.shape[0] if with_bias else 0, weights.shape[1]),
-        weights.new_empty(0 if gates is None else geometry[0], len(sources) // 3),
+        predictions.new_empty(len(weights), *weights[0].shape),
+        predictions.new_empty(len(weights) if with_bias else 0, weights[0].shape[0]),
+        predictions.new_empty(0 if gates is None else geometry[0], len(sources) // 3),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     source, predictions, weights, bias, gates, *tables, mask_logits, wide_out, moments = inputs
     out, mean, _, _ = output
-    ctx.save_for_backward(source, predictions, weights, gates, out, mean)
+    ctx.save_for_backward(source, predictions, gates, out, mean, *weights)
     ctx.tables, ctx.moments = [*tables, mask_logits, wide_out], moments
-    ctx.with_bias = bias is not None
+    ctx.biases = len(bias)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-    source, predictions, weights, gates, out, mean = ctx.saved_tensors
+    source, predictions, gates, out, mean, *weights = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     moments: list[Tensor | None] = [None, None, None]
@@ -217,14 +222,15 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
             out,
             mean,
             *ctx.tables,
-            ctx.with_bias,
+            ctx.biases > 0,
+            torch.are_deterministic_algorithms_enabled(),
         )
     )
     return (
         grad_source,
         grad_predictions,
-        grad_weights,
-        grad_bias if ctx.with_bias else None,
+        list(grad_weights.to(weights[0].dtype).unbind()),
+        list(grad_bias.to(weights[0].dtype).unbind()) if ctx.biases else [],
         None if gates is None else grad_gates,
         *[None] * 7,
     )

@@ -1,0 +1,106 @@
+// What a call of deform_conv passes to the kernels, forward and backward, and where its taps read;
+// shared by the CPU and the CUDA kernels.
+#pragma once
+
+#include <vector>
+
+#include "deform_jobs.h"
+#include "sampling.h"
+
+namespace dyhead {
+
+// The matrices of weights [C_out, C / groups, kh, kw], and for each its bias [C_out], or no biases.
+struct DeformWeights {
+  std::vector<const void*> matrices, bias;
+  DType dtype;  // of all of them: the compute type or, with CUDA, the source's
+};
+
+struct DeformFwdParams {
+  const DeformTables* tables;
+  const DeformWeights* weights;  // a job adds the bias of its first term
+  const void* source;            // [R, C]
+  const void* predictions;       // [Q, 3 D K]
+  const void* gates;             // [N, sources] or null: factor of a source map
+  void* out;                     // [S, C_out]
+  bool wide_out;                 // out has the compute type
+  bool moments;                  // whether to fill the next three, [J, N, C_out] each
+  void* mean;
+  void* var;      // biased
+  void* up_mean;  // the mean once upsampled
+};
+
+struct DeformBwdParams {
+  const DeformTables* tables;
+  const DeformWeights* weights;
+  const void* source;
+  const void* predictions;
+  const void* gates;
+  const void* grad_out;      // [S, C_out]
+  bool wide_out;             // grad_out has the compute type
+  bool moments;              // whether there are gradients of the moments: the next five
+  const void* out;           // [S, C_out]
+  const void* mean;          // [J, N, C_out]
+  const void* grad_mean;     // [J, N, C_out]
+  const void* grad_var;      // [J, N, C_out]
+  const void* grad_up_mean;  // [J, N, C_out]
+  bool deterministic;        // the same bits in every run, at whatever cost
+  void* grad_source;         // [R, C]
+  void* grad_predictions;    // [Q, 3 D K]
+  void* grad_weights;        // [W, C_out, C / groups, kh, kw], of the compute type
+  void* grad_bias;           // [W, C_out] or null
+  void* grad_gates;          // [N, sources] or null
+};
+
+// Where the taps of one term of a job read for one image, and with which weights.
+template <class F>
+struct TapSampler {
+  const DeformShape& shape;
+  const DeformJob& job;
+  const MapShape& source;
+  const F* predictions;  // the image's first prediction row
+  F gate;
+
+  // The factor of a sample; *before_gate, where asked for, is the mask alone.
+  DYHEAD_HD F modulation(int32_t deform_group, int32_t tap, const OutputPixel& at,
+                         F* before_gate = nullptr) const {
+    F mask = F(1);
+    if (!job.plain()) {
+      const int32_t k = deform_group * shape.taps() + tap;
+      const F value =
+          predictions[prediction_index(shape, job, job.mask_rule, shape.offset_columns(), k, at)];
+      mask = shape.mask_logits ? F(1) / (F(1) + std::exp(-value)) : value;
+    }
+    if (before_gate != nullptr) *before_gate = mask;
+    return mask * gate;
+  }
+
+  DYHEAD_HD SamplePoint<F> point(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
+    const int64_t y = static_cast<int64_t>(at.y) * job.stride_h - shape.pad_h +
+                      static_cast<int64_t>(tap / shape.kernel_w) * shape.dilation_h;
+    const int64_t x = static_cast<int64_t>(at.x) * job.stride_w - shape.pad_w +
+                      static_cast<int64_t>(tap % shape.kernel_w) * shape.dilation_w;
+    if (job.plain()) {
+      const bool inside = y >= 0 && y < source.height && x >= 0 && x < source.width;
+      if (!inside) return {F(0), F(0), 0, 0, false};
+      return {F(0), F(0), static_cast<int32_t>(y), static_cast<int32_t>(x), true};
+    }
+    const int32_t k = 2 * (deform_group * shape.taps() + tap);
+    const F dy = predictions[prediction_index(shape, job, job.offset_rule, 0, k, at)];
+    const F dx = predictions[prediction_index(shape, job, job.offset_rule, 0, k + 1, at)];
+    return locate(y, dy, x, dx, source.height, source.width);
+  }
+
+  // The corners that `p` reads, with the modulation folded into their weights.
+  DYHEAD_HD Corners<F> corners(const SamplePoint<F>& p, int32_t deform_group, int32_t tap,
+                               const OutputPixel& at) const {
+    // A sample outside must stay zero even where its modulation is not finite.
+    const F scale = p.inside ? modulation(deform_group, tap, at) : F(0);
+    if (job.plain()) {
+      const int32_t pixel = p.inside ? p.top * source.width + p.left : -1;
+      return {{scale, F(0), F(0), F(0)}, {pixel, -1, -1, -1}};
+    }
+    return corners_of(p, source.height, source.width, scale);
+  }
+};
+
+}  // namespace dyhead
