@@ -21,7 +21,7 @@ from dyhead_cuda.ops.deform_conv import (
     FLAT,
     NONE,
 )
-from tests.test_cpu_deform_jobs import Work
+from tests.deform_work import Work
 
 library.require("cpu")
 

@@ -75,14 +75,12 @@ struct TapSampler {
   }
 
   DYHEAD_HD SamplePoint<F> point(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
-    const int64_t y = static_cast<int64_t>(at.y) * job.stride_h - shape.pad_h +
-                      static_cast<int64_t>(tap / shape.kernel_w) * shape.dilation_h;
-    const int64_t x = static_cast<int64_t>(at.x) * job.stride_w - shape.pad_w +
-                      static_cast<int64_t>(tap % shape.kernel_w) * shape.dilation_w;
+    const int32_t y = at.y * job.stride_h - shape.pad_h + tap / shape.kernel_w * shape.dilation_h;
+    const int32_t x = at.x * job.stride_w - shape.pad_w + tap % shape.kernel_w * shape.dilation_w;
     if (job.plain()) {
       const bool inside = y >= 0 && y < source.height && x >= 0 && x < source.width;
       if (!inside) return {F(0), F(0), 0, 0, false};
-      return {F(0), F(0), static_cast<int32_t>(y), static_cast<int32_t>(x), true};
+      return {F(0), F(0), y, x, true};
     }
     const int32_t k = 2 * (deform_group * shape.taps() + tap);
     const F dy = predictions[prediction_index(shape, job, job.offset_rule, 0, k, at)];

@@ -70,13 +70,11 @@ struct DeformTables {
 
 // Pixel index = y * width + x of a job's output map.
 struct OutputPixel {
-  int64_t index;
-  int32_t y, x;
+  int32_t index, y, x;
 };
 
-DYHEAD_HD OutputPixel output_pixel(const DeformJob& job, int64_t index) {
-  return {index, static_cast<int32_t>(index / job.out.width),
-          static_cast<int32_t>(index % job.out.width)};
+DYHEAD_HD OutputPixel output_pixel(const DeformJob& job, int32_t index) {
+  return {index, index / job.out.width, index % job.out.width};
 }
 
 // Index, relative to the image's first value, of value k of an output pixel in a block of columns

@@ -22,7 +22,7 @@ struct SamplePoint {
 // and infinity fail these comparisons, and only a valid coordinate is converted to an integer. The
 // fraction is that of the offset alone: adding the pixel's position first would cost it digits.
 template <class F>
-DYHEAD_HD SamplePoint<F> locate(int64_t base_y, F dy, int64_t base_x, F dx, int32_t height,
+DYHEAD_HD SamplePoint<F> locate(int32_t base_y, F dy, int32_t base_x, F dx, int32_t height,
                                 int32_t width) {
   const F y = static_cast<F>(base_y) + dy;
   const F x = static_cast<F>(base_x) + dx;
@@ -31,8 +31,10 @@ DYHEAD_HD SamplePoint<F> locate(int64_t base_y, F dy, int64_t base_x, F dx, int3
   if (!inside) return {F(0), F(0), 0, 0, false};
   const F whole_y = std::floor(dy);
   const F whole_x = std::floor(dx);
-  return {dy - whole_y, dx - whole_x, static_cast<int32_t>(base_y + static_cast<int64_t>(whole_y)),
-          static_cast<int32_t>(base_x + static_cast<int64_t>(whole_x)), true};
+  // A whole part may not fit 32 bits where its sum with the base does.
+  const auto top = static_cast<int32_t>(base_y + static_cast<int64_t>(whole_y));
+  const auto left = static_cast<int32_t>(base_x + static_cast<int64_t>(whole_x));
+  return {dy - whole_y, dx - whole_x, top, left, true};
 }
 
 // Whether corner i lies in the image.

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
     const Tensor& source, const Tensor& predictions, const std::vector<Tensor>& weights,
     const std::vector<Tensor>& bias, const std::optional<Tensor>& gates, const IntList& geometry,
     const IntList& sources, const IntList& terms, const IntList& jobs, bool mask_logits,
-    bool wide_out, bool moments) {
+    bool wide_out, bool moments, bool /*allow_tf32*/) {
   return deform_conv_fwd_with(run_deform_fwd, kHalfWeights, source, predictions, weights, bias,
                               gates, geometry, sources, terms, jobs, mask_logits, wide_out,
                               moments);
@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
     const Tensor& source, const Tensor& predictions, const std::vector<Tensor>& weights,
     const std::optional<Tensor>& gates, const Tensor& out, const Tensor& mean,
     const IntList& geometry, const IntList& sources, const IntList& terms, const IntList& jobs,
-    bool mask_logits, bool wide_out, bool with_bias, bool deterministic) {
+    bool mask_logits, bool wide_out, bool with_bias, bool /*allow_tf32*/, bool deterministic) {
   return deform_conv_bwd_with(run_deform_bwd, kHalfWeights, grad_out, grad_mean, grad_var,
                               grad_up_mean, source, predictions, weights, gates, out, mean,
                               geometry, sources, terms, jobs, mask_logits, wide_out, with_bias,

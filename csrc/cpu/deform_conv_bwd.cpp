@@ -285,7 +285,7 @@ class Backward {
     const TapSampler<F> taps = sampler(use, image);
     const int64_t row = job.predictions.first_row + image * job.predictions.pixels();
     F* grad = static_cast<F*>(p_.grad_predictions) + row * s_.prediction_columns();
-    for (int64_t p = 0; p < job.out.pixels(); ++p) {
+    for (int32_t p = 0; p < static_cast<int32_t>(job.out.pixels()); ++p) {
       const OutputPixel pixel = output_pixel(job, p);
       for (int32_t d = 0; d < s_.deform_groups; ++d) {
         for (int32_t tap = 0; tap < s_.taps(); ++tap) {

@@ -7,13 +7,8 @@ namespace dyhead::cpu {
 
 template <class F>
 std::vector<F> UpsampledMeanWeights<F>::axis(int32_t from, int32_t to) {
-  std::vector<F> weights(from, F(0));
-  if (from == 0) return weights;
-  for (int32_t i = 0; i < to; ++i) {
-    const Interpolation<F> at = interpolate<F>(i, from, to);
-    weights[at.first] += (F(1) - at.fraction) / static_cast<F>(to);
-    weights[at.second] += at.fraction / static_cast<F>(to);
-  }
+  std::vector<F> weights(from);
+  for (int32_t i = 0; i < from; ++i) weights[i] = upsampled_mean_weight<F>(i, from, to);
   return weights;
 }
 

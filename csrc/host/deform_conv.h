@@ -142,6 +142,13 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
         static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
         "expected terms within the list of ", t.terms.size(), ", got ", job.terms, " from ",
         job.first_term);
+    const auto last = [](int32_t size, int32_t stride, int32_t kernel, int32_t dilation) {
+      return static_cast<int64_t>(size) * stride + static_cast<int64_t>(kernel) * dilation;
+    };
+    STD_TORCH_CHECK(last(job.out.height, job.stride_h, s.kernel_h, s.dilation_h) <= kMostInt32 &&
+                        last(job.out.width, job.stride_w, s.kernel_w, s.dilation_w) <= kMostInt32,
+                    "expected taps whose positions fit 32 bits, got an output of ", job.out.height,
+                    "x", job.out.width, " with strides ", job.stride_h, " and ", job.stride_w);
     detail::check_rule(job, job.offset_rule);
     detail::check_rule(job, job.mask_rule);
     t.jobs.push_back(job);

@@ -28,6 +28,8 @@ inline MapShape read_map(const IntList& values, size_t at, int64_t images, int64
   const int32_t height = narrow("the height of a map", values[at + 1], 0);
   const int32_t width = narrow("the width of a map", values[at + 2], 0);
   const int64_t pixels = static_cast<int64_t>(height) * width;
+  STD_TORCH_CHECK(pixels <= kMostInt32, "expected maps of at most ", kMostInt32, " pixels, got ",
+                  height, "x", width);
   STD_TORCH_CHECK(
       first_row >= 0 && first_row <= rows && (images == 0 || pixels <= (rows - first_row) / images),
       "expected a ", name, " map within ", rows, " rows, got rows from ", first_row, " of ", images,

@@ -23,3 +23,9 @@ def forbid_second_derivative(name: str) -> None:
         )
 
     torch.library.register_autograd(f"dyhead::{name}", raise_error)
+
+
+@torch.compiler.assume_constant_result
+def tf32_allowed() -> bool:
+    """Whether float32 products on CUDA may run in TF32: torch's own switch for matmul."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

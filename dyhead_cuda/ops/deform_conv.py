@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
+from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative, tf32_allowed
 
 SAME, CROP, FLAT, NONE = 0, 1, 2, 3
 
@@ -137,6 +137,7 @@ def deform_conv(
         plan.mask_logits,
         wide_out,
         moments,
+        source.is_cuda and tf32_allowed(),
     )
 
 
@@ -153,6 +154,7 @@ def _fake_fwd(
     mask_logits: bool,
     wide_out: bool,
     moments: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, channels, fields = geometry[0], weights[0].shape[0], 14
     rows = sum(images * jobs[i + 1] * jobs[i + 2] for i in range(0, len(jobs), fields))
@@ -184,6 +186,7 @@ def _fake_bwd(
     mask_logits: bool,
     wide_out: bool,
     with_bias: bool,
+    allow_tf32: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -196,7 +199,8 @@ def _fake_bwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    source, predictions, weights, bias, gates, *tables, mask_logits, wide_out, moments = inputs
+    source, predictions, weights, bias, gates, *tables = inputs
+    *tables, mask_logits, wide_out, moments, ctx.allow_tf32 = tables
     out, mean, _, _ = output
     ctx.save_for_backward(source, predictions, gates, out, mean, *weights)
     ctx.tables, ctx.moments = [*tables, mask_logits, wide_out], moments
@@ -223,6 +227,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
             mean,
             *ctx.tables,
             ctx.biases > 0,
+            ctx.allow_tf32,
             torch.are_deterministic_algorithms_enabled(),
         )
     )
@@ -232,7 +237,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
         list(grad_weights.to(weights[0].dtype).unbind()),
         list(grad_bias.to(weights[0].dtype).unbind()) if ctx.biases else [],
         None if gates is None else grad_gates,
-        *[None] * 7,
+        *[None] * 8,
     )
 
 

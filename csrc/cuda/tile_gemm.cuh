@@ -1,0 +1,218 @@
+// Matrix products of a block's tile in shared memory, out += a b^T, accumulated in registers: on
+// tensor cores for bfloat16, float16 and TF32, on ordinary ones for IEEE float32 and float64.
+//
+// a is [kRows, 128 bytes] and b [kCols, 128 bytes], row by row, with the 16-byte units of a row
+// permuted so that neither the stores of whole rows nor the loads of eight rows at one unit collide
+// in a memory bank. 256 threads take part.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace dyhead::cuda {
+
+inline constexpr int kTileThreads = 256;
+inline constexpr int kTileWarps = kTileThreads / kWarpSize;
+inline constexpr int kRowBytes = 128;
+inline constexpr int kUnits = 8;  // of 16 bytes, per row
+inline constexpr int kSteps = 4;  // that a row's depth is multiplied in
+
+// An operand: how values are held in shared memory, and what they are computed from.
+template <class T>
+struct Operand {
+  using Storage = T;
+  using Compute = compute_t<T>;
+  static constexpr bool kTensor = is_half_v<T>;
+  static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // of a tile
+  static constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
+  using Unit = Vec<T, kUnit>;
+
+  DYHEAD_DEVICE static Unit unit(const Compute (&values)[kUnit]) {
+    if constexpr (is_half_v<T>) {
+      Vec<uint32_t, kUnit / 2> words;
+#pragma unroll
+      for (int i = 0; i < kUnit / 2; ++i) words[i] = pack2<T>(values[2 * i], values[2 * i + 1]);
+      return __builtin_bit_cast(Unit, words);
+    } else {
+      Vec<T, kUnit> v;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = values[i];
+      return v;
+    }
+  }
+};
+
+// float32 values rounded to TF32 for the tensor cores.
+struct Tf32 {};
+
+template <>
+struct Operand<Tf32> {
+  using Storage = float;
+  using Compute = float;
+  static constexpr bool kTensor = true;
+  static constexpr int kDepth = 32;
+  static constexpr int kUnit = 4;
+
+  DYHEAD_DEVICE static Vec<float, kUnit> unit(const float (&values)[kUnit]) {
+    Vec<float, kUnit> v;
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) v[i] = __uint_as_float(to_tf32(values[i]));
+    return v;
+  }
+};
+
+// Byte offset of a 16-byte unit in a tile.
+DYHEAD_HD int unit_offset(int row, int unit) { return row * kRowBytes + ((unit ^ (row & 7)) << 4); }
+
+template <class Op>
+DYHEAD_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<Op, Tf32>) {
+    mma_m16n8k8_tf32(acc, a, b);
+  } else {
+    mma_m16n8k16<Op>(acc, a, b);
+  }
+}
+
+// What a thread holds of the product: rows row(i), columns column(j). Lanes that differ in bits
+// kFirstXor and above of their number hold the same columns; kPair neighbouring j are neighbouring
+// columns.
+template <class Op, int kRows, int kCols>
+class TensorTile {
+ public:
+  using F = float;
+  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : 1;
+  static constexpr int kWarpsM = kTileWarps / kWarpsN;
+  static constexpr int kWarpRows = kRows / kWarpsM;
+  static constexpr int kWarpCols = kCols / kWarpsN;
+  static constexpr int kI = kWarpRows / 8;
+  static constexpr int kJ = kWarpCols / 4;
+  static constexpr int kFirstXor = 4;
+  static constexpr int kPair = 2;
+  static_assert(kWarpRows % 16 == 0 && kWarpCols % 32 == 0);
+
+  DYHEAD_DEVICE TensorTile()
+      : warp_(static_cast<int>(threadIdx.x) / kWarpSize),
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
+    clear();
+  }
+
+  DYHEAD_DEVICE void clear() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc_[m][n][e] = 0.0f;
+      }
+    }
+  }
+
+  // Adds the part of depth `step` of kSteps.
+  DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
+    // The lanes' rows of the first fragments; those of the others are a multiple of eight further.
+    const std::byte* a_row =
+        a + first_row() * kRowBytes + unit_offset(lane_ % 16, 2 * step + lane_ / 16);
+    const std::byte* b_row = b + first_column() * kRowBytes +
+                             unit_offset(lane_ / 16 * 8 + lane_ % 8, 2 * step + lane_ / 8 % 2);
+    uint32_t left[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) ldmatrix(left[m], a_row + 16 * m * kRowBytes);
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t right[4];
+      ldmatrix(right, b_row + 8 * n * kRowBytes);
+      const uint32_t first[2] = {right[0], right[1]};
+      const uint32_t second[2] = {right[2], right[3]};
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        multiply<Op>(acc_[m][n], left[m], first);
+        multiply<Op>(acc_[m][n + 1], left[m], second);
+      }
+    }
+  }
+
+  DYHEAD_DEVICE int row(int i) const { return first_row() + 16 * (i / 2) + i % 2 * 8 + lane_ / 4; }
+  DYHEAD_DEVICE int column(int j) const {
+    return first_column() + 8 * (j / 2) + lane_ % 4 * 2 + j % 2;
+  }
+  DYHEAD_DEVICE float& at(int i, int j) { return acc_[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  DYHEAD_DEVICE int warp_row() const { return warp_ / kWarpsN; }
+  DYHEAD_DEVICE int first_column() const { return warp_ % kWarpsN * kWarpCols; }
+  DYHEAD_DEVICE int lane() const { return lane_; }
+
+ private:
+  static constexpr int kM = kWarpRows / 16;
+  static constexpr int kN = kWarpCols / 8;
+
+  DYHEAD_DEVICE int first_row() const { return warp_row() * kWarpRows; }
+
+  int warp_, lane_;
+  float acc_[kM][kN][4];
+};
+
+template <class T, int kRows, int kCols>
+class SimtTile {
+ public:
+  using F = T;
+  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : 1;
+  static constexpr int kWarpsM = kTileWarps / kWarpsN;
+  static constexpr int kWarpRows = kRows / kWarpsM;
+  static constexpr int kWarpCols = kCols / kWarpsN;
+  static constexpr int kI = kWarpRows / 4;
+  static constexpr int kJ = kWarpCols / 8;
+  static constexpr int kFirstXor = 8;
+  static constexpr int kPair = 1;
+
+  DYHEAD_DEVICE SimtTile()
+      : warp_(static_cast<int>(threadIdx.x) / kWarpSize),
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
+    clear();
+  }
+
+  DYHEAD_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < kJ; ++j) acc_[i][j] = T(0);
+    }
+  }
+
+  DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
+    constexpr int kUnit = Operand<T>::kUnit;
+    // Unrolled, the loads of all units would take the registers of the sums.
+#pragma unroll 1
+    for (int unit = 2 * step; unit < 2 * step + kUnits / kSteps; ++unit) {
+      Vec<T, kUnit> left[kI];
+#pragma unroll
+      for (int i = 0; i < kI; ++i) {
+        left[i] = load_vec<kUnit>(reinterpret_cast<const T*>(a + unit_offset(row(i), unit)));
+      }
+#pragma unroll
+      for (int j = 0; j < kJ; ++j) {
+        const Vec<T, kUnit> right =
+            load_vec<kUnit>(reinterpret_cast<const T*>(b + unit_offset(column(j), unit)));
+#pragma unroll
+        for (int i = 0; i < kI; ++i) {
+#pragma unroll
+          for (int k = 0; k < kUnit; ++k) acc_[i][j] += left[i][k] * right[k];
+        }
+      }
+    }
+  }
+
+  DYHEAD_DEVICE int row(int i) const { return warp_row() * kWarpRows + 4 * i + lane_ / 8; }
+  DYHEAD_DEVICE int column(int j) const { return first_column() + 8 * j + lane_ % 8; }
+  DYHEAD_DEVICE T& at(int i, int j) { return acc_[i][j]; }
+  DYHEAD_DEVICE int warp_row() const { return warp_ / kWarpsN; }
+  DYHEAD_DEVICE int first_column() const { return warp_ % kWarpsN * kWarpCols; }
+  DYHEAD_DEVICE int lane() const { return lane_; }
+
+ private:
+  int warp_, lane_;
+  T acc_[kI][kJ];
+};
+
+template <class Op, int kRows, int kCols>
+using TileProduct = std::conditional_t<Operand<Op>::kTensor, TensorTile<Op, kRows, kCols>,
+                                       SimtTile<typename Operand<Op>::Storage, kRows, kCols>>;
+
+}  // namespace dyhead::cuda

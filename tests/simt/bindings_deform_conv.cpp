@@ -1,0 +1,194 @@
+// The forward and the backward of deform_conv as csrc/cuda/deform_conv.cpp runs them.
+#include <pybind11/stl.h>
+
+#include <deque>
+#include <string>
+#include <string_view>
+
+#include "cuda/deform_run.h"
+#include "device_array.h"
+
+namespace dyhead::simt {
+namespace {
+
+using namespace dyhead::cuda;
+
+using Numbers = std::vector<int64_t>;
+
+// The tables as the operator reads them, without its checks.
+DeformTables read_tables(const Numbers& geometry, const Numbers& sources, const Numbers& terms,
+                         const Numbers& jobs, bool mask_logits, DType dtype, int64_t channels,
+                         int64_t out_channels, int64_t weights) {
+  DeformTables t{};
+  const auto small = [](int64_t value) { return static_cast<int32_t>(value); };
+  t.shape = {geometry[0],
+             channels,
+             out_channels,
+             small(geometry[1]),
+             small(geometry[2]),
+             small(geometry[3]),
+             small(geometry[4]),
+             small(geometry[5]),
+             small(geometry[6]),
+             small(geometry[7]),
+             small(geometry[8]),
+             mask_logits,
+             dtype};
+  t.weights = weights;
+  const auto map_at = [&](const Numbers& n, size_t i) {
+    return MapShape{n[i], small(n[i + 1]), small(n[i + 2])};
+  };
+  for (size_t i = 0; i < sources.size(); i += 3) t.sources.push_back(map_at(sources, i));
+  for (size_t i = 0; i < terms.size(); i += 2) {
+    t.terms.push_back({small(terms[i]), small(terms[i + 1])});
+  }
+  for (size_t i = 0; i < jobs.size(); i += 14) {
+    t.jobs.push_back({map_at(jobs, i), map_at(jobs, i + 3), static_cast<ReadRule>(jobs[i + 6]),
+                      static_cast<ReadRule>(jobs[i + 7]), small(jobs[i + 8]), small(jobs[i + 9]),
+                      small(jobs[i + 10]), small(jobs[i + 11]), small(jobs[i + 12]),
+                      small(jobs[i + 13])});
+    t.out_rows += t.shape.images * t.jobs.back().out.pixels();
+  }
+  return t;
+}
+
+DType named_dtype(std::string_view name) {
+  if (name == "float64") return DType::kFloat64;
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("expected float64, float32, bfloat16 or float16, got " +
+                              std::string(name));
+}
+
+// Workspaces are poisoned, as fresh device memory is unknown.
+class Workspaces {
+ public:
+  void* operator()(int64_t bytes) {
+    memory_.push_back(DeviceArray<uint8_t>::poisoned("workspace", {bytes}));
+    return memory_.back().data();
+  }
+
+ private:
+  std::deque<DeviceArray<uint8_t>> memory_;
+};
+
+// Arrays of 16-bit or wider values by name of their type.
+struct Matrices {
+  std::deque<DeviceArray<uint8_t>> memory;
+  DeformWeights weights;
+
+  // Values travel as bytes: whether they are halves or floats, `dtype` says.
+  Matrices(const std::vector<py::array>& matrices, const std::vector<py::array>& bias,
+           DType dtype) {
+    weights.dtype = dtype;
+    for (const py::array& m : matrices) weights.matrices.push_back(add("weights", m));
+    for (const py::array& b : bias) weights.bias.push_back(add("bias", b));
+  }
+
+  const void* add(const char* name, const py::array& values) {
+    const auto flat = py::array::ensure(values.attr("ravel")().attr("view")("uint8"));
+    memory.push_back(DeviceArray<uint8_t>::copy_of(name, flat));
+    return memory.back().data();
+  }
+};
+
+template <class T>
+py::dict forward(const DeformTables& tables, const py::array& source, const py::array& predictions,
+                 const Matrices& matrices, const py::object& gates, bool wide_out, bool moments,
+                 bool allow_tf32, const DeviceLimits& device) {
+  using F = compute_t<T>;
+  const DeformShape& s = tables.shape;
+  const auto x = DeviceArray<T>::copy_of("source", source);
+  const auto offsets = DeviceArray<F>::copy_of("predictions", predictions);
+  const auto jobs = static_cast<py::ssize_t>(moments ? tables.jobs.size() : 0);
+  const auto statistics = [&](const char* name) {
+    return DeviceArray<F>::poisoned(name, {jobs, s.images, s.out_channels});
+  };
+  const auto mean = statistics("mean");
+  const auto var = statistics("var");
+  const auto up_mean = statistics("up_mean");
+  const auto out = DeviceArray<T>::poisoned("out", {tables.out_rows, s.out_channels});
+  const auto wide = DeviceArray<F>::poisoned("out", {tables.out_rows, s.out_channels});
+  DeformFwdParams params{};
+  params.tables = &tables;
+  params.weights = &matrices.weights;
+  params.source = x.data();
+  params.predictions = offsets.data();
+  std::deque<DeviceArray<F>> gate_memory;
+  if (!gates.is_none()) {
+    gate_memory.push_back(DeviceArray<F>::copy_of("gates", gates));
+    params.gates = gate_memory.back().data();
+  }
+  params.out = wide_out ? static_cast<void*>(wide.data()) : out.data();
+  params.wide_out = wide_out;
+  params.moments = moments;
+  params.mean = mean.data();
+  params.var = var.data();
+  params.up_mean = up_mean.data();
+  Workspaces workspaces;
+  check_launch("run_deform_fwd", run_deform_fwd(params, allow_tf32, device, workspaces, nullptr));
+  py::dict result;
+  if (wide_out) {
+    result["out"] = wide.to_numpy();
+  } else {
+    result["out"] = out.to_numpy();
+  }
+  result["mean"] = mean.to_numpy();
+  result["var"] = var.to_numpy();
+  result["up_mean"] = up_mean.to_numpy();
+  return result;
+}
+
+}  // namespace
+
+void bind_deform_conv(py::module_& module) {
+  py::module_ m = module.def_submodule("deform_conv", "csrc/cuda/deform_run.h");
+  py::class_<DeviceLimits>(m, "DeviceLimits")
+      .def(py::init([](int processors, size_t shared_bytes) {
+             return DeviceLimits{processors, shared_bytes};
+           }),
+           py::arg("processors"), py::arg("shared_bytes"));
+  m.def(
+      "tiling",
+      [](const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
+         const std::string& dtype, int64_t channels, int64_t out_channels, bool vectors,
+         bool allow_tf32, const DeviceLimits& device) {
+        const DeformTables tables = read_tables(geometry, sources, terms, jobs, true,
+                                                named_dtype(dtype), channels, out_channels, 1);
+        const DeformTiling tiling =
+            forward_tiling(tables, deform_math(tables.shape.dtype, allow_tf32), vectors, device);
+        std::vector<std::pair<int, int>> launches;  // jobs and tiles of each
+        for (const DeformTable& table : deform_launches(tables, tiling.rows)) {
+          launches.emplace_back(table.job_count, table.tiles);
+        }
+        return py::make_tuple(tiling.rows, tiling.cols, launches);
+      },
+      py::arg("geometry"), py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("dtype"),
+      py::arg("channels"), py::arg("out_channels"), py::kw_only(), py::arg("vectors") = true,
+      py::arg("allow_tf32") = false, py::arg("device"));
+  m.def(
+      "forward",
+      [](const std::string& dtype_name, const py::array& source, const py::array& predictions,
+         const std::vector<py::array>& weights, const std::vector<py::array>& bias,
+         const std::string& weights_dtype, const py::object& gates, const Numbers& geometry,
+         const Numbers& sources, const Numbers& terms, const Numbers& jobs, bool mask_logits,
+         bool wide_out, bool moments, bool allow_tf32, const DeviceLimits& device) {
+        const DType dtype = named_dtype(dtype_name);
+        const DeformTables tables =
+            read_tables(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
+                        weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
+        const Matrices matrices(weights, bias, named_dtype(weights_dtype));
+        return dispatch_dtype(dtype, [&](auto zero) {
+          return forward<decltype(zero)>(tables, source, predictions, matrices, gates, wide_out,
+                                         moments, allow_tf32, device);
+        });
+      },
+      py::arg("dtype"), py::arg("source"), py::arg("predictions"), py::arg("weights"),
+      py::arg("bias"), py::arg("weights_dtype"), py::arg("gates"), py::arg("geometry"),
+      py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("mask_logits"),
+      py::arg("wide_out"), py::arg("moments"), py::kw_only(), py::arg("allow_tf32") = false,
+      py::arg("device"));
+}
+
+}  // namespace dyhead::simt
