@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "division.h"
 
 namespace dyhead {
 
@@ -85,15 +86,9 @@ DYHEAD_HD int64_t prediction_index(const DeformShape& shape, const DeformJob& jo
   if (rule == ReadRule::kCrop) {
     pixel = static_cast<int64_t>(at.y) * job.predictions.width + at.x;
   } else if (rule == ReadRule::kFlat) {
-    const int64_t i = k * job.out.pixels() + at.index;
-    const int64_t size = job.predictions.pixels();
-    if (i <= 0xffffffff && size <= 0xffffffff) {  // 64-bit divisions are slow on a GPU
-      k = static_cast<int32_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(size));
-      pixel = static_cast<uint32_t>(i) % static_cast<uint32_t>(size);
-    } else {
-      k = static_cast<int32_t>(i / size);
-      pixel = i % size;
-    }
+    const Division place = divide(k * job.out.pixels() + at.index, job.predictions.pixels());
+    k = static_cast<int32_t>(place.quotient);
+    pixel = place.rest;
   }
   return pixel * shape.prediction_columns() + first_column + k;
 }

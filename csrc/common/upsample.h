@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "division.h"
 
 namespace dyhead {
 
@@ -21,12 +21,9 @@ DYHEAD_HD Interpolation<F> interpolate(int32_t i, int32_t from, int32_t to) {
   // The position is i (from - 1) / (to - 1): whole numbers give its fraction without rounding
   // error.
   const int64_t position = static_cast<int64_t>(i) * (from - 1);
-  // 64-bit divisions are slow on a GPU.
-  const bool small = position <= 0x7fffffff;
-  const int32_t first =
-      small ? static_cast<int32_t>(position) / (to - 1) : static_cast<int32_t>(position / (to - 1));
-  const int64_t rest = position - static_cast<int64_t>(first) * (to - 1);
-  const F fraction = static_cast<F>(rest) / static_cast<F>(to - 1);
+  const Division division = divide(position, to - 1);
+  const int32_t first = static_cast<int32_t>(division.quotient);
+  const F fraction = static_cast<F>(division.rest) / static_cast<F>(to - 1);
   return {first, first + 1 < from ? first + 1 : first, fraction};
 }
 

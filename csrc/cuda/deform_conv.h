@@ -108,9 +108,9 @@ DYHEAD_HD ChannelStep channel_step(const DeformShape& s, int32_t group, int32_t 
 }
 
 // The weights as the kernels multiply them: panels of `cols` rows of 128 bytes, in order of
-// [matrix][group][column panel][channel step][tap].
+// [matrix][group][column panel][step of the depth][tap].
 struct DeformPanels {
-  int32_t cols, column_panels, steps, depth;  // depth: channels of a step, at most
+  int32_t cols, column_panels, steps, depth;  // depth: values of a row, at most
 
   // column: group * column_panels + panel
   DYHEAD_HD int64_t index(const DeformShape& s, int64_t matrix, int32_t column, int32_t step,
@@ -143,7 +143,8 @@ struct DeformPackParams {
   DeformMath math;
   void* packed;
   void* packed_bias;  // [W, C_out] of the compute type
-  DeformZeros zeros[4];
+  DeformZeros zeros[5];
+  bool transposed;  // for the backward: columns are input channels, the depth is output channels
 };
 
 struct DeformFwdKernelParams {

@@ -28,46 +28,57 @@ DYHEAD_HD int64_t pack_items(const DeformPackParams& p) {
          p.panels.cols * p.panels.steps;
 }
 
-// A warp packs the taps of one step of channels of one column: neighbouring values in memory.
+// The i-th step of `most` channels of a group, empty beyond its last.
+DYHEAD_DEVICE ChannelStep step_of_group(const DeformShape& s, int32_t group, int32_t i,
+                                        int32_t most) {
+  const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
+  const int32_t end = (group + 1) * group_channels;
+  ChannelStep step{0, group * group_channels, 0};
+  for (; i >= 0; --i) {
+    step = step.last < end ? channel_step(s, group, step.last, most) : ChannelStep{end, end, 0};
+  }
+  return step;
+}
+
+// A warp packs one column of one step of the depth for all taps: neighbours in memory, or for the
+// transposed panels as near to each other as they are.
 template <class Op>
 DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
   using T = typename Operand<Op>::Storage;
   using F = typename Operand<Op>::Compute;
   constexpr int kUnit = Operand<Op>::kUnit;
   const DeformShape& s = p.shape;
+  const DeformPanels& panels = p.panels;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int32_t step = item % p.panels.steps;
-  const int32_t column = item / p.panels.steps % p.panels.cols;
-  const int32_t rest = item / p.panels.steps / p.panels.cols;
-  const int32_t panel = rest % p.panels.column_panels;
-  const int32_t group = rest / p.panels.column_panels % s.groups;
-  const int32_t matrix = rest / p.panels.column_panels / s.groups;
+  const int32_t step = item % panels.steps;
+  const int32_t column = item / panels.steps % panels.cols;
+  const int32_t rest = item / panels.steps / panels.cols;
+  const int32_t panel = rest % panels.column_panels;
+  const int32_t group = rest / panels.column_panels % s.groups;
+  const int32_t matrix = rest / panels.column_panels / s.groups;
   const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
   const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
-  const int32_t output = panel * p.panels.cols + column;
-  const int32_t group_end = (group + 1) * group_channels;
-  ChannelStep channels{0, group * group_channels, 0};
-  for (int32_t i = 0; i <= step && channels.last <= group_end; ++i) {
-    channels = channels.last < group_end
-                   ? channel_step(s, group, channels.last, p.panels.depth)
-                   : ChannelStep{group_end, group_end, 0};  // groups may have fewer steps
-  }
+  const ChannelStep channels = p.transposed ? step_of_group(s, group, panel, panels.cols)
+                                            : step_of_group(s, group, step, panels.depth);
   for (int i = lane; i < s.taps() * kUnits; i += kWarpSize) {
     const int tap = i / kUnits;
     const int unit = i % kUnits;
     F values[kUnit];
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
-      const int32_t channel = channels.first + unit * kUnit + k;
+      const int32_t depth = unit * kUnit + k;
+      const int32_t channel = channels.first + (p.transposed ? column : depth);
+      const int32_t output =
+          p.transposed ? step * panels.depth + depth : panel * panels.cols + column;
       const bool exists = output < group_outputs && channel < channels.last;
       const int64_t row = static_cast<int64_t>(group) * group_outputs + output;
       const int64_t at = (row * group_channels + channel - group * group_channels) * s.taps() + tap;
       values[k] = exists ? load_as<F>(p.weights[matrix], at, p.dtype) : F(0);
     }
-    std::byte* to = static_cast<std::byte*>(p.packed) +
-                    p.panels.index(s, p.first_matrix + matrix,
-                                   group * p.panels.column_panels + panel, step, tap) *
-                        p.panels.cols * kRowBytes;
+    std::byte* to =
+        static_cast<std::byte*>(p.packed) +
+        panels.index(s, p.first_matrix + matrix, group * panels.column_panels + panel, step, tap) *
+            panels.cols * kRowBytes;
     store_vec(reinterpret_cast<T*>(to + unit_offset(column, unit)), Operand<Op>::unit(values));
   }
 }

@@ -60,18 +60,30 @@ inline DeformTiling forward_tiling(const DeformTables& tables, DeformMath math, 
   return {fits && rounds(128) <= kCostOf64Rows * rounds(64) ? 128 : 64, 256, true};
 }
 
-// Panels of the forward's weights: columns are output channels, the depth is input channels.
-inline DeformPanels forward_panels(const DeformShape& s, int cols, int depth) {
+// The most steps of `most` channels that a group has.
+inline int32_t most_channel_steps(const DeformShape& s, int32_t most) {
   int32_t most_steps = 0;
   for (int32_t group = 0; group < s.groups; ++group) {
     const int32_t end = static_cast<int32_t>((group + 1) * (s.channels / s.groups));
     int32_t steps = 0;
     for (int32_t c = end - static_cast<int32_t>(s.channels / s.groups); c < end; ++steps) {
-      c = channel_step(s, group, c, depth).last;
+      c = channel_step(s, group, c, most).last;
     }
     most_steps = std::max(most_steps, steps);
   }
-  return {cols, static_cast<int32_t>(ceil_div(s.out_channels / s.groups, cols)), most_steps, depth};
+  return most_steps;
+}
+
+// Panels of the forward's weights: columns are output channels, the depth is input channels.
+inline DeformPanels forward_panels(const DeformShape& s, int32_t cols, int32_t depth) {
+  return {cols, static_cast<int32_t>(ceil_div(s.out_channels / s.groups, cols)),
+          most_channel_steps(s, depth), depth};
+}
+
+// Panels of the backward's: columns are input channels, the depth is output channels.
+inline DeformPanels backward_panels(const DeformShape& s, int32_t cols, int32_t depth) {
+  return {cols, most_channel_steps(s, cols),
+          static_cast<int32_t>(ceil_div(s.out_channels / s.groups, depth)), depth};
 }
 
 // All launches of a call for tiles of `rows` pixels; empty if one job alone does not fit into a

@@ -2,6 +2,7 @@
 // workspaces, so that the operator and the emulation's tests run the same.
 #pragma once
 
+#include "deform_conv_bwd.h"
 #include "deform_plan.h"
 
 namespace dyhead::cuda {
@@ -46,10 +47,11 @@ inline bool has_vector_outputs(const DeformShape& s, const void* out) {
 // Packs all matrices, with their biases if `packed_bias` is not null; the first launch clears
 // `zeros`.
 inline cudaError_t pack_weights(const DeformShape& s, const DeformWeights& weights,
-                                const DeformPanels& panels, DeformMath math, void* packed,
-                                void* packed_bias, std::initializer_list<DeformZeros> zeros,
-                                cudaStream_t stream) {
+                                const DeformPanels& panels, bool transposed, DeformMath math,
+                                void* packed, void* packed_bias,
+                                std::initializer_list<DeformZeros> zeros, cudaStream_t stream) {
   DeformPackParams params{};
+  params.transposed = transposed;
   params.shape = s;
   params.panels = panels;
   params.dtype = weights.dtype;
@@ -119,7 +121,7 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
     var = {p.var, words};
     up_mean = {p.up_mean, words};
   }
-  if (cudaError_t error = pack_weights(s, *p.weights, panels, math, packed, packed_bias,
+  if (cudaError_t error = pack_weights(s, *p.weights, panels, false, math, packed, packed_bias,
                                        {arrived, mean, var, up_mean}, stream);
       error != cudaSuccess) {
     return error;
@@ -131,6 +133,141 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
     }
   }
   return cudaSuccess;
+}
+
+// Chunks of output channels that the input kernel keeps: all of a group, or equal parts of what
+// fits. Example: 256 outputs in float32 are 8 chunks of 32; where 5 fit shared memory, 4 and 4.
+inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, const DeviceLimits& device) {
+  const auto fits = [&](int32_t n) {
+    // The kernel has a little static shared memory of its own.
+    return input_shared_bytes(n, compute_bytes(s.dtype)) + 1024 <= device.shared_bytes;
+  };
+  int32_t most = chunks;
+  while (most > 1 && !fits(most)) --most;
+  return static_cast<int32_t>(ceil_div(chunks, ceil_div(chunks, most)));
+}
+
+// Rows of derivatives: one for each output pixel of each term.
+inline int64_t use_rows(const DeformTable& table, int64_t (&first)[kMostJobs]) {
+  int64_t rows = 0;
+  for (int32_t j = 0; j < table.job_count; ++j) {
+    first[j] = rows;
+    rows += table.jobs[j].terms * table.shape.images * table.jobs[j].out.pixels();
+  }
+  return rows;
+}
+
+// An upper bound, as a power of two, of how many values are added to one value of grad_source.
+inline int32_t sum_bits(const DeformTables& tables, int64_t times) {
+  const DeformShape& s = tables.shape;
+  int64_t samples = 1;
+  for (const DeformJob& job : tables.jobs) {
+    samples += job.out.pixels() * job.terms * s.taps() * s.deform_groups;
+  }
+  int32_t bits = 0;
+  while (bits < 62 && (int64_t{1} << bits) < samples * times) ++bits;
+  return bits;
+}
+
+// All gradients but that of the weights. Writes to `rows`, [S, C_out] of the source's type, the
+// gradient of the outputs with that of their moments.
+template <class Allocate>
+cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allow_tf32,
+                                 const DeviceLimits& device, Allocate&& allocate,
+                                 cudaStream_t stream) {
+  const DeformTables& tables = *p.tables;
+  const DeformShape& s = tables.shape;
+  const DeformMath math = deform_math(s.dtype, allow_tf32);
+  const int64_t wide = compute_bytes(s.dtype);
+  const DeformPanels panels = backward_panels(s, kBwdCols, panel_depth(math));
+  const int64_t elements = tables.source_rows * s.channels;
+  const bool fixed = p.deterministic;
+  const bool direct = !fixed && element_bytes(s.dtype) == wide;  // sums are the gradient itself
+
+  void* packed = allocate(panels.bytes(s, tables.weights));
+  const int64_t sum_words = elements * (!fixed ? wide / 4 : s.dtype == DType::kFloat64 ? 4 : 2);
+  void* sums = direct ? p.grad_source : allocate(sum_words * 4);
+  auto* largest = static_cast<unsigned*>(allocate(8));
+  const auto words = [&](const void* memory, int64_t values) {
+    return memory == nullptr ? 0 : values * wide / 4;
+  };
+  const int64_t all_sources = static_cast<int64_t>(tables.sources.size());
+  cudaError_t error =
+      pack_weights(s, *p.weights, panels, true, math, packed, nullptr,
+                   {{sums, sum_words},
+                    {p.grad_predictions,
+                     words(p.grad_predictions, tables.prediction_rows * s.prediction_columns())},
+                    {p.grad_gates, words(p.grad_gates, s.images * all_sources)},
+                    {p.grad_bias, words(p.grad_bias, tables.weights * s.out_channels)},
+                    {largest, 2}},
+                   stream);
+
+  // Launches follow each other, so they share the memory of their tiles.
+  const std::vector<DeformTable> launches = deform_launches(tables, kBwdRows);
+  int64_t most_tiles = 0, most_uses = 0;
+  int64_t first[kMostJobs];
+  for (const DeformTable& table : launches) {
+    most_tiles = std::max<int64_t>(most_tiles, table.tiles);
+    most_uses = std::max(most_uses, use_rows(table, first));
+  }
+  int32_t most_terms = 0;
+  for (const DeformJob& job : tables.jobs) most_terms = std::max(most_terms, job.terms);
+  void* derivatives = allocate(most_uses * s.prediction_columns() * wide);
+  void* bias_partial =
+      p.grad_bias == nullptr ? nullptr : allocate(most_tiles * s.out_channels * wide);
+  void* gate_partial = p.grad_gates == nullptr ? nullptr : allocate(most_tiles * most_terms * wide);
+
+  DeformBwdInputParams input{};
+  input.panels = panels;
+  input.chunks = resident_chunks(s, panels.steps, device);
+  input.row_vectors =
+      aligned(rows) && s.out_channels / s.groups % (16 / element_bytes(s.dtype)) == 0;
+  input.source = p.source;
+  input.predictions = p.predictions;
+  input.gates = p.gates;
+  input.packed = packed;
+  input.rows = rows;
+  input.sums = sums;
+  input.largest = largest;
+  input.sum_bits = sum_bits(tables, s.groups * ceil_div(panels.steps, input.chunks));
+  input.derivatives = derivatives;
+  input.gate_partial = gate_partial;
+  input.most_terms = most_terms;
+  const bool vectors = reads_vectors(s, p.source);
+  const auto run = [&](Scatter scatter) {
+    input.scatter = scatter;
+    for (const DeformTable& table : launches) {
+      input.table = table;
+      use_rows(table, input.use_first);
+      const DeformBwdRowsParams row_params{
+          table, p.grad_out,  p.wide_out,  p.moments,  math == DeformMath::kTf32,
+          p.out, p.mean,      p.grad_mean, p.grad_var, p.grad_up_mean,
+          rows,  bias_partial};
+      if (error == cudaSuccess) error = launch_deform_bwd_rows(row_params, stream);
+      if (error == cudaSuccess) error = launch_deform_bwd_input(input, math, vectors, stream);
+      if (scatter == Scatter::kMeasure) continue;
+      DeformBwdGatherParams gather{};
+      gather.table = table;
+      gather.derivatives = derivatives;
+      std::copy(std::begin(input.use_first), std::end(input.use_first), gather.use_first);
+      gather.bias_partial = bias_partial;
+      gather.gate_partial = gate_partial;
+      gather.most_terms = most_terms;
+      gather.grad_predictions = p.grad_predictions;
+      gather.grad_bias = p.grad_bias;
+      gather.grad_gates = p.grad_gates;
+      if (error == cudaSuccess) {
+        error = launch_deform_bwd_gather(gather, static_cast<int32_t>(tables.weights), stream);
+      }
+    }
+  };
+  if (fixed) run(Scatter::kMeasure);
+  run(fixed ? Scatter::kFixed : Scatter::kSum);
+  if (!direct && error == cudaSuccess) {
+    error = launch_deform_bwd_finish(
+        {s.dtype, fixed, sums, largest, input.sum_bits, elements, p.grad_source}, stream);
+  }
+  return error;
 }
 
 }  // namespace dyhead::cuda

@@ -79,7 +79,7 @@ template <class Op, int kRows, int kCols>
 class TensorTile {
  public:
   using F = float;
-  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : 1;
+  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : kCols / 32;
   static constexpr int kWarpsM = kTileWarps / kWarpsN;
   static constexpr int kWarpRows = kRows / kWarpsM;
   static constexpr int kWarpCols = kCols / kWarpsN;
@@ -153,7 +153,7 @@ template <class T, int kRows, int kCols>
 class SimtTile {
  public:
   using F = T;
-  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : 1;
+  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : kCols / 32;
   static constexpr int kWarpsM = kTileWarps / kWarpsN;
   static constexpr int kWarpRows = kRows / kWarpsM;
   static constexpr int kWarpCols = kCols / kWarpsN;

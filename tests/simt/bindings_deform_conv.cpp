@@ -38,7 +38,10 @@ DeformTables read_tables(const Numbers& geometry, const Numbers& sources, const 
   const auto map_at = [&](const Numbers& n, size_t i) {
     return MapShape{n[i], small(n[i + 1]), small(n[i + 2])};
   };
-  for (size_t i = 0; i < sources.size(); i += 3) t.sources.push_back(map_at(sources, i));
+  for (size_t i = 0; i < sources.size(); i += 3) {
+    t.sources.push_back(map_at(sources, i));
+    t.source_rows += t.shape.images * t.sources.back().pixels();
+  }
   for (size_t i = 0; i < terms.size(); i += 2) {
     t.terms.push_back({small(terms[i]), small(terms[i + 1])});
   }
@@ -47,7 +50,10 @@ DeformTables read_tables(const Numbers& geometry, const Numbers& sources, const 
                       static_cast<ReadRule>(jobs[i + 7]), small(jobs[i + 8]), small(jobs[i + 9]),
                       small(jobs[i + 10]), small(jobs[i + 11]), small(jobs[i + 12]),
                       small(jobs[i + 13])});
-    t.out_rows += t.shape.images * t.jobs.back().out.pixels();
+    const DeformJob& job = t.jobs.back();
+    t.out_rows += t.shape.images * job.out.pixels();
+    const int64_t read = job.predictions.first_row + t.shape.images * job.predictions.pixels();
+    t.prediction_rows = std::max(t.prediction_rows, read);
   }
   return t;
 }
@@ -140,6 +146,58 @@ py::dict forward(const DeformTables& tables, const py::array& source, const py::
   return result;
 }
 
+// All but the gradient of the weights.
+template <class T>
+py::dict backward(const DeformTables& tables, const py::array& grad_out, const py::object& grads,
+                  const py::array& source, const py::array& predictions, const Matrices& matrices,
+                  const py::object& gates, const py::array& out, const py::array& mean,
+                  bool wide_out, bool with_bias, bool allow_tf32, bool deterministic,
+                  const DeviceLimits& device) {
+  using F = compute_t<T>;
+  const DeformShape& s = tables.shape;
+  Matrices memory({}, {}, s.dtype);
+  const auto x = DeviceArray<T>::copy_of("source", source);
+  const auto offsets = DeviceArray<F>::copy_of("predictions", predictions);
+  const auto sources = static_cast<py::ssize_t>(tables.sources.size());
+  const auto grad_source = DeviceArray<T>::poisoned("grad_source", {x.shape(0), x.shape(1)});
+  const auto grad_predictions =
+      DeviceArray<F>::poisoned("grad_predictions", {offsets.shape(0), offsets.shape(1)});
+  const auto grad_bias = DeviceArray<F>::poisoned("grad_bias", {tables.weights, s.out_channels});
+  const auto grad_gates = DeviceArray<F>::poisoned("grad_gates", {s.images, sources});
+  const auto rows = DeviceArray<T>::poisoned("rows", {tables.out_rows, s.out_channels});
+  DeformBwdParams params{};
+  params.tables = &tables;
+  params.weights = &matrices.weights;
+  params.source = x.data();
+  params.predictions = offsets.data();
+  params.gates = gates.is_none() ? nullptr : memory.add("gates", gates);
+  params.grad_out = memory.add("grad_out", grad_out);
+  params.wide_out = wide_out;
+  params.out = memory.add("out", out);
+  params.mean = memory.add("mean", mean);
+  params.moments = !grads.is_none();
+  if (params.moments) {
+    const auto moments = grads.cast<std::vector<py::array>>();
+    params.grad_mean = memory.add("grad_mean", moments.at(0));
+    params.grad_var = memory.add("grad_var", moments.at(1));
+    params.grad_up_mean = memory.add("grad_up_mean", moments.at(2));
+  }
+  params.deterministic = deterministic;
+  params.grad_source = grad_source.data();
+  params.grad_predictions = grad_predictions.data();
+  params.grad_bias = with_bias ? grad_bias.data() : nullptr;
+  params.grad_gates = gates.is_none() ? nullptr : grad_gates.data();
+  Workspaces workspaces;
+  check_launch("run_deform_bwd_input",
+               run_deform_bwd_input(params, rows.data(), allow_tf32, device, workspaces, nullptr));
+  py::dict result;
+  result["source"] = grad_source.to_numpy();
+  result["predictions"] = grad_predictions.to_numpy();
+  if (with_bias) result["bias"] = grad_bias.to_numpy();
+  if (!gates.is_none()) result["gates"] = grad_gates.to_numpy();
+  return result;
+}
+
 }  // namespace
 
 void bind_deform_conv(py::module_& module) {
@@ -188,6 +246,32 @@ void bind_deform_conv(py::module_& module) {
       py::arg("bias"), py::arg("weights_dtype"), py::arg("gates"), py::arg("geometry"),
       py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("mask_logits"),
       py::arg("wide_out"), py::arg("moments"), py::kw_only(), py::arg("allow_tf32") = false,
+      py::arg("device"));
+  m.def(
+      "backward",
+      [](const std::string& dtype_name, const py::array& grad_out, const py::object& grads,
+         const py::array& source, const py::array& predictions,
+         const std::vector<py::array>& weights, const std::string& weights_dtype,
+         const py::object& gates, const py::array& out, const py::array& mean,
+         const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
+         bool mask_logits, bool wide_out, bool with_bias, bool allow_tf32, bool deterministic,
+         const DeviceLimits& device) {
+        const DType dtype = named_dtype(dtype_name);
+        const DeformTables tables =
+            read_tables(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
+                        weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
+        const Matrices matrices(weights, {}, named_dtype(weights_dtype));
+        return dispatch_dtype(dtype, [&](auto zero) {
+          return backward<decltype(zero)>(tables, grad_out, grads, source, predictions, matrices,
+                                          gates, out, mean, wide_out, with_bias, allow_tf32,
+                                          deterministic, device);
+        });
+      },
+      py::arg("dtype"), py::arg("grad_out"), py::arg("grads"), py::arg("source"),
+      py::arg("predictions"), py::arg("weights"), py::arg("weights_dtype"), py::arg("gates"),
+      py::arg("out"), py::arg("mean"), py::arg("geometry"), py::arg("sources"), py::arg("terms"),
+      py::arg("jobs"), py::arg("mask_logits"), py::arg("wide_out"), py::kw_only(),
+      py::arg("with_bias"), py::arg("allow_tf32") = false, py::arg("deterministic") = false,
       py::arg("device"));
 }
 
