@@ -314,13 +314,12 @@ def test_orders_of_threads(simt: Any, dtype: torch.dtype) -> None:
 
 @dtypes
 def test_deterministic(simt: Any, dtype: torch.dtype) -> None:
-    for work in (WORKS["all"], Work(channels=24, out_channels=16, scale=3)):
-        grads = []
-        for seed in range(3):
-            simt.set_seed(seed)
-            grads.append(check_backward(work, dtype, Operator(simt), deterministic=True))
-        for others in grads[1:]:
-            assert all(torch.equal(others[name], g) for name, g in grads[0].items())
+    work = Work(channels=24, out_channels=16)
+    grads = []
+    for seed in range(2):
+        simt.set_seed(seed)
+        grads.append(check_backward(work, dtype, Operator(simt), deterministic=True))
+    assert all(torch.equal(grads[1][name], g) for name, g in grads[0].items())
 
 
 def test_deterministic_gradients_that_are_not_finite(simt: Any) -> None:
@@ -386,8 +385,9 @@ def test_many_jobs_take_several_launches(simt: Any) -> None:
     arguments = [*tensors.values()]
     actual = Operator(simt).forward(plan, tensors, moments=True)
     precise = [leaf(t, torch.float64) for t in arguments]
+    source, predictions, weights, bias, gates = precise
     expected = deform_conv(
-        *precise[:2], precise[2].unbind(), plan, precise[3].unbind(), precise[4], moments=True
+        source, predictions, weights.unbind(), plan, bias.unbind(), gates, moments=True
     )
     assert_close(actual, expected, torch.float32)
     cotangents = random_like(*actual)
