@@ -1,4 +1,4 @@
-// Bilinear upsampling with align_corners=True, one axis at a time.
+// Bilinear upsampling with align_corners=True, one axis at a time, and its transpose.
 #pragma once
 
 #include <cstdint>
@@ -27,22 +27,47 @@ DYHEAD_HD Interpolation<F> interpolate(int32_t i, int32_t from, int32_t to) {
   return {first, first + 1 < from ? first + 1 : first, fraction};
 }
 
+// Output positions [begin, end) read one position of `from`.
+template <class F>
+struct Readers {
+  int32_t begin, end;
+  int64_t distance;    // of `begin` from the position, in units of 1 / span; negative before it
+  int32_t step, span;  // neighbouring outputs lie step / span apart
+  F unit;              // 1 / span
+
+  // What reader i takes of the position.
+  DYHEAD_HD F weight(int32_t i) const {
+    const int64_t d = distance + static_cast<int64_t>(i - begin) * step;
+    return static_cast<F>(static_cast<int32_t>(span - (d < 0 ? -d : d))) * unit;
+  }
+};
+
+// The readers of position i of `from` among the positions of `to`.
+template <class F>
+DYHEAD_HD Readers<F> readers_of(int32_t i, int32_t from, int32_t to) {
+  if (to <= 1 || from <= 1) return {0, i == 0 ? to : 0, 0, 0, 1, F(1)};
+  const int32_t step = from - 1, span = to - 1;
+  // Output o lies at o step / span and reads the whole numbers around it: i is read from (i - 1)
+  // span / step on, included, and up to (i + 1) span / step.
+  const int64_t begin = i == 0 ? 0 : (static_cast<int64_t>(i - 1) * span + step - 1) / step;
+  const int64_t end = (static_cast<int64_t>(i + 1) * span + step - 1) / step;
+  return {static_cast<int32_t>(begin),
+          static_cast<int32_t>(end < to ? end : to),
+          begin * step - static_cast<int64_t>(i) * span,
+          step,
+          span,
+          F(1) / static_cast<F>(span)};
+}
+
 // The sum of the weights with which all output positions read position p, divided by their number:
 // p's share in the mean of the upsampled axis.
 template <class F>
 DYHEAD_HD F upsampled_mean_weight(int32_t p, int32_t from, int32_t to) {
   if (from <= 1 || to <= 1) return p == 0 ? F(1) : F(0);
   if (from == to) return F(1) / static_cast<F>(to);
-  // Positions i with i (from - 1) / (to - 1) within 1 of p.
-  const int64_t scale = to - 1;
-  const auto begin = static_cast<int32_t>(p == 0 ? 0 : ((p - 1) * scale + from - 2) / (from - 1));
-  const auto end = static_cast<int32_t>(p + 1 >= from ? scale : (p + 1) * scale / (from - 1));
+  const Readers<F> readers = readers_of<F>(p, from, to);
   F sum = F(0);
-  for (int32_t i = begin; i <= end; ++i) {
-    const Interpolation<F> at = interpolate<F>(i, from, to);
-    if (at.first == p) sum += F(1) - at.fraction;
-    if (at.second == p) sum += at.fraction;
-  }
+  for (int32_t i = readers.begin; i < readers.end; ++i) sum += readers.weight(i);
   return sum / static_cast<F>(to);
 }
 

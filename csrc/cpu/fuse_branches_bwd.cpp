@@ -57,24 +57,6 @@ void multiply(const F* in, const F* factor, int64_t count, T* __restrict out) {
   for (int64_t c = 0; c < count; ++c) out[c] = from_compute<T>(factor[c] * in[c]);
 }
 
-// Positions [begin, end) of the level that read position i of the branch.
-struct Readers {
-  int32_t begin, end;
-};
-
-template <class F>
-std::vector<Readers> readers_of(const std::vector<Interpolation<F>>& axis, int32_t size) {
-  std::vector<Readers> readers(size, {0, 0});
-  for (int32_t i = 0; i < static_cast<int32_t>(axis.size()); ++i) {
-    for (int32_t position : {axis[i].first, axis[i].second}) {
-      Readers& r = readers[position];
-      if (r.begin == r.end) r.begin = i;
-      r.end = i + 1;
-    }
-  }
-  return readers;
-}
-
 template <class T>
 class Backward {
  public:
@@ -86,7 +68,6 @@ class Backward {
         branches_(fuse_branches<F>(t_)),
         tasks_(fuse_tasks(t_)),
         first_line_(branches_.size()),
-        readers_(branches_.size()),
         sums_(std::make_unique_for_overwrite<F[]>(tasks_.size() * kSums * t_.channels)) {
     int64_t size = 0;
     for (const FuseLevel& level : t_.levels) {
@@ -96,7 +77,6 @@ class Backward {
         if (!branch.resized) continue;
         first_line_[j] = size;
         size += static_cast<int64_t>(level.out.height) * branch.map.width * t_.channels;
-        readers_[j] = readers_of(branch.y, branch.map.height);
         for (int32_t y = 0; y < branch.map.height; ++y) resized_rows_.push_back({j, y});
       }
     }
@@ -231,14 +211,12 @@ class Backward {
     const int64_t channels = t_.channels;
     const F* s = scale(branch_index, image);
     T* out = grad_y(branch_index, image, y);
-    const Readers readers = readers_[branch_index][y];
+    const int32_t height = static_cast<int32_t>(branch.y.size());
+    const Readers<F> readers = readers_of<F>(y, branch.map.height, height);
     for (int32_t x = 0; x < branch.map.width; ++x, out += channels) {
       std::fill(sum, sum + channels, F(0));
       for (int32_t i = readers.begin; i < readers.end; ++i) {
-        const Interpolation<F>& at = branch.y[i];
-        const F weight =
-            (at.first == y ? F(1) - at.fraction : F(0)) + (at.second == y ? at.fraction : F(0));
-        add_scaled(line(branch_index, i) + x * channels, weight, channels, sum);
+        add_scaled(line(branch_index, i) + x * channels, readers.weight(i), channels, sum);
       }
       multiply(sum, s, channels, out);
     }
@@ -248,8 +226,7 @@ class Backward {
   const FuseTables& t_;
   std::vector<FuseBranch<F>> branches_;
   std::vector<FuseTask> tasks_;
-  std::vector<int64_t> first_line_;            // by branch, in `lines_`
-  std::vector<std::vector<Readers>> readers_;  // by branch and its row
+  std::vector<int64_t> first_line_;  // by branch, in `lines_`
   std::vector<BranchRow> resized_rows_;
   std::unique_ptr<F[]> sums_;   // [tasks, kSums, C]
   std::unique_ptr<F[]> lines_;  // per branch of another size: [H, w, C]

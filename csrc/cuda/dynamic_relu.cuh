@@ -2,29 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
-#include <type_traits>
 
 #include "dynamic_relu.h"
-#include "primitives.cuh"
+#include "rows.cuh"
 
 namespace dyhead::cuda {
 
 inline constexpr int kDynamicReluWarps = kDynamicReluThreads / kWarpSize;
-
-// Threads of a block over the rows of an image: `lanes` neighbouring threads cover the vectors of a
-// row (in several passes where there are more), `rows` rows at a time.
-struct RowTiling {
-  int lanes, rows;  // both powers of two; lanes * rows threads
-  int lane, row;    // of this thread
-};
-
-DYHEAD_DEVICE RowTiling row_tiling(int vectors) {
-  int lanes = 1;
-  while (lanes * 2 <= vectors && lanes < kDynamicReluThreads) lanes *= 2;
-  const int thread = static_cast<int>(threadIdx.x);
-  return {lanes, kDynamicReluThreads / lanes, thread % lanes, thread / lanes};
-}
 
 struct Stretch {
   int64_t first, last;
@@ -44,8 +28,7 @@ template <int K, int V, class F, class Accumulate>
 DYHEAD_DEVICE void sum_stretch(const Stretch& stretch, int channels, F* scratch, F* out,
                                Accumulate&& accumulate) {
   const int vectors = channels / V;
-  const RowTiling tiling = row_tiling(vectors);
-  const int thread = static_cast<int>(threadIdx.x);
+  const RowTiling tiling = row_tiling<kDynamicReluThreads>(vectors);
   for (int first = 0; first < vectors; first += tiling.lanes) {
     const int vector = first + tiling.lane;
     F sums[K][V] = {};
@@ -55,27 +38,11 @@ DYHEAD_DEVICE void sum_stretch(const Stretch& stretch, int channels, F* scratch,
         accumulate(p, vector * V, sums);
       }
     }
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        scratch[(k * V + i) * kDynamicReluThreads + thread] = sums[k][i];
-      }
-    }
-    __syncthreads();
-    for (int o = thread; o < K * V * tiling.lanes; o += kDynamicReluThreads) {
-      const int lane = o % tiling.lanes;
-      const int quantity = o / tiling.lanes;
-      F total = F(0);
-      for (int r = 0; r < tiling.rows; ++r) {
-        total += scratch[quantity * kDynamicReluThreads + r * tiling.lanes + lane];
-      }
+    sum_rows<kDynamicReluThreads>(tiling, sums, scratch, [&](int k, int lane, int i, F total) {
       if (first + lane < vectors) {
-        const int channel = (first + lane) * V + quantity % V;
-        out[static_cast<int64_t>(quantity / V) * channels + channel] = total;
+        out[static_cast<int64_t>(k) * channels + (first + lane) * V + i] = total;
       }
-    }
-    __syncthreads();
+    });
   }
 }
 
@@ -106,21 +73,6 @@ DYHEAD_DEVICE void publish(unsigned* arrived) {
 DYHEAD_DEVICE void wait_published(const unsigned* arrived, int blocks) {
   if (threadIdx.x == 0) wait_until(arrived, static_cast<unsigned>(blocks) + 1);
   __syncthreads();
-}
-
-// Selects the kernel for a call: the storage type, and 16-byte vectors where channels and pointers
-// allow them. f is called with (T{}, std::integral_constant<int, V>{}).
-template <class Select>
-auto select_dynamic_relu(const DynamicReluShape& shape, std::initializer_list<const void*> pointers,
-                         Select&& f) {
-  return dispatch_dtype(shape.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-    bool aligned = shape.channels % kVector == 0;
-    for (const void* p : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-    return aligned ? f(zero, std::integral_constant<int, kVector>{})
-                   : f(zero, std::integral_constant<int, 1>{});
-  });
 }
 
 }  // namespace dyhead::cuda

@@ -96,7 +96,7 @@ DYHEAD_DEVICE void map_stretch(const BwdKernelParams& p, int64_t n, const Stretc
   const T* grad_out = static_cast<const T*>(p.call.grad_out) + n * s.pixels * channels;
   T* grad_rows = static_cast<T*>(p.call.grad_rows) + n * s.pixels * channels;
   const F* grad_mean = static_cast<const F*>(p.workspace.grad_mean) + n * channels;
-  const RowTiling tiling = row_tiling(channels / V);
+  const RowTiling tiling = row_tiling<kDynamicReluThreads>(channels / V);
   for (int vector = tiling.lane; vector < channels / V; vector += tiling.lanes) {
     DynamicReluCoefficients<F> k[V];
     load_coefficients<T, V>(p, n, vector * V, k);
@@ -163,8 +163,9 @@ __global__ void __launch_bounds__(kDynamicReluThreads, 1)
 }  // namespace
 
 int dynamic_relu_bwd_resident(const DynamicReluBwdParams& params) {
-  return select_dynamic_relu(
-      params.shape, {params.rows, params.grad_out, params.grad_rows}, [&](auto zero, auto vector) {
+  return select_vectors(
+      params.shape.dtype, params.shape.channels, {params.rows, params.grad_out, params.grad_rows},
+      [&](auto zero, auto vector) {
         using T = decltype(zero);
         return max_active_blocks(dynamic_relu_bwd_kernel<T, vector()>, kDynamicReluThreads,
                                  BwdShared<T, vector()>::bytes(params.shape));
@@ -174,8 +175,9 @@ int dynamic_relu_bwd_resident(const DynamicReluBwdParams& params) {
 cudaError_t launch_dynamic_relu_bwd(const DynamicReluBwdParams& params, const DynamicReluGrid& grid,
                                     const DynamicReluWorkspace& workspace, cudaStream_t stream) {
   if (params.shape.images == 0) return cudaSuccess;
-  return select_dynamic_relu(
-      params.shape, {params.rows, params.grad_out, params.grad_rows}, [&](auto zero, auto vector) {
+  return select_vectors(
+      params.shape.dtype, params.shape.channels, {params.rows, params.grad_out, params.grad_rows},
+      [&](auto zero, auto vector) {
         using T = decltype(zero);
         const LaunchConfig config{
             .grid = dim3(grid.blocks_per_image, grid.images_in_flight),

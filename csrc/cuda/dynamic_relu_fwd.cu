@@ -73,7 +73,7 @@ DYHEAD_DEVICE void map_stretch(const FwdKernelParams& p, int64_t n, const Stretc
   const F* logits = static_cast<const F*>(p.call.logits) + n * 4 * channels;
   const T* rows = static_cast<const T*>(p.call.rows) + n * s.pixels * channels;
   T* out = static_cast<T*>(p.call.out) + n * s.pixels * channels;
-  const RowTiling tiling = row_tiling(channels / V);
+  const RowTiling tiling = row_tiling<kDynamicReluThreads>(channels / V);
   for (int vector = tiling.lane; vector < channels / V; vector += tiling.lanes) {
     DynamicReluCoefficients<F> k[V];
 #pragma unroll
@@ -126,27 +126,31 @@ __global__ void __launch_bounds__(kDynamicReluThreads) dynamic_relu_fwd_kernel(F
 }  // namespace
 
 int dynamic_relu_fwd_resident(const DynamicReluFwdParams& params) {
-  return select_dynamic_relu(params.shape, {params.rows, params.out}, [&](auto zero, auto vector) {
-    using T = decltype(zero);
-    return max_active_blocks(dynamic_relu_fwd_kernel<T, vector()>, kDynamicReluThreads,
-                             FwdShared<T, vector()>::bytes(params.shape));
-  });
+  return select_vectors(params.shape.dtype, params.shape.channels, {params.rows, params.out},
+                        [&](auto zero, auto vector) {
+                          using T = decltype(zero);
+                          return max_active_blocks(dynamic_relu_fwd_kernel<T, vector()>,
+                                                   kDynamicReluThreads,
+                                                   FwdShared<T, vector()>::bytes(params.shape));
+                        });
 }
 
 cudaError_t launch_dynamic_relu_fwd(const DynamicReluFwdParams& params, const DynamicReluGrid& grid,
                                     const DynamicReluWorkspace& workspace, cudaStream_t stream) {
   if (params.shape.images == 0) return cudaSuccess;
-  return select_dynamic_relu(params.shape, {params.rows, params.out}, [&](auto zero, auto vector) {
-    using T = decltype(zero);
-    const LaunchConfig config{
-        .grid = dim3(grid.blocks_per_image, grid.images_in_flight),
-        .block = dim3(kDynamicReluThreads),
-        .shared_bytes = FwdShared<T, vector()>::bytes(params.shape),
-        .stream = stream,
-        .cooperative = grid.cooperative,
-    };
-    return launch(dynamic_relu_fwd_kernel<T, vector()>, config, {params, workspace});
-  });
+  return select_vectors(params.shape.dtype, params.shape.channels, {params.rows, params.out},
+                        [&](auto zero, auto vector) {
+                          using T = decltype(zero);
+                          const LaunchConfig config{
+                              .grid = dim3(grid.blocks_per_image, grid.images_in_flight),
+                              .block = dim3(kDynamicReluThreads),
+                              .shared_bytes = FwdShared<T, vector()>::bytes(params.shape),
+                              .stream = stream,
+                              .cooperative = grid.cooperative,
+                          };
+                          return launch(dynamic_relu_fwd_kernel<T, vector()>, config,
+                                        {params, workspace});
+                        });
 }
 
 }  // namespace dyhead::cuda
