@@ -1,11 +1,13 @@
-"""16-bit floating-point values as numpy bit patterns (uint16)."""
+"""16-bit values as numpy bit patterns (uint16), and tensors as the bindings take them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 HalfName = Literal["bfloat16", "float16"]
 
@@ -26,3 +28,22 @@ def from_bits(bits: NDArray[np.uint16], dtype: HalfName) -> NDArray[np.float32]:
     if dtype == "float16":
         return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_array(t: Tensor) -> NDArray[Any]:
+    """A tensor as an array: 16-bit types as bit patterns."""
+    t = t.detach().contiguous()
+    return t.view(torch.int16).numpy().view(np.uint16) if t.element_size() == 2 else t.numpy()
+
+
+def flat_array(t: Tensor, skew: int = 0) -> NDArray[Any]:
+    """The same, flat, behind `skew` elements, which move it off its alignment."""
+    array = to_array(t)
+    return np.concatenate([np.zeros(skew, array.dtype), array.ravel()])
+
+
+def to_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    """The tensor of an array; bit patterns become `dtype`."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(dtype)
+    return torch.from_numpy(array)

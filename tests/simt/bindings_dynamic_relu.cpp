@@ -3,7 +3,6 @@
 
 #include <optional>
 #include <string>
-#include <string_view>
 
 #include "cuda/dynamic_relu.h"
 #include "device_array.h"
@@ -12,15 +11,6 @@ namespace dyhead::simt {
 namespace {
 
 using namespace dyhead::cuda;
-
-DType named_dtype(std::string_view name) {
-  if (name == "float64") return DType::kFloat64;
-  if (name == "float32") return DType::kFloat32;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
-  throw std::invalid_argument("expected float64, float32, bfloat16 or float16, got " +
-                              std::string(name));
-}
 
 // Arrays [N, P, C] travel flat. What they hold beyond N * P * C elements comes first and moves the
 // array off its alignment.

@@ -10,11 +10,12 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "common/dtypes.h"
+#include "common/dispatch.h"
 #include "guarded_memory.h"
 #include "simt.h"
 
@@ -25,6 +26,15 @@ namespace py = pybind11;
 // bfloat16 and float16 travel through numpy as uint16 bit patterns.
 template <class T>
 using numpy_t = std::conditional_t<is_half_v<T>, uint16_t, T>;
+
+inline DType named_dtype(std::string_view name) {
+  if (name == "float64") return DType::kFloat64;
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("expected float64, float32, bfloat16 or float16, got " +
+                              std::string(name));
+}
 
 // An array in emulated device memory, aligned to 256 bytes as device allocations are.
 template <class T>

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +24,8 @@ from tests.conftest import (
     random_relu_inputs,
     relative_l2,
 )
+
+from .arrays import flat_array, to_array, to_tensor
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
@@ -47,21 +48,6 @@ def random_inputs(
     return [t.detach() for t in (x.transpose(1, 2).contiguous(), *parameters)]
 
 
-def to_array(t: Tensor, skew: int = 0) -> NDArray[Any]:
-    """A tensor as the bindings take it: 16-bit types as bit patterns, rows flat behind `skew`."""
-    t = t.detach().contiguous()
-    array = t.view(torch.int16).numpy().view(np.uint16) if t.element_size() == 2 else t.numpy()
-    if t.dim() == 3:
-        array = np.concatenate([np.zeros(skew, array.dtype), array.ravel()])
-    return array
-
-
-def to_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16)).view(dtype)
-    return torch.from_numpy(array)
-
-
 @dataclass(frozen=True)
 class Operator:
     """The emulated operator. Rows, gradients and results start `skew` elements off alignment."""
@@ -76,7 +62,7 @@ class Operator:
         results = self.simt.dynamic_relu.forward(
             str(rows.dtype)[6:],
             *rows.shape[:2],
-            *(to_array(t, self.skew) for t in inputs),
+            *self._arrays(inputs),
             hard_sigmoid=self.activation == "hsigmoid",
             skew=self.skew,
             grid=self.grid,
@@ -91,7 +77,7 @@ class Operator:
         results = self.simt.dynamic_relu.backward(
             str(rows.dtype)[6:],
             *rows.shape[:2],
-            *(to_array(t, self.skew) for t in arguments),
+            *self._arrays(arguments),
             hard_sigmoid=self.activation == "hsigmoid",
             skew=self.skew,
             grid=self.grid,
@@ -110,6 +96,9 @@ class Operator:
             g["grad_logits"].t() @ kept["hidden"],
             g["grad_logits"].sum(0),
         ]
+
+    def _arrays(self, tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
+        return [flat_array(t, self.skew) if t.dim() == 3 else to_array(t) for t in tensors]
 
     def _tensors(
         self, results: dict[str, NDArray[Any]], flat: str, rows: Tensor

@@ -9,6 +9,7 @@ import pytest
 from .build import Kernels, mutate
 
 DEVICE = "csrc/cuda/dynamic_relu.cuh"
+ROWS = "csrc/cuda/rows.cuh"
 FORWARD = "csrc/cuda/dynamic_relu_fwd.cu"
 BACKWARD = "csrc/cuda/dynamic_relu_bwd.cu"
 ARITHMETIC = "csrc/common/dynamic_relu.h"
@@ -33,14 +34,14 @@ class Bug(NamedTuple):
         )
 
 
-BARRIER = "    __syncthreads();\n"
+BARRIER = "  __syncthreads();\n"
 WAIT = "wait_until(arrived, static_cast<unsigned>(blocks) + 1);"
 
 BUGS = {
     "sums read before they are there": Bug(
-        DEVICE, BARRIER + "    for (int o = thread", "    for (int o = thread"
+        ROWS, BARRIER + "  for (int o = thread", "  for (int o = thread"
     ),
-    "sums overwritten while they are read": Bug(DEVICE, BARRIER + "  }\n}", "  }\n}"),
+    "sums overwritten while they are read": Bug(ROWS, "  }\n" + BARRIER + "}", "  }\n}"),
     "no wait for the last block": Bug(DEVICE, f"  if (threadIdx.x == 0) {WAIT}\n", ""),
     "wait for all arrivals only": Bug(DEVICE, WAIT, WAIT.replace(" + 1", "")),
     "another block than the last goes on": Bug(

@@ -1,0 +1,173 @@
+// The launchers of fuse_branches, called as csrc/cuda/fuse_branches.cpp calls them.
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+
+#include "cuda/fuse_branches.h"
+#include "device_array.h"
+
+namespace dyhead::simt {
+namespace {
+
+using namespace dyhead::cuda;
+using Numbers = std::vector<int64_t>;
+
+// From the lists that csrc/host/fuse_branches.h documents, which are taken to be right.
+FuseTables read_tables(DType dtype, int64_t images, int64_t channels, const Numbers& maps,
+                       const Numbers& levels) {
+  FuseTables t{};
+  t.images = images;
+  t.channels = channels;
+  t.dtype = dtype;
+  const auto map_at = [](const Numbers& n, size_t i) {
+    return MapShape{n.at(i), static_cast<int32_t>(n.at(i + 1)), static_cast<int32_t>(n.at(i + 2))};
+  };
+  for (size_t i = 0; i < maps.size(); i += 3) t.maps.push_back(map_at(maps, i));
+  for (size_t i = 0; i < levels.size(); i += 4 + kMostBranches) {
+    FuseLevel level{map_at(levels, i), static_cast<int32_t>(levels.at(i + 3)), {}};
+    for (int b = 0; b < kMostBranches; ++b) {
+      level.branch[b] = static_cast<int32_t>(levels.at(i + 4 + b));
+    }
+    t.out_rows += images * level.out.pixels();
+    t.levels.push_back(level);
+  }
+  return t;
+}
+
+// Rows travel flat. What they hold beyond their elements comes first and moves them off alignment.
+template <class T>
+T* skip(const DeviceArray<T>& flat, int64_t elements) {
+  return flat.data() + (flat.shape(0) - elements);
+}
+
+struct Call {
+  FuseTables tables;
+  std::optional<FuseTiling> tiling;
+  py::ssize_t skew;
+  py::array y, scale, shift, coefficients;
+
+  py::ssize_t rows() const {
+    int64_t rows = 0;
+    for (const MapShape& map : tables.maps) rows += tables.images * map.pixels();
+    return rows;
+  }
+};
+
+template <class T>
+struct Inputs {
+  using F = compute_t<T>;
+
+  DeviceArray<T> y;
+  DeviceArray<F> scale, shift, coefficients;
+
+  explicit Inputs(const Call& c)
+      : y(DeviceArray<T>::copy_of("y", c.y)),
+        scale(DeviceArray<F>::copy_of("scale", c.scale)),
+        shift(DeviceArray<F>::copy_of("shift", c.shift)),
+        coefficients(DeviceArray<F>::copy_of("coefficients", c.coefficients)) {}
+};
+
+template <class T>
+py::object forward(const Call& c) {
+  const FuseTables& t = c.tables;
+  const Inputs<T> in(c);
+  const auto out = DeviceArray<T>::poisoned("out", {c.skew + t.out_rows * t.channels});
+  const FuseBranchesFwdParams params{&t,
+                                     skip(in.y, c.rows() * t.channels),
+                                     in.scale.data(),
+                                     in.shift.data(),
+                                     in.coefficients.data(),
+                                     skip(out, t.out_rows * t.channels)};
+  const FuseLaunches launches = fuse_launches(t, c.tiling.value_or(fuse_fwd_tiling(t.channels)));
+  check_launch("launch_fuse_branches_fwd", launch_fuse_branches_fwd(params, launches, nullptr));
+  return out.to_numpy();
+}
+
+template <class T>
+py::object backward(const Call& c, const py::array& grad_out) {
+  using F = compute_t<T>;
+  using Kept = std::conditional_t<std::is_same_v<T, float16>, float, T>;
+  const FuseTables& t = c.tables;
+  const Inputs<T> in(c);
+  const auto g = DeviceArray<T>::copy_of("grad_out", grad_out);
+  const py::ssize_t maps = static_cast<py::ssize_t>(t.maps.size());
+  const py::ssize_t levels = static_cast<py::ssize_t>(t.levels.size());
+  const auto grad_y = DeviceArray<T>::poisoned("grad_y", {c.skew + c.rows() * t.channels});
+  const auto grad_scale = DeviceArray<F>::poisoned("grad_scale", {maps, t.images, t.channels});
+  const auto grad_shift = DeviceArray<F>::poisoned("grad_shift", {levels, t.images, t.channels});
+  const auto grad_coefficients =
+      DeviceArray<F>::poisoned("grad_coefficients", {levels, t.images, 4, t.channels});
+  const FuseLaunches launches = fuse_launches(t, c.tiling.value_or(fuse_bwd_tiling(t.channels)));
+  const auto partial =
+      DeviceArray<F>::poisoned("partial", {launches.partials, kFuseSums, t.channels});
+  const auto grad_z = DeviceArray<Kept>::poisoned("grad_z", {launches.grad_z_rows, t.channels});
+  const FuseBranchesBwdParams params{&t,
+                                     skip(g, t.out_rows * t.channels),
+                                     skip(in.y, c.rows() * t.channels),
+                                     in.scale.data(),
+                                     in.shift.data(),
+                                     in.coefficients.data(),
+                                     skip(grad_y, c.rows() * t.channels),
+                                     grad_scale.data(),
+                                     grad_shift.data(),
+                                     grad_coefficients.data()};
+  check_launch(
+      "launch_fuse_branches_bwd",
+      launch_fuse_branches_bwd(params, launches, {partial.data(), grad_z.data()}, nullptr));
+  py::dict result;
+  result["grad_y"] = grad_y.to_numpy();
+  result["grad_scale"] = grad_scale.to_numpy();
+  result["grad_shift"] = grad_shift.to_numpy();
+  result["grad_coefficients"] = grad_coefficients.to_numpy();
+  return result;
+}
+
+}  // namespace
+
+void bind_fuse_branches(py::module_& module) {
+  py::module_ m = module.def_submodule("fuse_branches", "csrc/cuda/fuse_branches.h");
+  m.attr("levels_per_launch") = kFuseLevels;
+  py::class_<FuseTiling>(m, "Tiling")
+      .def(py::init([](int32_t width_log2, int32_t height_log2, int32_t most_blocks) {
+             return FuseTiling{width_log2, height_log2, most_blocks};
+           }),
+           py::arg("width_log2"), py::arg("height_log2"), py::arg("most_blocks"))
+      .def_readonly("width_log2", &FuseTiling::width_log2)
+      .def_readonly("height_log2", &FuseTiling::height_log2)
+      .def_readonly("most_blocks", &FuseTiling::most_blocks);
+  m.def("fwd_tiling", &fuse_fwd_tiling, py::arg("channels"));
+  m.def("bwd_tiling", &fuse_bwd_tiling, py::arg("channels"));
+  py::class_<Call>(m, "Call")
+      .def(
+          py::init([](const std::string& dtype, int64_t images, int64_t channels,
+                      const Numbers& maps, const Numbers& levels, const py::array& y,
+                      const py::array& scale, const py::array& shift, const py::array& coefficients,
+                      py::ssize_t skew, const std::optional<FuseTiling>& tiling) {
+            return Call{read_tables(named_dtype(dtype), images, channels, maps, levels),
+                        tiling,
+                        skew,
+                        y,
+                        scale,
+                        shift,
+                        coefficients};
+          }),
+          py::arg("dtype"), py::arg("images"), py::arg("channels"), py::arg("maps"),
+          py::arg("levels"), py::arg("y"), py::arg("scale"), py::arg("shift"),
+          py::arg("coefficients"), py::kw_only(), py::arg("skew") = 0,
+          py::arg("tiling") = py::none())
+      .def("forward",
+           [](const Call& c) {
+             return dispatch_dtype(c.tables.dtype,
+                                   [&](auto zero) { return forward<decltype(zero)>(c); });
+           })
+      .def(
+          "backward",
+          [](const Call& c, const py::array& grad_out) {
+            return dispatch_dtype(c.tables.dtype,
+                                  [&](auto zero) { return backward<decltype(zero)>(c, grad_out); });
+          },
+          py::arg("grad_out"));
+}
+
+}  // namespace dyhead::simt
