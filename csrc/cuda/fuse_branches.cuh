@@ -7,12 +7,8 @@
 
 namespace dyhead::cuda {
 
-// Images beyond this are taken in turns: a grid's y dimension ends at 65535.
-inline constexpr int64_t kFuseImagesInFlight = 32768;
-
-inline dim3 fuse_grid(int64_t blocks, int64_t images) {
-  return dim3(static_cast<unsigned>(blocks),
-              static_cast<unsigned>(std::min(images, kFuseImagesInFlight)));
+inline dim3 fuse_grid(int64_t blocks, const FuseLaunches& launches) {
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(launches.images_in_flight));
 }
 
 // The level that block `block` works on.

@@ -33,6 +33,7 @@ inline constexpr int kFuseMostPatchSide = 32;
 struct FuseTiling {
   int32_t width_log2, height_log2;  // of a patch; sides of at most kFuseMostPatchSide
   int32_t most_blocks;              // per level and image
+  int32_t most_images;              // at once; a grid's y dimension ends at 65535
 };
 
 // Patches of at least 64 pixels, over which a block's coefficients, 32 bytes per channel, are read
@@ -40,7 +41,7 @@ struct FuseTiling {
 inline FuseTiling fuse_tiling(int64_t channels, int32_t most_blocks) {
   int32_t pixels_log2 = 6;
   while (pixels_log2 < 10 && channels << pixels_log2 < 16384) ++pixels_log2;
-  return {(pixels_log2 + 1) / 2, pixels_log2 / 2, most_blocks};
+  return {(pixels_log2 + 1) / 2, pixels_log2 / 2, most_blocks, 32768};
 }
 
 // One patch per block, but for maps of more than a million patches.
@@ -93,6 +94,7 @@ struct FuseBwdWorkspace {
 struct FuseLaunches {
   std::vector<FuseDeviceTables> tables;
   int64_t partials, grad_z_rows;
+  int64_t images_in_flight;
 };
 
 inline FusePatches fuse_patches(const MapShape& map, const FuseTiling& tiling,
@@ -108,6 +110,7 @@ inline FusePatches fuse_patches(const MapShape& map, const FuseTiling& tiling,
 
 inline FuseLaunches fuse_launches(const FuseTables& t, const FuseTiling& tiling) {
   FuseLaunches launches{};
+  launches.images_in_flight = std::min<int64_t>(t.images, tiling.most_images);
   for (size_t l = 0; l < t.levels.size(); ++l) {
     if (l % kFuseLevels == 0) {
       launches.tables.push_back(

@@ -329,14 +329,14 @@ cudaError_t launch_fuse_branches_bwd(const FuseBranchesBwdParams& params,
                               params.grad_shift,
                               params.grad_coefficients,
                               workspace};
-      LaunchConfig config{.grid = fuse_grid(tables.blocks, t.images),
+      LaunchConfig config{.grid = fuse_grid(tables.blocks, launches),
                           .block = dim3(kPixelThreads),
                           .stream = stream};
       cudaError_t error = launch(fuse_branches_bwd_pixels_kernel<T, vector()>, config, p);
       if (error != cudaSuccess) return error;
       const int64_t sum_blocks = tables.levels * ((t.channels + kSumChannels - 1) / kSumChannels);
       config.block = dim3(kFuseThreads);
-      config.grid = fuse_grid(tables.gather_blocks + sum_blocks, t.images);
+      config.grid = fuse_grid(tables.gather_blocks + sum_blocks, launches);
       error = launch(fuse_branches_bwd_merge_kernel<T, vector()>, config, p);
       if (error != cudaSuccess) return error;
     }

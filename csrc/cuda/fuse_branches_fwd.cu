@@ -66,7 +66,7 @@ cudaError_t launch_fuse_branches_fwd(const FuseBranchesFwdParams& params,
       [&](auto zero, auto vector) {
         using T = decltype(zero);
         for (const FuseDeviceTables& tables : launches.tables) {
-          const LaunchConfig config{.grid = fuse_grid(tables.blocks, t.images),
+          const LaunchConfig config{.grid = fuse_grid(tables.blocks, launches),
                                     .block = dim3(kFuseThreads),
                                     .stream = stream};
           const cudaError_t error = launch(

@@ -129,10 +129,12 @@ void bind_fuse_branches(py::module_& module) {
   py::module_ m = module.def_submodule("fuse_branches", "csrc/cuda/fuse_branches.h");
   m.attr("levels_per_launch") = kFuseLevels;
   py::class_<FuseTiling>(m, "Tiling")
-      .def(py::init([](int32_t width_log2, int32_t height_log2, int32_t most_blocks) {
-             return FuseTiling{width_log2, height_log2, most_blocks};
+      .def(py::init([](int32_t width_log2, int32_t height_log2, int32_t most_blocks,
+                       int32_t most_images) {
+             return FuseTiling{width_log2, height_log2, most_blocks, most_images};
            }),
-           py::arg("width_log2"), py::arg("height_log2"), py::arg("most_blocks"))
+           py::arg("width_log2"), py::arg("height_log2"), py::arg("most_blocks"),
+           py::arg("most_images") = 32768)
       .def_readonly("width_log2", &FuseTiling::width_log2)
       .def_readonly("height_log2", &FuseTiling::height_log2)
       .def_readonly("most_blocks", &FuseTiling::most_blocks);

@@ -35,7 +35,8 @@ class Operator:
 
     simt: Any
     skew: int = 0
-    tiling: tuple[int, int, int] | None = None  # log2 of a patch's width and height, most blocks
+    # log2 of a patch's width and height, most blocks, most images at once
+    tiling: tuple[int, ...] | None = None
 
     def call(self, case: Case, tensors: Sequence[Tensor]) -> Any:
         y, *parameters = tensors
@@ -126,9 +127,12 @@ def test_more_vectors_than_threads(simt: Any) -> None:
 
 @dtypes
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize("tiling", [(0, 0, 3), (2, 1, 1), (1, 2, 2), (3, 3, 7), (5, 5, 1)], ids=str)
-def test_tilings(simt: Any, tiling: tuple[int, int, int], dtype: torch.dtype) -> None:
-    # Patches that maps do not fill, several of them for a block, blocks with different numbers.
+@pytest.mark.parametrize(
+    "tiling", [(0, 0, 3), (2, 1, 1, 1), (1, 1, 30), (1, 2, 2), (5, 5, 1, 1)], ids=str
+)
+def test_tilings(simt: Any, tiling: tuple[int, ...], dtype: torch.dtype) -> None:
+    # Patches that maps do not fill, several of them for a block, blocks with different numbers;
+    # images one after the other.
     for case in (
         block_case(halving_sizes(13, 10, 3), channels=16),
         replace(CASES["three upsampled"], channels=24),
@@ -161,7 +165,7 @@ def test_more_levels_than_a_launch_takes(simt: Any, count: int) -> None:
 )
 @example(Case((((7, 5), ((4, 3), (7, 5))),), images=0), torch.float32, 0, None)
 def test_random_cases(
-    simt: Any, case: Case, dtype: torch.dtype, skew: int, tiling: tuple[int, int, int] | None
+    simt: Any, case: Case, dtype: torch.dtype, skew: int, tiling: tuple[int, ...] | None
 ) -> None:
     simt.set_seed(case.seed)
     check(Operator(simt, skew, tiling), case, dtype)
