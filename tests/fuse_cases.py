@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from dyhead_cuda.ops.deform_conv import stack_maps
 from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
-from tests.conftest import halving_sizes, leaf
+from tests.conftest import halving_sizes, leaf, random_like
 
 Size = tuple[int, int]
 
@@ -73,9 +73,24 @@ class Case:
 
     def reference(self, tensors: list[Tensor]) -> Tensor:
         """The same in float64, with autograd."""
+        return torch.maximum(*self.lines(tensors))
+
+    def cotangent(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """A random gradient of the result, in float64 with the values of ``dtype``.
+
+        Where the dynamic ReLU's lines all but meet, rounding decides which of them takes the
+        gradient: it is zero there.
+        """
+        with torch.no_grad():
+            first, second = self.lines(tensors)
+            values = random_like(first)[0].to(dtype).to(first)
+            return torch.where((first - second).abs() < 1e-4, 0, values)
+
+    def lines(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """a1 . z + b1 and a2 . z + b2."""
         y, scale, shift, coefficients = (t.double() for t in tensors)
         plan = self.plan()
-        results = [y.new_empty(0, self.channels)]
+        first, second = [y.new_empty(0, self.channels)], [y.new_empty(0, self.channels)]
         for level, (out, branches) in enumerate(plan["levels"]):
             size, z = (out.height, out.width), shift[level][:, None, None]
             if out.pixels == 0:
@@ -92,8 +107,9 @@ class Case:
                     ).permute(0, 2, 3, 1)
                 z = z + scale[j][:, None, None] * values
             a1, b1, a2, b2 = coefficients[level][:, :, None, None].unbind(1)
-            results.append(torch.maximum(a1 * z + b1, a2 * z + b2).reshape(-1, self.channels))
-        return torch.cat(results)
+            first.append((a1 * z + b1).reshape(-1, self.channels))
+            second.append((a2 * z + b2).reshape(-1, self.channels))
+        return torch.cat(first), torch.cat(second)
 
 
 def block_case(sizes: list[Size], *, aligned: bool = False, **options: Any) -> Case:

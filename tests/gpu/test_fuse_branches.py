@@ -1,0 +1,250 @@
+"""The CUDA fuse_branches on a GPU, against its formula in float64 on that GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dyhead_cuda import library
+from dyhead_cuda.ops.deform_conv import Map
+from dyhead_cuda.ops.fuse_branches import fuse_branches
+from tests.conftest import (
+    TOLERANCE,
+    assert_close,
+    assert_gradients_close,
+    gradients,
+    halving_sizes,
+    leaf,
+)
+from tests.fuse_cases import CASES, Case, block_case
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+
+SIZES = halving_sizes(100, 168, 5)
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    library.require("cuda")
+
+
+def tensors_of(
+    case: Case, dtype: torch.dtype = torch.float64, device: str = DEVICE
+) -> list[Tensor]:
+    return [leaf(t.detach().to(device)) for t in case.tensors(dtype)]
+
+
+def check(case: Case, dtype: torch.dtype, tensors: Sequence[Tensor] | None = None) -> None:
+    """Result and all gradients against the formula in float64."""
+    inputs = list(tensors or tensors_of(case, dtype))
+    exact = [leaf(t, torch.float64) for t in inputs]
+    expected, actual = case.reference(exact), case.run(inputs)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, dtype)
+    cotangent = case.cotangent(exact, dtype)
+    grads = torch.autograd.grad(actual, inputs, cotangent.to(dtype))
+    assert [g.dtype for g in grads] == [t.dtype for t in inputs]
+    if case.images > 0:
+        wanted = torch.autograd.grad(expected, exact, cotangent)
+        assert_gradients_close(grads, wanted, dtype)
+
+
+# --- against the formula ------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", CASES)
+def test_cases(name: str, dtype: torch.dtype) -> None:
+    check(CASES[name], dtype)
+
+
+@dtypes
+@pytest.mark.sanitize
+def test_whole_vectors(dtype: torch.dtype) -> None:
+    check(block_case(halving_sizes(13, 21, 3), channels=64), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("channels", [256, 255])
+def test_pyramid(channels: int, images: int, dtype: torch.dtype) -> None:
+    check(block_case(SIZES, channels=channels, images=images), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "case",
+    [
+        block_case([(400, 600), (200, 300)], channels=8, images=1),  # several patches for a block
+        block_case(halving_sizes(7, 7, 2), channels=64, images=1000),  # regions
+        block_case(halving_sizes(2, 3, 2), channels=2, images=40_000),  # more than at once
+        block_case(halving_sizes(9, 9, 2), channels=1024),
+        block_case(halving_sizes(5, 6, 2), channels=4100),
+        Case(tuple([((4, 3), ((4, 3), (2, 2)))] * 33), channels=16),  # several launches
+        Case((((1, 1), ((1, 1), (1, 1))), ((300, 1), ((1, 1), (300, 1), (7, 1)))), channels=40),
+    ],
+    ids=["large", "regions", "many images", "1024", "4100", "33 levels", "lines"],
+)
+def test_sizes(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@dtypes
+@pytest.mark.sanitize
+def test_unaligned_rows(dtype: torch.dtype) -> None:
+    case = block_case(halving_sizes(9, 7, 2), channels=64)
+    y, *parameters = tensors_of(case, dtype)
+    memory = torch.empty(y.numel() + 1, dtype=dtype, device=y.device)
+    unaligned = memory[1:].view_as(y).copy_(y.detach()).requires_grad_()
+    check(case, dtype, [unaligned, *parameters])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("empty", [(0, 4), (4, 0)])
+def test_levels_without_pixels(empty: tuple[int, int]) -> None:
+    full = ((5, 4), ((5, 4), (3, 2)))
+    check(Case((full, (empty, (empty, (3, 2))), full)), torch.float64)
+
+
+@pytest.mark.sanitize
+def test_no_images() -> None:
+    check(replace(CASES["two levels"], images=0), torch.float32)
+
+
+@dtypes
+def test_non_finite_values_come_through(dtype: torch.dtype) -> None:
+    case = block_case(halving_sizes(9, 14, 2), channels=24)
+    tensors = [t.detach() for t in tensors_of(case, dtype)]
+    tensors[0][::11, 3], tensors[0][5, 7:] = math.nan, math.inf
+    expected, out = case.reference(tensors), case.run(tensors)
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(out.isnan(), expected.isnan())
+    for value in (math.inf, -math.inf):
+        assert torch.equal(out == value, expected == value)
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    height, width, channels = 3000, 3000, 256
+    assert height * width * channels > 2**31
+    needed = 60 * 2**30
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, got {free >> 30}")
+    source = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=DEVICE).normal_(generator=source)
+
+    large, small = Map(0, height, width), Map(height * width, 2, 2)
+    y = normal(large.pixels + small.pixels, channels, dtype=torch.bfloat16).requires_grad_()
+    scale, shift, k = normal(2, 1, channels), normal(1, 1, channels), normal(1, 1, 4, channels)
+    out = fuse_branches(y, scale, shift, k, 1, [large, small], [(large, [0, 1])])
+    grad_out = normal(large.pixels, channels, dtype=torch.bfloat16)
+    (grad,) = torch.autograd.grad(out, y, grad_out)
+
+    # The last line of the level, where the small map's lower line is read alone.
+    begin = large.pixels - width
+    line = leaf(y[begin : large.pixels], torch.float64)
+    fraction = (torch.arange(width, device=DEVICE) / (width - 1)).double()[:, None]
+    up = y[-2].double() * (1 - fraction) + y[-1].double() * fraction
+    z = scale[0].double() * line + scale[1].double() * up + shift[0].double()
+    a1, b1, a2, b2 = k[0, 0].double()
+    expected = torch.maximum(a1 * z + b1, a2 * z + b2)
+    (wanted,) = torch.autograd.grad(expected, line, grad_out[begin:].double())
+    assert_close(out[begin:], expected, torch.bfloat16)
+    assert_close(grad[begin : large.pixels], wanted, torch.bfloat16, factor=2)
+
+
+# --- gradients and contracts of the operator ----------------------------------------------------
+
+
+def test_gradcheck() -> None:
+    case = block_case(halving_sizes(3, 5, 2), channels=2)
+    assert torch.autograd.gradcheck(lambda *tensors: case.run(list(tensors)), tensors_of(case))
+
+
+@dtypes
+@pytest.mark.parametrize("images", [0, 2])
+def test_opcheck(images: int, dtype: torch.dtype) -> None:
+    case = replace(CASES["two levels"], images=images)
+    tables = (images, *case.tables())
+    tensors = tensors_of(case, dtype)
+    torch.library.opcheck(torch.ops.dyhead.fuse_branches_fwd, (*tensors, *tables))
+    plain = [t.detach() for t in tensors]
+    grad_out = torch.randn_like(case.run(plain))
+    torch.library.opcheck(torch.ops.dyhead.fuse_branches_bwd, (grad_out, *plain, *tables))
+
+
+@dtypes
+@pytest.mark.parametrize("channels", [256, 37])
+def test_runs_give_the_same_bits(channels: int, dtype: torch.dtype) -> None:
+    case = block_case(SIZES, channels=channels)
+    tensors = tensors_of(case, dtype)
+
+    def results() -> list[Tensor]:
+        out = case.run(tensors)
+        return [out.detach(), *gradients(out, tensors, dtype)]
+
+    first = results()
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(results(), first, strict=True))
+
+
+# --- streams, graphs, devices -------------------------------------------------------------------
+
+
+def test_runs_on_the_current_stream() -> None:
+    case = block_case(halving_sizes(50, 50, 3), channels=64)
+    tensors = [t.detach() for t in tensors_of(case, torch.float32)]
+    expected = case.run(tensors)
+    late = torch.full_like(tensors[0], math.nan)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # some 25 ms, so that any other stream reads the NaN
+        late.copy_(tensors[0])
+        out = case.run([late, *tensors[1:]])
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_graph_capture_with_the_backward() -> None:
+    case = block_case(halving_sizes(50, 84, 3), channels=64)
+    tensors = tensors_of(case, torch.bfloat16)
+    grad_out = torch.randn_like(case.run(tensors))
+
+    def step() -> list[Tensor]:
+        out = case.run(tensors)
+        return [out.detach(), *torch.autograd.grad(out, tensors, grad_out)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(1, 4):
+        with torch.no_grad():
+            tensors[0].copy_(tensors_of(replace(case, seed=seed), torch.bfloat16)[0])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_runs_on_the_device_of_its_tensors() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = block_case(halving_sizes(20, 30, 3), channels=64)
+    assert torch.cuda.current_device() == 0
+    check(case, torch.float32, tensors_of(case, torch.float32, "cuda:1"))
+    assert torch.cuda.current_device() == 0
