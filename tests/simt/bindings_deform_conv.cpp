@@ -3,7 +3,6 @@
 
 #include <deque>
 #include <string>
-#include <string_view>
 
 #include "cuda/deform_run.h"
 #include "device_array.h"
@@ -56,15 +55,6 @@ DeformTables read_tables(const Numbers& geometry, const Numbers& sources, const 
     t.prediction_rows = std::max(t.prediction_rows, read);
   }
   return t;
-}
-
-DType named_dtype(std::string_view name) {
-  if (name == "float64") return DType::kFloat64;
-  if (name == "float32") return DType::kFloat32;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
-  throw std::invalid_argument("expected float64, float32, bfloat16 or float16, got " +
-                              std::string(name));
 }
 
 // Workspaces are poisoned, as fresh device memory is unknown.

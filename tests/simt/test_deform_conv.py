@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dyhead_cuda import reference
@@ -26,7 +24,7 @@ from tests.conftest import (
 )
 from tests.deform_work import WORKS, Work
 
-from .test_dynamic_relu import to_tensor
+from .arrays import to_array, to_tensor
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 TF32 = 1e-3
@@ -34,11 +32,6 @@ TF32 = 1e-3
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype)[6:]
-
-
-def to_array(t: Tensor) -> NDArray[Any]:
-    t = t.detach().contiguous()
-    return t.view(torch.int16).numpy().view(np.uint16) if t.element_size() == 2 else t.numpy()
 
 
 @dataclass(frozen=True)
