@@ -36,4 +36,21 @@ STABLE_TORCH_LIBRARY(dyhead, m) {
       "fuse_branches_bwd(Tensor grad_out, Tensor y, Tensor scale, Tensor shift, "
       "Tensor coefficients, int images, int[] maps, int[] levels) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  // From the moments of a block's branches to what fuse_branches takes
+  // (csrc/common/block_coefficients.h). Parameters of any floating type, everything else in the
+  // compute type. Returns scale, shift and coefficients, and for the backward norms [J, N, 2 G + 1]
+  // and layers [L, N, 5 C + H].
+  m.def(
+      "block_coefficients_fwd(Tensor mean, Tensor var, Tensor up_mean, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, Tensor gate_weight, Tensor gate_bias, Tensor fc1_weight, "
+      "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, int[] levels_of, int[] branches_of, "
+      "int num_groups, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Returns the gradients of mean, var, up_mean, of all norm_weights and norm_biases, stacked, and
+  // of the other parameters in the order above, all in the compute type.
+  m.def(
+      "block_coefficients_bwd(Tensor grad_scale, Tensor grad_shift, Tensor grad_coefficients, "
+      "Tensor mean, Tensor up_mean, Tensor norms, Tensor layers, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, Tensor gate_weight, Tensor fc1_weight, Tensor fc2_weight, "
+      "int[] levels_of, int[] branches_of, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dyhead_cuda import checks, ops
@@ -28,7 +27,7 @@ from dyhead_cuda.ops.deform_conv import (
     stack_maps,
 )
 from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, halved
-from dyhead_cuda.reference import hsigmoid, median_level
+from dyhead_cuda.reference import median_level
 from dyhead_cuda.reference.operators import no_autocast
 from dyhead_cuda.reference.published import upsample
 
@@ -160,68 +159,6 @@ def block_plan(sizes: tuple[Size, ...], images: int, high_offset: str) -> BlockP
     return make(sizes, images, high_offset)
 
 
-def block_coefficients(
-    mean: Tensor,
-    var: Tensor,
-    up_mean: Tensor,
-    parameters: BlockParameters,
-    levels_of: list[int],
-    branches_of: list[int],
-    *,
-    num_groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From the moments of the branches to all that the last pass over the pixels needs.
-
-    Group normalisation, scale gates and averaging are affine per channel once the moments are
-    known, and so is the mean that the dynamic ReLU starts from: no pixel is touched here.
-
-    Args:
-        mean, var, up_mean: [J, N, C], per job: the mean, the biased variance, and the mean after
-            upsampling of the deformable convolution's output.
-        parameters: of the block, in the type of the moments.
-        levels_of, branches_of: level and branch (low, mid, high) of each job.
-        num_groups, eps: of the group normalisation.
-
-    Returns:
-        scale [J, N, C] and shift [L, N, C], with z = sum_j scale_j . y_j + shift_l the gated
-        average, and the dynamic ReLU's coefficients [L, N, 4, C]: a1, b1, a2, b2.
-    """
-    p = parameters
-    jobs, images, channels = mean.shape
-    branches = (p.low, p.mid, p.high)
-    norm_weight = torch.stack([branches[b].norm_weight for b in branches_of]).unsqueeze(1)
-    norm_bias = torch.stack([branches[b].norm_bias for b in branches_of]).unsqueeze(1)
-    levels = range(max(levels_of) + 1)
-    members = mean.new_tensor([[float(of == level) for of in levels_of] for level in levels])
-    counts = members.sum(1)
-
-    # Channels of a group have equally many pixels, so their means and variances combine evenly.
-    grouped = mean.unflatten(2, (num_groups, -1))
-    group_mean = grouped.mean(3, keepdim=True)
-    group_var = var.unflatten(2, (num_groups, -1)).mean(3, keepdim=True)
-    group_var = group_var + (grouped - group_mean).square().mean(3, keepdim=True)
-    rstd = torch.rsqrt(group_var + eps)
-    width = channels // num_groups
-    rstd, group_mean = (
-        t.expand(-1, -1, -1, width).reshape(jobs, images, channels) for t in (rstd, group_mean)
-    )
-    scale = norm_weight * rstd
-    shift = norm_bias - scale * group_mean
-
-    pooled = scale * up_mean + shift
-    gates = hsigmoid(F.relu(pooled @ p.gate_weight + p.gate_bias))  # [J, N]
-    weight = (gates * (members.t() @ (1 / counts)).unsqueeze(1)).unsqueeze(2)
-    scale, shift = weight * scale, weight * shift
-    means = torch.einsum("lj,jnc->lnc", members, scale * up_mean + shift)
-    shift = torch.einsum("lj,jnc->lnc", members, shift)
-
-    hidden = F.relu(F.linear(means, p.fc1_weight, p.fc1_bias))
-    t = 2 * hsigmoid(F.linear(hidden, p.fc2_weight, p.fc2_bias)) - 1
-    a1, b1, a2, b2 = t.chunk(4, dim=2)
-    return scale, shift, torch.stack([a1 + 1, b1 / 2, a2, b2 / 2], dim=2)
-
-
 def pyramid_block(
     features: Sequence[Tensor],
     parameters: BlockParameters,
@@ -238,7 +175,7 @@ def pyramid_block(
         rows = shared_rows(features)
         if rows is None:
             rows = pack(features)
-        p = parameters.to(compute_dtype(rows.dtype))
+        p = parameters
         predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
         if plan.resized:
             levels = unpack_rows(rows, sizes, images)
@@ -254,11 +191,15 @@ def pyramid_block(
             moments=True,
         )
         del rows, predictions  # without gradients nobody needs them: the last pass then fits there
-        coefficients = block_coefficients(
+        coefficients = ops.block_coefficients(
             mean,
             var,
             up_mean,
-            p,
+            [b.norm_weight for b in branches],
+            [b.norm_bias for b in branches],
+            p.gate_weight,
+            p.gate_bias,
+            *p.task,
             plan.levels_of,
             plan.branches_of,
             num_groups=num_groups,

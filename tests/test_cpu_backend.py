@@ -11,13 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import group_norm, interpolate, linear
 
 from dyhead_cuda import UnifiedDyHead, backend, functional, library
 from dyhead_cuda.backends import Backend
-from dyhead_cuda.fused import block_coefficients
 from dyhead_cuda.pyramid import HIGH_OFFSETS, BlockParameters, HighOffset
-from dyhead_cuda.reference import UnifiedParameters, hsigmoid
+from dyhead_cuda.reference import UnifiedParameters
 from tests.conftest import (
     TOLERANCE,
     assert_close,
@@ -279,67 +277,6 @@ def test_extreme_offsets(value: float) -> None:
         block_gradients(actual, features, parameters),
         block_gradients(expected, features, parameters),
     )
-
-
-# --- the coefficients -----------------------------------------------------------------------------
-
-LEVELS_OF, BRANCHES_OF = [0, 0, 1, 1, 1, 2, 2], [1, 2, 1, 0, 2, 1, 0]
-JOB_SIZES: list[Size] = [(6, 7), (3, 4), (3, 4), (3, 4), (2, 2), (2, 2), (2, 2)]
-LEVEL_SIZES: list[Size] = [(6, 7), (3, 4), (2, 2)]
-
-
-def coefficients(parameters: BlockParameters, *moments: Tensor) -> tuple[Tensor, ...]:
-    mean, var, up_mean = moments
-    return block_coefficients(
-        mean, var, up_mean, parameters, LEVELS_OF, BRANCHES_OF, num_groups=2, eps=1e-3
-    )
-
-
-def test_coefficients_equal_the_layers() -> None:
-    p = random_block_parameters(3, 8)
-    ys = random_pyramid(2, 8, JOB_SIZES)
-    ups = [
-        interpolate(y, LEVEL_SIZES[level], mode="bilinear", align_corners=True)
-        for y, level in zip(ys, LEVELS_OF, strict=True)
-    ]
-    moments = (
-        torch.stack([y.mean((2, 3)) for y in ys]),
-        torch.stack([y.var((2, 3), correction=0) for y in ys]),
-        torch.stack([up.mean((2, 3)) for up in ups]),
-    )
-    scale, shift, relu = coefficients(p, *moments)
-    for level, size in enumerate(LEVEL_SIZES):
-        jobs = [j for j, of in enumerate(LEVELS_OF) if of == level]
-        actual = shift[level][:, :, None, None] + sum(
-            scale[j][:, :, None, None] * ups[j] for j in jobs
-        )
-        expected = torch.zeros(2, 8, *size, dtype=torch.float64)
-        for j in jobs:
-            branch = (p.low, p.mid, p.high)[BRANCHES_OF[j]]
-            y = group_norm(ys[j], 2, branch.norm_weight, branch.norm_bias, 1e-3)
-            y = interpolate(y, size, mode="bilinear", align_corners=True)
-            gate = hsigmoid((y.mean((2, 3)) @ p.gate_weight + p.gate_bias).relu())
-            expected = expected + gate[:, None, None, None] * y / len(jobs)
-        assert_close(actual, expected)
-        hidden = linear(expected.mean((2, 3)), p.fc1_weight, p.fc1_bias).relu()
-        t = 2 * hsigmoid(linear(hidden, p.fc2_weight, p.fc2_bias)).view(2, 4, 8) - 1
-        assert_close(relu[level], torch.stack([1 + t[:, 0], t[:, 1] / 2, t[:, 2], t[:, 3] / 2], 1))
-
-
-def test_gradcheck_of_the_coefficients() -> None:
-    parameters = random_block_parameters(1, 4)
-    tensors = [leaf(t) for t in flat_parameters(parameters)]
-    mean, var, up_mean = (leaf(torch.randn(7, 2, 4, dtype=torch.float64)) for _ in range(3))
-    with torch.no_grad():
-        var.abs_()
-
-    def run(*values: Tensor) -> tuple[Tensor, ...]:
-        return coefficients(rebuild_parameters(parameters, values[3:]), *values[:3])
-
-    inputs = (mean, var, up_mean, *tensors)
-    # The weights and the offset convolution take no part.
-    used = [t.requires_grad_(t.dim() < 4 and t.shape != (27,)) for t in inputs]
-    assert torch.autograd.gradcheck(run, tuple(used))
 
 
 # --- the paper's form -----------------------------------------------------------------------------

@@ -70,6 +70,13 @@ DYHEAD_HD F shifted_sigmoid_slope(F logit, bool hard) {
   return F(2) * s * (F(1) - s);
 }
 
+// Coefficient k of a channel, in the order a1, b1, a2, b2.
+template <class F>
+DYHEAD_HD F dynamic_relu_coefficient(F logit, int k, bool hard) {
+  const F t = shifted_sigmoid(logit, hard);
+  return k == 0 ? F(1) + t : k == 2 ? t : t / F(2);
+}
+
 template <class F>
 struct DynamicReluCoefficients {
   F a1, b1, a2, b2;
@@ -79,10 +86,10 @@ struct DynamicReluCoefficients {
 template <class F>
 DYHEAD_HD DynamicReluCoefficients<F> dynamic_relu_coefficients(const F* logits, int64_t c,
                                                                int64_t channels, bool hard) {
-  return {F(1) + shifted_sigmoid(logits[c], hard),
-          shifted_sigmoid(logits[channels + c], hard) / F(2),
-          shifted_sigmoid(logits[2 * channels + c], hard),
-          shifted_sigmoid(logits[3 * channels + c], hard) / F(2)};
+  return {dynamic_relu_coefficient(logits[c], 0, hard),
+          dynamic_relu_coefficient(logits[channels + c], 1, hard),
+          dynamic_relu_coefficient(logits[2 * channels + c], 2, hard),
+          dynamic_relu_coefficient(logits[3 * channels + c], 3, hard)};
 }
 
 // d(coefficient) / d(logit) for the four coefficients k of a channel: the offsets b are halved.

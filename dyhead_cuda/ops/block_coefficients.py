@@ -1,0 +1,202 @@
+"""``dyhead::block_coefficients_fwd`` and ``_bwd``: a block's step between its two passes.
+
+Group normalisation, scale gates and averaging are affine per channel once the moments of the
+branches are known, and so is the mean that the dynamic ReLU starts from: no pixel is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyhead_cuda import library
+from dyhead_cuda.ops.common import forbid_second_derivative
+
+
+def block_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    up_mean: Tensor,
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    levels_of: Sequence[int],
+    branches_of: Sequence[int],
+    *,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the moments of the branches to all that the last pass over the pixels needs.
+
+    Args:
+        mean, var, up_mean: [J, N, C], float32 or float64, per job: the mean, the biased variance,
+            and the mean after upsampling of the deformable convolution's output.
+        norm_weights, norm_biases: [C] for each of up to 8 kinds of branches. These and the other
+            parameters may be of any floating type; their gradients have the type they have.
+        gate_weight, gate_bias: [C] and [1], of the scale gate.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [4 C, H] and [4 C], of the dynamic
+            ReLU.
+        levels_of, branches_of: level and kind of branch of each of up to 128 jobs. Every level has
+            a job.
+        num_groups, eps: of the group normalisation.
+
+    Returns:
+        scale [J, N, C] and shift [L, N, C], with z = sum_j scale_j . y_j + shift_l the gated
+        average, and the dynamic ReLU's coefficients [L, N, 4, C]: a1, b1, a2, b2.
+
+    Raises:
+        RuntimeError: tensors or tables that do not fit.
+
+    Source: the published block (microsoft/DynamicHead, ``dyhead/dyhead.py``), rearranged; see
+    ``csrc/common/block_coefficients.h``.
+    """
+    scale, shift, coefficients, _, _ = torch.ops.dyhead.block_coefficients_fwd(
+        mean.contiguous(),
+        var.contiguous(),
+        up_mean.contiguous(),
+        [t.contiguous() for t in norm_weights],
+        [t.contiguous() for t in norm_biases],
+        gate_weight.contiguous(),
+        gate_bias.contiguous(),
+        fc1_weight.contiguous(),
+        fc1_bias.contiguous(),
+        fc2_weight.contiguous(),
+        fc2_bias.contiguous(),
+        list(levels_of),
+        list(branches_of),
+        num_groups,
+        eps,
+    )
+    return scale, shift, coefficients
+
+
+def _fake_fwd(
+    mean: Tensor,
+    var: Tensor,
+    up_mean: Tensor,
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    levels_of: list[int],
+    branches_of: list[int],
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    jobs, images, channels = mean.shape
+    levels = max(levels_of) + 1
+    return (
+        torch.empty_like(mean),
+        mean.new_empty(levels, images, channels),
+        mean.new_empty(levels, images, 4, channels),
+        mean.new_empty(jobs, images, 2 * num_groups + 1),
+        mean.new_empty(levels, images, 5 * channels + fc1_weight.shape[0]),
+    )
+
+
+def _fake_bwd(
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    grad_coefficients: Tensor,
+    mean: Tensor,
+    up_mean: Tensor,
+    norms: Tensor,
+    layers: Tensor,
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
+    gate_weight: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    levels_of: list[int],
+    branches_of: list[int],
+    num_groups: int,
+) -> tuple[Tensor, ...]:
+    channels, hidden = mean.shape[2], fc1_weight.shape[0]
+    shapes: list[tuple[int, ...]] = [
+        *[tuple(mean.shape)] * 3,
+        *[(len(norm_weights), channels)] * 2,
+        (channels,),
+        (1,),
+        (hidden, channels),
+        (hidden,),
+        (4 * channels, hidden),
+        (4 * channels,),
+    ]
+    return tuple(mean.new_empty(shape) for shape in shapes)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mean, _, up_mean, norm_weights, norm_biases, *parameters = inputs[:11]
+    gate_weight, _, fc1_weight, _, fc2_weight, _ = parameters
+    scale, shift, coefficients, norms, layers = output
+    ctx.mark_non_differentiable(norms, layers)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        mean, up_mean, norms, layers, gate_weight, fc1_weight, fc2_weight,
+        *norm_weights, *norm_biases,
+    )  # fmt: skip
+    ctx.levels_of, ctx.branches_of, ctx.num_groups, _ = inputs[11:]
+    ctx.norms = len(norm_weights)
+    ctx.shapes = [t.shape for t in (scale, shift, coefficients)]
+    ctx.dtypes = [t.dtype for t in parameters]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    mean, up_mean, norms, layers, gate_weight, fc1_weight, fc2_weight, *rest = ctx.saved_tensors
+    norm_weights, norm_biases = rest[: ctx.norms], rest[ctx.norms :]
+    dense = [
+        mean.new_zeros(shape) if g is None else g.contiguous()
+        for g, shape in zip(grads[:3], ctx.shapes, strict=True)
+    ]
+    grad_mean, grad_var, grad_up_mean, grad_weights, grad_biases, *others = (
+        torch.ops.dyhead.block_coefficients_bwd(
+            *dense,
+            mean,
+            up_mean,
+            norms,
+            layers,
+            norm_weights,
+            norm_biases,
+            gate_weight,
+            fc1_weight,
+            fc2_weight,
+            ctx.levels_of,
+            ctx.branches_of,
+            ctx.num_groups,
+        )
+    )
+    used = set(ctx.branches_of)  # what no job has gets no gradient, as if it were not there
+
+    def unstack(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor | None]:
+        return [stacked[b].to(t.dtype) if b in used else None for b, t in enumerate(like)]
+
+    return (
+        grad_mean,
+        grad_var,
+        grad_up_mean,
+        unstack(grad_weights, norm_weights),
+        unstack(grad_biases, norm_biases),
+        *(g.to(dtype) for g, dtype in zip(others, ctx.dtypes, strict=True)),
+        *[None] * 4,
+    )
+
+
+if library.loaded("cpu"):
+    torch.library.register_fake("dyhead::block_coefficients_fwd", _fake_fwd)
+    torch.library.register_fake("dyhead::block_coefficients_bwd", _fake_bwd)
+    torch.library.register_autograd(
+        "dyhead::block_coefficients_fwd", _backward, setup_context=_setup_context
+    )
+    forbid_second_derivative("block_coefficients_bwd")
