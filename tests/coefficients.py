@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, relu
 
 from dyhead_cuda.reference import hsigmoid
-from tests.conftest import leaf, random_like
+from tests.conftest import assert_gradients_close, leaf, random_like
 
 LOW, MID, HIGH = 0, 1, 2
 
@@ -149,7 +149,7 @@ def plain(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor
     return scale, shift, torch.stack([a1 + 1, b1 / 2, a2, b2 / 2], dim=2)
 
 
-def at_a_corner(tensors: Sequence[Tensor], case: Case, gate: float, hidden: float) -> None:
+def at_a_corner(tensors: Sequence[Tensor], gate: float, hidden: float) -> None:
     """Put every gate's logit at ``gate``, the hidden layer at ``hidden`` and logits at -3 and 3."""
     *_, gate_weight, gate_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = tensors
     with torch.no_grad():
@@ -166,3 +166,14 @@ def all_gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[T
     """Of all inputs for random cotangents; zeros for the normalisations that no job has."""
     cotangents = [t.to(out) for t, out in zip(random_like(*outputs), outputs, strict=True)]
     return list(torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True))
+
+
+def check_gradients(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Each by the tolerance of its own type, or of ``dtype`` where that is coarser."""
+    for kind in {g.dtype for g in actual}:
+        pairs = [(a, b) for a, b in zip(actual, expected, strict=True) if a.dtype == kind]
+        tolerance_of = max(kind, dtype, key=lambda t: torch.finfo(t).eps)
+        ours, theirs = zip(*pairs, strict=True)
+        assert_gradients_close(ours, theirs, tolerance_of, floor=1e-2)

@@ -18,7 +18,15 @@ from dyhead_cuda import backend, functional, library
 from dyhead_cuda.ops import block_coefficients
 from dyhead_cuda.pyramid import BlockParameters
 from dyhead_cuda.reference import hsigmoid
-from tests.coefficients import CASES, Case, all_gradients, at_a_corner, block_case, plain
+from tests.coefficients import (
+    CASES,
+    Case,
+    all_gradients,
+    at_a_corner,
+    block_case,
+    check_gradients,
+    plain,
+)
 from tests.conftest import (
     assert_close,
     assert_gradients_close,
@@ -51,17 +59,6 @@ def check(case: Case, tensors: Sequence[Tensor]) -> None:
     grads = all_gradients(actual, tensors)
     assert [g.dtype for g in grads] == [t.dtype for t in tensors]
     check_gradients(grads, all_gradients(expected, exact), dtype)
-
-
-def check_gradients(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
-) -> None:
-    """Each by the tolerance of its own type, or of ``dtype`` where that is coarser."""
-    for kind in {g.dtype for g in actual}:
-        pairs = [(a, b) for a, b in zip(actual, expected, strict=True) if a.dtype == kind]
-        tolerance_of = max(kind, dtype, key=lambda t: torch.finfo(t).eps)
-        ours, theirs = zip(*pairs, strict=True)
-        assert_gradients_close(ours, theirs, tolerance_of, floor=1e-2)
 
 
 # --- against the plain form ---------------------------------------------------------------------
@@ -160,7 +157,7 @@ def test_gradcheck(threads: None) -> None:
 def test_corners_have_the_slopes_of_torch(gate: float, hidden: float, dtype: torch.dtype) -> None:
     case = block_case(3, channels=12, num_groups=3, hidden=6)
     tensors = case.tensors(dtype)
-    at_a_corner(tensors, case, gate, hidden)
+    at_a_corner(tensors, gate, hidden)
     check(case, tensors)
 
 

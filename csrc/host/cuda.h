@@ -21,4 +21,17 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Raises where a block of the current device cannot have `bytes` of dynamic shared memory.
+inline void check_shared_memory(size_t bytes) {
+  constexpr size_t kEverywhere = 48 * 1024;
+  if (bytes <= kEverywhere) return;
+  int device = 0;
+  int most = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_TORCH_CHECK(bytes <= static_cast<size_t>(most), "expected channels whose values fit the ",
+                  most, " bytes of shared memory that a block of this device has, got ", bytes,
+                  " bytes; run this layer under backend(\"reference\")");
+}
+
 }  // namespace dyhead

@@ -7,6 +7,7 @@
 namespace dyhead::simt {
 
 void bind_emulator(pybind11::module_& module);
+void bind_block_coefficients(pybind11::module_& module);
 void bind_deform_conv(pybind11::module_& module);
 void bind_dynamic_relu(pybind11::module_& module);
 void bind_fuse_branches(pybind11::module_& module);
@@ -20,6 +21,7 @@ PYBIND11_MODULE(dyhead_simt, module) {
   module.def("set_resident_blocks", &set_resident_blocks,
              "Sets how many blocks a cooperative launch may have (4 at import).");
   bind_emulator(module);
+  bind_block_coefficients(module);
   bind_deform_conv(module);
   bind_dynamic_relu(module);
   bind_fuse_branches(module);
