@@ -112,7 +112,7 @@ CASES = {
     "mixed order": Case((2, 0, 1, 0, 2, 2, 0), (3, 0, 4, 4, 1, 3, 0), norms=5),
     "many jobs of a level": Case((0,) * 40, (0, 1, 2, 1) * 10, images=1),
     "many levels": block_case(43, images=1),
-    "many images": block_case(2, images=33, channels=4),
+    "many images": block_case(2, images=200, channels=3, num_groups=1, hidden=1),
     "a tiny eps": block_case(2, eps=1e-12),
     "a large eps": block_case(2, eps=1.0),
 }

@@ -148,6 +148,11 @@ def test_gradcheck(threads: None) -> None:
     assert torch.autograd.gradcheck(lambda *tensors: run(case, tensors), case.tensors())
 
 
+def test_sums_over_many_images_keep_the_precision_of_float32() -> None:
+    case = block_case(1, channels=4, num_groups=2, hidden=1, images=100_000)
+    check(case, case.tensors(torch.float32))
+
+
 # --- special values -----------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 // Backward in two steps: per level and image the gradients of the moments, and the shares in those
-// of the parameters; then the shares added up, in the order of levels or jobs and images.
+// of the parameters; then the shares added up, in the order of levels or jobs and images, and in
+// float64, since there is no bound on the images.
 #include <vector>
 
 #include "block_coefficients.h"
@@ -9,9 +10,14 @@
 namespace dyhead::cpu {
 namespace {
 
-template <class F>
-void add_scaled(const F* in, F factor, int64_t count, F* __restrict out) {
+template <class F, class Sum>
+void add_scaled(const F* in, Sum factor, int64_t count, Sum* __restrict out) {
   for (int64_t i = 0; i < count; ++i) out[i] += factor * in[i];
+}
+
+template <class F>
+void store(const double* in, int64_t count, void* out) {
+  for (int64_t i = 0; i < count; ++i) static_cast<F*>(out)[i] = static_cast<F>(in[i]);
 }
 
 template <class F>
@@ -146,38 +152,42 @@ class Backward {
   void outer_products(const F* grads, int64_t width, const F* values, int64_t inputs, int64_t rows,
                       F* weight, F* bias) const {
     constexpr int64_t kOutputs = 64;
-    parallel_for_each(ceil_div(width, kOutputs), [&](int64_t task) {
-      for (int64_t i = task * kOutputs; i < std::min(width, (task + 1) * kOutputs); ++i) {
-        bias[i] = F(0);
-        std::fill(weight + i * inputs, weight + (i + 1) * inputs, F(0));
-        for (int64_t row = 0; row < rows; ++row) {
-          const F grad = grads[row * width + i];
-          bias[i] += grad;
-          add_scaled(values + row * s_.layer_values(), grad, inputs, weight + i * inputs);
-        }
-      }
-    });
+    parallel_tasks(
+        ceil_div(width, kOutputs), [&] { return std::vector<double>(inputs); },
+        [&](int64_t task, std::vector<double>& sums) {
+          for (int64_t i = task * kOutputs; i < std::min(width, (task + 1) * kOutputs); ++i) {
+            double sum = 0;
+            std::fill(sums.begin(), sums.end(), 0);
+            for (int64_t row = 0; row < rows; ++row) {
+              const double grad = grads[row * width + i];
+              sum += grad;
+              add_scaled(values + row * s_.layer_values(), grad, inputs, sums.data());
+            }
+            bias[i] = static_cast<F>(sum);
+            store<F>(sums.data(), inputs, weight + i * inputs);
+          }
+        });
   }
 
   void sum_jobs() const {
     const int64_t channels = s_.channels;
-    auto* norm_weight = static_cast<F*>(p_.grad_norm_weight);
-    auto* norm_bias = static_cast<F*>(p_.grad_norm_bias);
-    auto* gate_weight = static_cast<F*>(p_.grad_gate_weight);
-    F gate_bias = F(0);
-    std::fill(norm_weight, norm_weight + s_.norms * channels, F(0));
-    std::fill(norm_bias, norm_bias + s_.norms * channels, F(0));
-    std::fill(gate_weight, gate_weight + channels, F(0));
+    std::vector<double> norm_weight(s_.norms * channels), norm_bias(s_.norms * channels),
+        gate_weight(channels);
+    double gate_bias = 0;
     for (int32_t j = 0; j < s_.jobs; ++j) {
       const int64_t to = p_.tables.norm[j] * channels;
       for (int64_t at = j * s_.images; at < (j + 1) * s_.images; ++at) {
-        add_scaled(partials_.norm_weight + at * channels, F(1), channels, norm_weight + to);
-        add_scaled(partials_.norm_bias + at * channels, F(1), channels, norm_bias + to);
-        add_scaled(partials_.gate_weight + at * channels, F(1), channels, gate_weight);
+        const int64_t from = at * channels;
+        add_scaled(partials_.norm_weight + from, 1.0, channels, norm_weight.data() + to);
+        add_scaled(partials_.norm_bias + from, 1.0, channels, norm_bias.data() + to);
+        add_scaled(partials_.gate_weight + from, 1.0, channels, gate_weight.data());
         gate_bias += partials_.gate[at];
       }
     }
-    static_cast<F*>(p_.grad_gate_bias)[0] = gate_bias;
+    store<F>(norm_weight.data(), s_.norms * channels, p_.grad_norm_weight);
+    store<F>(norm_bias.data(), s_.norms * channels, p_.grad_norm_bias);
+    store<F>(gate_weight.data(), channels, p_.grad_gate_weight);
+    store<F>(&gate_bias, 1, p_.grad_gate_bias);
   }
 
   const BlockCoefficientsBwdParams& p_;

@@ -171,19 +171,22 @@ __global__ void __launch_bounds__(kBlockCoefficientsThreads, 1)
   differentiate_norms(p, jobs, at, partials, shared);
 }
 
-// The sum over rows of left[row * left_stride] * right[row * right_stride].
+// The sum over rows of left[row * left_stride] * right[row * right_stride]; in float64, since there
+// is no bound on the rows and next to no other work.
 template <class F>
 DYHEAD_DEVICE F sum_products(const F* left, int64_t left_stride, const F* right,
                              int64_t right_stride, int64_t rows) {
-  F sum = F(0);
+  double sum = 0;
 #pragma unroll 8
-  for (int64_t row = 0; row < rows; ++row)
-    sum += left[row * left_stride] * right[row * right_stride];
-  return sum;
+  for (int64_t row = 0; row < rows; ++row) {
+    sum += static_cast<double>(left[row * left_stride]) * right[row * right_stride];
+  }
+  return static_cast<F>(sum);
 }
 
 template <class F>
-DYHEAD_DEVICE F sum_rows(const F* values, int64_t stride, int64_t rows, F sum = F(0)) {
+DYHEAD_DEVICE double sum_rows(const F* values, int64_t stride, int64_t rows) {
+  double sum = 0;
 #pragma unroll 8
   for (int64_t row = 0; row < rows; ++row) sum += values[row * stride];
   return sum;
@@ -193,12 +196,12 @@ DYHEAD_DEVICE F sum_rows(const F* values, int64_t stride, int64_t rows, F sum = 
 template <class F>
 DYHEAD_DEVICE F sum_jobs(const BlockCoefficientsBwdParams& p, const F* values, int64_t i) {
   const BlockCoefficientsShape& s = p.shape;
-  F sum = F(0);
+  double sum = 0;
   for (int j = 0; j < s.jobs; ++j) {
     if (p.tables.norm[j] != i / s.channels) continue;
-    sum = sum_rows(values + j * s.images * s.channels + i % s.channels, s.channels, s.images, sum);
+    sum += sum_rows(values + j * s.images * s.channels + i % s.channels, s.channels, s.images);
   }
-  return sum;
+  return static_cast<F>(sum);
 }
 
 // The values of all parameters' gradients, one behind the other.
@@ -232,18 +235,20 @@ __global__ void __launch_bounds__(kSumThreads)
         sum_products(partials.hidden + i / s.channels, s.hidden, mean_z + i % s.channels,
                      s.layer_values(), rows);
   } else if (within(outputs)) {
-    static_cast<F*>(p.grad_fc2_bias)[i] = sum_rows(partials.logits + i, outputs, rows);
+    static_cast<F*>(p.grad_fc2_bias)[i] =
+        static_cast<F>(sum_rows(partials.logits + i, outputs, rows));
   } else if (within(s.hidden)) {
-    static_cast<F*>(p.grad_fc1_bias)[i] = sum_rows(partials.hidden + i, s.hidden, rows);
+    static_cast<F*>(p.grad_fc1_bias)[i] =
+        static_cast<F>(sum_rows(partials.hidden + i, s.hidden, rows));
   } else if (within(static_cast<int64_t>(s.norms) * s.channels)) {
     static_cast<F*>(p.grad_norm_weight)[i] = sum_jobs(p, partials.norm_weight, i);
   } else if (within(static_cast<int64_t>(s.norms) * s.channels)) {
     static_cast<F*>(p.grad_norm_bias)[i] = sum_jobs(p, partials.norm_bias, i);
   } else if (within(s.channels)) {
     static_cast<F*>(p.grad_gate_weight)[i] =
-        sum_rows(partials.gate_weight + i, s.channels, branches);
+        static_cast<F>(sum_rows(partials.gate_weight + i, s.channels, branches));
   } else if (within(1)) {
-    static_cast<F*>(p.grad_gate_bias)[i] = sum_rows(partials.gate, 1, branches);
+    static_cast<F*>(p.grad_gate_bias)[i] = static_cast<F>(sum_rows(partials.gate, 1, branches));
   }
 }
 
