@@ -312,7 +312,7 @@ def block_inputs(dtype: torch.dtype) -> tuple[list[Tensor], BlockParameters]:
 
 def test_a_block_converts_none_of_its_small_parameters() -> None:
     features, parameters = block_inputs(torch.bfloat16)
-    with torch.profiler.profile() as profile, torch.no_grad(), backend("cpu"):
+    with torch.profiler.profile(acc_events=True) as profile, torch.no_grad(), backend("cpu"):
         functional.pyramid_block(features, parameters, num_groups=4)
     names = [event.name for event in profile.events()]
     assert names.count("dyhead::block_coefficients_fwd") == 1

@@ -187,16 +187,19 @@ def test_one_launch_forward_and_two_backward() -> None:
     tensors = SIZED.tensors(torch.float32, device=DEVICE)
     cotangents = [torch.randn_like(t) for t in run(SIZED, tensors)]
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as forward:
+    with torch.profiler.profile(activities=activities, acc_events=True) as forward:
         outs = run(SIZED, tensors)
         torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as backward:
+    with torch.profiler.profile(activities=activities, acc_events=True) as backward:
         torch.autograd.grad(outs, tensors, cotangents)
         torch.cuda.synchronize()
     assert len(launched(forward)) == 1
     assert len(launched(backward)) == 2
     mixed = SIZED.tensors(torch.float32, [torch.bfloat16, torch.float16], DEVICE)
-    with torch.profiler.profile(activities=activities) as converting, torch.no_grad():
+    with (
+        torch.profiler.profile(activities=activities, acc_events=True) as converting,
+        torch.no_grad(),
+    ):
         run(SIZED, mixed)
         torch.cuda.synchronize()
     assert len(launched(converting)) == 1
