@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -19,6 +20,7 @@ from dyhead_cuda.pyramid import (
     repack,
     unpack,
 )
+from dyhead_cuda.recompute import recomputed
 from dyhead_cuda.reference import Activation, ResizeMode, Targets, UnifiedParameters
 
 Init = Literal["microsoft", "mmdet"]
@@ -172,6 +174,7 @@ class DyHeadBlock(nn.Module):
         reduction: int = 4,
         init: Init = "microsoft",
         eps: float = 1e-5,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
@@ -184,6 +187,7 @@ class DyHeadBlock(nn.Module):
             )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.high_offset, self.num_groups, self.eps = high_offset, num_groups, eps
+        self.recompute = recompute
         self.offset_conv = nn.Conv2d(in_channels, 3 * TAPS, 3, padding=1)
         self.low = DeformBranch(in_channels, out_channels, deform_bias)
         self.mid = DeformBranch(in_channels, out_channels, deform_bias)
@@ -215,19 +219,21 @@ class DyHeadBlock(nn.Module):
         )
 
     def forward(self, features: Features) -> Features:
-        levels = functional.pyramid_block(
-            unpack(features),
-            self.parameters_tuple(),
+        run = partial(
+            functional.pyramid_block,
             high_offset=self.high_offset,
             num_groups=self.num_groups,
             eps=self.eps,
         )
+        arguments = unpack(features), self.parameters_tuple()
+        levels = recomputed(run, *arguments) if self.recompute else run(*arguments)
         return repack(features, levels)
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, high_offset={self.high_offset!r}, "
-            f"num_groups={self.num_groups}, deform_bias={self.mid.bias is not None}, eps={self.eps}"
+            f"num_groups={self.num_groups}, deform_bias={self.mid.bias is not None}, "
+            f"eps={self.eps}, recompute={self.recompute}"
         )
 
 
@@ -248,6 +254,10 @@ class DyHead(nn.Module):
             uniform in +-1 / sqrt(9 * C_in), scale gate N(0, 0.01); offset convolution and dynamic
             ReLU PyTorch's default, or zero and N(0, 0.01).
         eps: of the group normalisation.
+        recompute: keep for the backward only what goes into and comes out of each block, not what
+            is between (predictions and branches, about three times as much), and compute that
+            again there. Costs one more forward; results and gradients are the same bits. It is an
+            attribute of every block and can be changed at any time.
 
     ``forward`` takes a list, tuple or dict of levels [N, C, H_l, W_l], finest first, and returns
     the same kind of container with levels [N, out_channels, H_l, W_l].
@@ -271,6 +281,7 @@ class DyHead(nn.Module):
         reduction: int = 4,
         init: Init = "microsoft",
         eps: float = 1e-5,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         checks.positive(num_blocks=num_blocks)
@@ -285,6 +296,7 @@ class DyHead(nn.Module):
                 reduction=reduction,
                 init=init,
                 eps=eps,
+                recompute=recompute,
             )
             for i in range(num_blocks)
         )
@@ -299,12 +311,18 @@ class UnifiedDyHeadBlock(nn.Module):
     """W(F) = pi_C(pi_S(pi_L(F) . F) . F) . F; see :class:`UnifiedDyHead` for the arguments."""
 
     def __init__(
-        self, levels: int = 5, channels: int = 256, reduction: int = 4, targets: Targets = "all"
+        self,
+        levels: int = 5,
+        channels: int = 256,
+        reduction: int = 4,
+        targets: Targets = "all",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         checks.one_of("targets", targets, checks.TARGETS)
         checks.positive(levels=levels, channels=channels)
         self.levels, self.channels, self.targets = levels, channels, targets
+        self.recompute = recompute
         self.scale = nn.Linear(levels, levels)
         self.offset_conv = nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
         self.spatial_weight = nn.Parameter(torch.empty(levels, channels, channels, 3, 3))
@@ -329,7 +347,9 @@ class UnifiedDyHeadBlock(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return functional.unified_block(features, self.parameters_tuple(), self.targets)
+        run = partial(functional.unified_block, targets=self.targets)
+        arguments = features, self.parameters_tuple()
+        return recomputed(run, *arguments) if self.recompute else run(*arguments)
 
 
 class UnifiedDyHead(nn.Module):
@@ -343,6 +363,7 @@ class UnifiedDyHead(nn.Module):
         targets: "all" (every level keeps its own aggregate) or, with a single block, "median" (the
             formula as printed: one aggregate at the median level).
         resize: how a pyramid is brought to its median level, "bilinear", "nearest" or "max".
+        recompute: see :class:`DyHead`.
 
     ``forward`` takes F, or a list, tuple or dict of levels [N, C, H_l, W_l] of any sizes, finest
     first, and returns [N, L, C, H, W] ([N, 1, C, H, W] for "median").
@@ -362,6 +383,7 @@ class UnifiedDyHead(nn.Module):
         reduction: int = 4,
         targets: Targets = "all",
         resize: ResizeMode = "bilinear",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         checks.positive(num_blocks=num_blocks)
@@ -373,7 +395,8 @@ class UnifiedDyHead(nn.Module):
         checks.one_of("resize", resize, checks.RESIZE_MODES)
         self.resize = resize
         self.blocks = nn.ModuleList(
-            UnifiedDyHeadBlock(levels, channels, reduction, targets) for _ in range(num_blocks)
+            UnifiedDyHeadBlock(levels, channels, reduction, targets, recompute)
+            for _ in range(num_blocks)
         )
 
     def forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from dyhead_cuda.compat import structure
 from dyhead_cuda.compat.names import GLIP, MMDET, CodeBase
 from dyhead_cuda.modules import DyHeadBlock
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset, repack, unpack
+from dyhead_cuda.recompute import recomputed
 
 _log = logging.getLogger("dyhead_cuda")
 
@@ -28,27 +30,29 @@ class AcceleratedBlock(nn.Module):
 
     code_base: ClassVar[CodeBase]
     high_offset: HighOffset
+    recompute: bool
 
-    def __init__(self, block: nn.Module, high_offset: HighOffset) -> None:
+    def __init__(self, block: nn.Module, high_offset: HighOffset, recompute: bool) -> None:
         super().__init__()
         self.__dict__.update(block.__dict__)
-        self.high_offset = high_offset
+        self.high_offset, self.recompute = high_offset, recompute
 
     def _run(self, levels: Sequence[Tensor]) -> list[Tensor]:
         norm = structure.norm_of(self, self.code_base)
-        outs = functional.pyramid_block(
-            levels,
-            structure.block_parameters(self, self.code_base),
+        run = partial(
+            functional.pyramid_block,
             high_offset=self.high_offset,
             num_groups=norm.num_groups,
             eps=norm.eps,
         )
+        arguments = levels, structure.block_parameters(self, self.code_base)
+        outs = recomputed(run, *arguments) if self.recompute else run(*arguments)
         # As the public blocks return them: one that was left untouched may come next, and those
         # read channels_last features wrongly.
         return [out.contiguous() for out in outs]
 
     def extra_repr(self) -> str:
-        return f"high_offset={self.high_offset!r}"
+        return f"high_offset={self.high_offset!r}, recompute={self.recompute}"
 
 
 class AcceleratedDyConv(AcceleratedBlock):
@@ -76,13 +80,15 @@ class AcceleratedDyHeadBlock(AcceleratedBlock):
         return self._run(list(x))
 
 
-def _replacement(block: nn.Module, high_offset: HighOffset | None) -> AcceleratedBlock:
+def _replacement(
+    block: nn.Module, high_offset: HighOffset | None, recompute: bool
+) -> AcceleratedBlock:
     """The fused form of ``block``; raises structure.UnsupportedError."""
     code_base = structure.code_base_of(block)
     assert code_base is not None
     structure.check_supported(block, code_base)
     kind = AcceleratedDyHeadBlock if code_base is MMDET else AcceleratedDyConv
-    return kind(block, high_offset or structure.published_high_offset(block))
+    return kind(block, high_offset or structure.published_high_offset(block), recompute)
 
 
 def _is_public_block(module: nn.Module) -> bool:
@@ -120,7 +126,9 @@ def _report(
         )
 
 
-def accelerate(model: Model, *, high_offset: HighOffset | None = None) -> Model:
+def accelerate(
+    model: Model, *, high_offset: HighOffset | None = None, recompute: bool = False
+) -> Model:
     """Replace every public Dynamic Head block inside ``model`` by a fused one, in place.
 
     Blocks are microsoft/DynamicHead's and GLIP's ``DyConv`` and mmdet's ``DyHeadBlock``, recognised
@@ -141,6 +149,7 @@ def accelerate(model: Model, *, high_offset: HighOffset | None = None) -> Model:
             :class:`~dyhead_cuda.DyHead`. None: as each block's own forward does, which is "flat"
             for every release and "mmdet_main" for mmdet's main branch (recognised by the local
             variables ``out_h`` and ``out_w`` of the forward).
+        recompute: of every block that is replaced, see :class:`~dyhead_cuda.DyHead`.
 
     Returns:
         ``model``, or its replacement where the model itself is a block.
@@ -164,7 +173,7 @@ def accelerate(model: Model, *, high_offset: HighOffset | None = None) -> Model:
                     raise structure.UnsupportedError(
                         "it is compiled already (call accelerate before torch.compile)"
                     )
-                outcome[block] = replaced[path] = _replacement(block, high_offset)
+                outcome[block] = replaced[path] = _replacement(block, high_offset, recompute)
             except structure.UnsupportedError as error:
                 outcome[block] = block
                 left.setdefault(str(error), []).append(f"{path} ({type(block).__name__})")
