@@ -94,11 +94,11 @@ def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Te
     return out
 
 
-def predict_plan(maps: list[Map], images: int) -> Plan:
-    """A plain 3x3 convolution of every map, with one weight matrix."""
+def predict_plan(maps: list[Map], images: int, predicted: int) -> Plan:
+    """A plain 3x3 convolution of the first ``predicted`` maps, with one weight matrix."""
     jobs = [
         Job(out, NO_MAP, [(source, 0)], offset_rule=NONE, mask_rule=NONE)
-        for source, out in enumerate(maps)
+        for source, out in enumerate(maps[:predicted])
     ]
     return Plan(images, maps, jobs)
 
@@ -138,8 +138,9 @@ class BlockPlan:
             jobs.append(
                 Job(out, predictions[level], [(source, branch)], stride, *rules, sizes[level])
             )
-        self.predict = predict_plan(predictions, images)
-        self.deform = Plan(images, stack_maps(source_sizes, images), jobs)
+        sources = stack_maps(source_sizes, images)
+        self.predict = predict_plan(sources, images, len(sizes))
+        self.deform = Plan(images, sources, jobs)
         self.levels_of = [level for level, *_ in branches]
         self.branches_of = [branch for _, branch, *_ in branches]
         self.levels = [
@@ -176,11 +177,12 @@ def pyramid_block(
         if rows is None:
             rows = pack(features)
         p = parameters
-        predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
         if plan.resized:
             levels = unpack_rows(rows, sizes, images)
             extra = [upsample(levels[level], size) for level, size in plan.resized]
             rows = torch.cat([rows, pack(extra)])
+            del levels
+        predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
         branches = (p.low, p.mid, p.high)
         y, mean, var, up_mean = ops.deform_conv(
             rows,
@@ -262,7 +264,7 @@ def spatial_attention(
         first = chosen[0] * rows_per_level
         targets_rows = rows[first : first + len(chosen) * rows_per_level]
         outputs = stack_maps([(height, width)] * len(chosen), n)
-        logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n))
+        logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n, len(outputs)))
         logits = logits.view(len(chosen), n, height * width * 3 * TAPS)
         chosen_gates = gates.to(dtype).t()[chosen].unsqueeze(2)
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)

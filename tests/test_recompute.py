@@ -7,14 +7,21 @@ import pickle
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, accelerate, backend
+from dyhead_cuda import (
+    DyHead,
+    DyHeadBlock,
+    ModulatedDeformConv2d,
+    UnifiedDyHead,
+    accelerate,
+    backend,
+)
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.compat.accelerate import AcceleratedBlock
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
@@ -49,8 +56,13 @@ def pyramid(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return random_pyramid(2, CHANNELS, halving_sizes(9, 7, 3), dtype)
 
 
+def random_maps(size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Three levels [N, L * C, H, W]."""
+    return random_pyramid(2, 3 * CHANNELS, [size], dtype)[0]
+
+
 def stacked(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return random_pyramid(2, 3 * CHANNELS, [(6, 7)], dtype)
+    return [random_maps((6, 7), dtype)]
 
 
 MODULES: dict[str, tuple[Make, Callable[..., list[Tensor]]]] = {
@@ -89,9 +101,10 @@ def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
         assert torch.equal(a, b), f"tensor {i} differs by {(a - b).abs().max()}"
 
 
-def saved_bytes(module: nn.Module, features: Sequence[Tensor]) -> int:
-    """Of all memory that the graph of a forward holds on to, without the parameters'."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+def saved_bytes(module: Callable[..., Any], features: Sequence[Tensor]) -> int:
+    """Of all memory that the graph of a forward holds on to, without a module's parameters."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    own = {p.untyped_storage().data_ptr() for p in parameters}
     storages: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -229,6 +242,35 @@ def test_a_block_keeps_its_input_predictions_and_branches(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_aligned_block_keeps_the_upsampled_maps_too(dtype: torch.dtype) -> None:
+    inputs = grown(lambda sizes: rows(2, sizes))
+    upsampled = grown(lambda sizes: rows(2, sizes[:-1]))
+    branches = inputs + grown(lambda sizes: rows(2, sizes[1:])) + upsampled
+    expected = (inputs + upsampled + branches) * CHANNELS * dtype.itemsize + inputs * 27 * 4
+    assert growth(lambda: head(False, high_offset="aligned"), dtype) == 2 * expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_unified_block_keeps_no_map_twice(dtype: torch.dtype) -> None:
+    kept = [
+        saved_bytes(unified(False).to(dtype), [leaf(random_maps(size, dtype))])
+        for size in ((8, 9), (21, 16))
+    ]
+    # F, the result of the spatial attention, and logits before and after their gate.
+    per_pixel = 2 * CHANNELS * dtype.itemsize + 2 * 27 * 4
+    assert kept[1] - kept[0] == 2 * per_pixel * 2 * 3 * (21 * 16 - 8 * 9)
+
+
+def test_a_convolution_keeps_what_it_reads() -> None:
+    convolution = ModulatedDeformConv2d(CHANNELS, CHANNELS, 3, padding=1)
+    x = leaf(torch.randn(2, CHANNELS, 9, 8).contiguous(memory_format=torch.channels_last))
+    offset, mask = leaf(torch.randn(2, 18, 9, 8)), leaf(torch.rand(2, 9, 9, 8))
+    assert saved_bytes(lambda maps: [convolution(maps[0], offset, mask)], [x, x]) == (
+        (CHANNELS + 27) * 2 * 9 * 8 * 4 + convolution.weight.numel() * 4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
 def test_recompute_keeps_the_inputs_of_blocks(high_offset: HighOffset, dtype: torch.dtype) -> None:
     expected = grown(lambda sizes: rows(2, sizes)) * CHANNELS * dtype.itemsize
@@ -266,7 +308,7 @@ def test_compiles_in_one_graph(name: str) -> None:
     for recompute in (False, True):
         module = make(recompute)
         torch._dynamo.reset()
-        compiled = cast(nn.Module, torch.compile(module, fullgraph=True, backend="aot_eager"))
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         every = [*inputs, *module.parameters()]
         outs, expected = run(compiled, inputs), run(module, inputs)
         assert_same_bits(outs, expected)

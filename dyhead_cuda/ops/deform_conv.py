@@ -202,28 +202,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     source, predictions, weights, bias, gates, *tables = inputs
     *tables, mask_logits, wide_out, moments, ctx.allow_tf32 = tables
     out, mean, _, _ = output
-    ctx.save_for_backward(source, predictions, gates, out, mean, *weights)
-    ctx.tables, ctx.moments = [*tables, mask_logits, wide_out], moments
-    ctx.biases = len(bias)
+    # Only the gradients of the moments read the outputs.
+    ctx.save_for_backward(source, predictions, gates, out if moments else None, mean, *weights)
+    ctx.tables, ctx.biases = [*tables, mask_logits, wide_out], len(bias)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
     source, predictions, gates, out, mean, *weights = ctx.saved_tensors
-    if grad_out is None:
+    if grad_out is not None:
+        grad_out = grad_out.contiguous()
+    elif out is not None:
         grad_out = torch.zeros_like(out)
+    else:
+        return (None, None, [None] * len(weights), [None] * ctx.biases, None, *[None] * 8)
     moments: list[Tensor | None] = [None, None, None]
-    if ctx.moments and any(g is not None for g in grads):
+    if out is not None and any(g is not None for g in grads):
         moments = [torch.zeros_like(mean) if g is None else g.contiguous() for g in grads]
     grad_source, grad_predictions, grad_weights, grad_bias, grad_gates = (
         torch.ops.dyhead.deform_conv_bwd(
-            grad_out.to(out.dtype).contiguous(),
+            grad_out,
             *moments,
             source,
             predictions,
             weights,
             gates,
-            out,
+            grad_out if out is None else out,
             mean,
             *ctx.tables,
             ctx.biases > 0,
