@@ -89,12 +89,13 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
         fc2_weight,
         ctx.hard_sigmoid,
     )
+    needed = ctx.needs_input_grad
     return (
         grad_rows,
-        grad_hidden.t() @ mean,
-        grad_hidden.sum(0),
-        grad_logits.t() @ hidden,
-        grad_logits.sum(0),
+        grad_hidden.t() @ mean if needed[1] else None,
+        grad_hidden.sum(0) if needed[2] else None,
+        grad_logits.t() @ hidden if needed[3] else None,
+        grad_logits.sum(0) if needed[4] else None,
         None,
     )
 
