@@ -316,8 +316,8 @@ def test_a_block_converts_none_of_its_small_parameters() -> None:
         functional.pyramid_block(features, parameters, num_groups=4)
     names = [event.name for event in profile.events()]
     assert names.count("dyhead::block_coefficients_fwd") == 1
-    # The offset convolution's weight and bias, and the three branches' in one stack each.
-    assert names.count("aten::_to_copy") <= 4
+    # Only weights and biases of convolutions: of the offsets' and of the three branches'.
+    assert names.count("aten::_to_copy") <= 8
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
