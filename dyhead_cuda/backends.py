@@ -18,7 +18,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 # The operators that each compiled library has kernels of.
 OPERATORS = {
     "cpu": ("deform_conv", "dynamic_relu", "fuse_branches"),
-    "cuda": ("dynamic_relu",),
+    "cuda": ("deform_conv", "dynamic_relu", "fuse_branches"),
 }
 
 _log = logging.getLogger("dyhead_cuda")

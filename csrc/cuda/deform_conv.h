@@ -98,8 +98,9 @@ struct ChannelStep {
 
 DYHEAD_HD ChannelStep channel_step(const DeformShape& s, int32_t group, int32_t first,
                                    int32_t most) {
-  const int32_t group_end = static_cast<int32_t>((group + 1) * (s.channels / s.groups));
-  const int32_t deform_channels = static_cast<int32_t>(s.channels / s.deform_groups);
+  const int32_t channels = static_cast<int32_t>(s.channels);
+  const int32_t group_end = (group + 1) * (channels / s.groups);
+  const int32_t deform_channels = channels / s.deform_groups;
   const int32_t deform_group = first / deform_channels;
   int32_t last = first + most;
   last = last < group_end ? last : group_end;

@@ -185,7 +185,7 @@ cudaError_t gather(const DeformBwdGatherParams& p, int32_t matrices, cudaStream_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads)
+__global__ void __launch_bounds__(kGatherThreads, 4)
     finish_kernel(const __grid_constant__ DeformBwdFinishParams p) {
   using F = compute_t<T>;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kGatherThreads;

@@ -7,7 +7,7 @@ namespace {
 
 // A block is a tile of pixels; a thread is a channel, or several.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 4)
     deform_bwd_rows_kernel(const __grid_constant__ DeformBwdRowsParams p) {
   using F = compute_t<T>;
   DYHEAD_SHARED(int32_t, pixels, kBwdRows);

@@ -1,0 +1,148 @@
+"""What the CUDA library's machine code is made of: wide accesses, tensor cores, nothing spilled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import dyhead_cuda
+
+LIBRARY = Path(dyhead_cuda.__file__).parent / "lib" / "libdyhead_cuda.so"
+VECTOR_OF_TYPE = {"d": 2, "f": 4, "8bfloat16": 8, "7float16": 8}  # as names are mangled: 16 bytes
+# Kernels kernel<T, V> on vectors of V values of T.
+VECTOR_KERNELS = (
+    "dynamic_relu_fwd",
+    "dynamic_relu_bwd",
+    "fuse_branches_fwd",
+    "fuse_branches_bwd_pixels",
+    "fuse_branches_bwd_merge",
+)
+# In these no value that the launch itself writes may be read through the read-only path, which
+# might show an old one: only the wide loads of rows take it.
+WRITTEN_IN_THE_LAUNCH = ("dynamic_relu_fwd", "dynamic_relu_bwd")
+# What multiplies tiles, by kind of arithmetic as names are mangled.
+TILE_KERNELS = ("deform_fwd", "deform_bwd_input")
+TENSOR_INSTRUCTION = {
+    "8bfloat16": "HMMA.16816.F32.BF16",
+    "7float16": "HMMA.16816.F32",
+    "4Tf32": "HMMA.1688.F32.TF32",
+}
+
+
+def find_disassembler() -> Path | None:
+    """cuobjdump of the CUDA toolkit, or the one that Triton, and so torch, brings along."""
+    folders = []
+    if nvcc := shutil.which("nvcc"):
+        folders.append(Path(nvcc).resolve().parent)
+    if (triton := importlib.util.find_spec("triton")) and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
+    found = shutil.which("cuobjdump", path=path)
+    return Path(found) if found else None
+
+
+@cache
+def machine_code(arch: str) -> dict[str, str]:
+    """The instructions of each kernel, by its mangled name; none for an architecture left out."""
+    tool = find_disassembler()
+    assert tool is not None
+    # cuobjdump looks for nvdisasm on PATH.
+    path = os.pathsep.join([str(tool.parent), os.environ.get("PATH", "")])
+    run = subprocess.run(
+        [str(tool), "-sass", "-arch", f"sm_{arch}", str(LIBRARY)],
+        env={**os.environ, "PATH": path},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    functions = run.stdout.split("Function : ")[1:]
+    return {name: code for name, _, code in (f.partition("\n") for f in functions)}
+
+
+def instructions(code: str, name: str) -> set[str]:
+    """The variants of an instruction that occur, as LDG.E.128 is one of LDG."""
+    return set(re.findall(rf"\b{name}\b\S*", code))
+
+
+@pytest.fixture(params=["80", "90a"])
+def kernels(request: pytest.FixtureRequest) -> dict[str, str]:
+    if not LIBRARY.exists():
+        pytest.skip("the CUDA library is not built")
+    if find_disassembler() is None:
+        pytest.skip("no cuobjdump on PATH, beside nvcc or in triton")
+    found = machine_code(request.param)
+    if not found:
+        pytest.skip(f"the CUDA library is built without sm_{request.param}")
+    return found
+
+
+def of_template(
+    kernels: dict[str, str], names: tuple[str, ...], arguments: str
+) -> Iterator[tuple[re.Match[str], str]]:
+    """Instances of kernel templates `name`_kernel whose arguments match a pattern."""
+    pattern = re.compile(rf"\d({'|'.join(names)})_kernelI(?:NS0?_)?{arguments}EEv")
+    for name, code in kernels.items():
+        if match := pattern.search(name):
+            yield match, code
+
+
+def test_no_local_memory(kernels: dict[str, str]) -> None:
+    for name, code in kernels.items():
+        assert "EXIT" in code, name
+        spilled = instructions(code, "LDL") | instructions(code, "STL")
+        assert not spilled, f"{name}: accesses of local memory {spilled}"
+
+
+def test_vector_kernels_access_16_bytes(kernels: dict[str, str]) -> None:
+    seen = set()
+    for match, code in of_template(kernels, VECTOR_KERNELS, r"(\w+?)E?Li(\d+)E"):
+        kernel, storage, vector = match[1], match[2], int(match[3])
+        seen.add((kernel, storage, vector))
+        if vector == 1:
+            continue
+        loads, stores = instructions(code, "LDG"), instructions(code, "STG")
+        assert any(".128" in load for load in loads), f"{match[0]}: {loads}"
+        assert any(".128" in store for store in stores), f"{match[0]}: {stores}"
+        if kernel in WRITTEN_IN_THE_LAUNCH:
+            narrow = {load for load in loads if "CONSTANT" in load and ".128" not in load}
+            assert not narrow, f"{match[0]}: {narrow}"
+    assert seen == {
+        (kernel, storage, vector)
+        for kernel in VECTOR_KERNELS
+        for storage, most in VECTOR_OF_TYPE.items()
+        for vector in (1, most)
+    }
+
+
+def test_tile_kernels(kernels: dict[str, str]) -> None:
+    """16-byte loads in the sampler, asynchronous copies of weights, tensor cores in the products."""
+    seen = set()
+    for match, code in of_template(kernels, TILE_KERNELS, r"(\w+?)E?(?:Li\d+E)*Lb([01])E"):
+        kernel, operand, vectors = match[1], match[2], match[3] == "1"
+        seen.add((kernel, operand, vectors))
+        assert instructions(code, "LDGSTS"), match[0]
+        if vectors:
+            loads = instructions(code, "LDG")
+            assert any(".128" in load and "CONSTANT" in load for load in loads), match[0]
+        if operand in TENSOR_INSTRUCTION:
+            found = instructions(code, "HMMA")
+            assert TENSOR_INSTRUCTION[operand] in found, f"{match[0]}: {found}"
+            assert instructions(code, "LDSM"), match[0]
+        else:
+            assert instructions(code, "DFMA" if operand == "d" else "FFMA"), match[0]
+    operands = (*TENSOR_INSTRUCTION, "f", "d")
+    assert seen == {(k, o, v) for k in TILE_KERNELS for o in operands for v in (False, True)}
+
+
+def test_scattered_sums_are_vectors_where_there_are_some(kernels: dict[str, str]) -> None:
+    for match, code in of_template(kernels, ("deform_bwd_input",), r"(8bfloat16|7float16|4Tf32)ELb1E"):
+        reductions = instructions(code, "REDG?")
+        assert reductions, match[0]
