@@ -15,12 +15,6 @@ from dyhead_cuda import library
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
-# The operators that each compiled library has kernels of.
-OPERATORS = {
-    "cpu": ("deform_conv", "dynamic_relu", "fuse_branches"),
-    "cuda": ("deform_conv", "dynamic_relu", "fuse_branches"),
-}
-
 _log = logging.getLogger("dyhead_cuda")
 _requested: str = "auto"
 
@@ -52,26 +46,22 @@ def current() -> Backend:
     return cast(Backend, _requested)
 
 
-def select(x: Tensor, operator: str) -> Literal["reference", "cpu", "cuda"]:
-    """The backend that runs a compiled ``operator`` (a name in ``OPERATORS``) on ``x``.
+def select(x: Tensor) -> Literal["reference", "cpu", "cuda"]:
+    """The backend that runs the operators on ``x``.
 
     Raises:
         ValueError: a backend was asked for that does not take tensors of this device.
-        RuntimeError: its library is not loaded, with the reason and what to do, or it has no kernel
-            of this operator.
+        RuntimeError: its library is not loaded, with the reason and what to do.
     """
     device = x.device.type
     if _requested == "reference":
         return "reference"
     if _requested == "auto":
-        if device not in OPERATORS:
+        if device not in ("cpu", "cuda"):
             return "reference"
         if not library.loaded(device):
             if device == "cuda":
                 _warn_once(f"the CUDA library is not loaded: {library.reason('cuda')}")
-            return "reference"
-        if operator not in OPERATORS[device]:
-            _warn_once(f"the CUDA library has no kernel of {operator} yet")
             return "reference"
         return cast(Literal["cpu", "cuda"], device)
     library.require(_requested)
@@ -79,11 +69,6 @@ def select(x: Tensor, operator: str) -> Literal["reference", "cpu", "cuda"]:
         raise ValueError(
             f'backend "{_requested}" takes {_requested} tensors, got one on {x.device}; move the '
             'features and the module there, or use backend("auto")'
-        )
-    if operator not in OPERATORS[_requested]:
-        raise RuntimeError(
-            f'backend "{_requested}" has no kernel of {operator} yet; use backend("auto"), which '
-            "runs it on the reference"
         )
     return cast(Literal["cpu", "cuda"], _requested)
 

@@ -180,7 +180,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     original, name = images.load_photograph(arguments.image)
     photograph = images.resize(original, arguments.size)
     pixels = images.to_tensor(photograph)
-    best = backends.select(torch.empty(0, device=device), "deform_conv")
+    best = backends.select(torch.empty(0, device=device))
     _print_plan(console, arguments, name, original.size, photograph.size, pixels, device, best)
 
     columns = (

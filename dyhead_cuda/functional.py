@@ -48,7 +48,7 @@ def modulated_deform_conv2d(
     geometry = checks.deform_conv_geometry(
         input, offset, weight, bias, stride, padding, dilation, mask
     )
-    if select(input, "deform_conv") == "reference":
+    if select(input) == "reference":
         return reference.modulated_deform_conv2d(
             input, offset, weight, bias, stride, padding, dilation, mask
         )
@@ -66,7 +66,7 @@ def dynamic_relu(
 ) -> Tensor:
     """Task-aware attention in one kernel; see :func:`dyhead_cuda.reference.dynamic_relu`."""
     checks.dynamic_relu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
-    if select(x, "dynamic_relu") == "reference" or x.numel() == 0:
+    if select(x) == "reference" or x.numel() == 0:
         return reference.dynamic_relu(
             x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
         )
@@ -90,7 +90,7 @@ def spatial_attention(
     product: nothing of the size of L times the features is made.
     """
     checks.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
-    if select(features, "deform_conv") == "reference":
+    if select(features) == "reference":
         return reference.spatial_attention(
             features, weight, offset_weight, offset_bias, targets=targets, gates=gates
         )
@@ -126,7 +126,7 @@ def pyramid_block(
     """One block of the published head; see :func:`dyhead_cuda.reference.pyramid_block`."""
     in_channels, _ = checks.block_parameters(parameters, num_groups, features)
     checks.pyramid(features, in_channels, high_offset)
-    if select(features[0], "deform_conv") != "reference":
+    if select(features[0]) != "reference":
         return fused.pyramid_block(
             features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
         )

@@ -211,7 +211,9 @@ CONVOLUTIONS = {
         channels=12, out_channels=6, groups=2, deform_groups=3
     ),
     "depthwise": Convolution(channels=5, out_channels=10, groups=5, size=(4, 5)),
-    "large kernel": Convolution(kernel=(5, 3), padding=(2, 3), dilation=(2, 1), size=(7, 9)),
+    "large kernel": Convolution(
+        channels=72, kernel=(5, 3), padding=(2, 3), dilation=(2, 1), size=(7, 9)
+    ),
     "strides": Convolution(stride=(2, 3), size=(11, 13), padding=(0, 2)),
     "far offsets": Convolution(offset_scale=30),
 }
