@@ -51,6 +51,12 @@ struct DeformBwdParams {
   void* grad_gates;          // [N, sources] or null
 };
 
+// What is predicted for one tap: its offset, and its mask before a sigmoid.
+template <class F>
+struct TapValues {
+  F dy, dx, mask;
+};
+
 // Where the taps of one term of a job read for one image, and with which weights.
 template <class F>
 struct TapSampler {
@@ -60,21 +66,35 @@ struct TapSampler {
   const F* predictions;  // the image's first prediction row
   F gate;
 
+  DYHEAD_HD F predicted_mask(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
+    if (job.plain()) return F(1);
+    const int32_t k = deform_group * shape.taps() + tap;
+    return predictions[prediction_index(shape, job, job.mask_rule, shape.offset_columns(), k, at)];
+  }
+
+  DYHEAD_HD TapValues<F> predicted(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
+    const F mask = predicted_mask(deform_group, tap, at);
+    if (job.plain()) return {F(0), F(0), mask};
+    const int32_t k = 2 * (deform_group * shape.taps() + tap);
+    const F dy = predictions[prediction_index(shape, job, job.offset_rule, 0, k, at)];
+    const F dx = predictions[prediction_index(shape, job, job.offset_rule, 0, k + 1, at)];
+    return {dy, dx, mask};
+  }
+
   // The factor of a sample; *before_gate, where asked for, is the mask alone.
-  DYHEAD_HD F modulation(int32_t deform_group, int32_t tap, const OutputPixel& at,
-                         F* before_gate = nullptr) const {
-    F mask = F(1);
-    if (!job.plain()) {
-      const int32_t k = deform_group * shape.taps() + tap;
-      const F value =
-          predictions[prediction_index(shape, job, job.mask_rule, shape.offset_columns(), k, at)];
-      mask = shape.mask_logits ? F(1) / (F(1) + std::exp(-value)) : value;
-    }
+  DYHEAD_HD F modulation(F predicted_mask, F* before_gate = nullptr) const {
+    const bool logit = shape.mask_logits && !job.plain();
+    const F mask = logit ? F(1) / (F(1) + std::exp(-predicted_mask)) : predicted_mask;
     if (before_gate != nullptr) *before_gate = mask;
     return mask * gate;
   }
 
-  DYHEAD_HD SamplePoint<F> point(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
+  DYHEAD_HD F modulation(int32_t deform_group, int32_t tap, const OutputPixel& at,
+                         F* before_gate = nullptr) const {
+    return modulation(predicted_mask(deform_group, tap, at), before_gate);
+  }
+
+  DYHEAD_HD SamplePoint<F> point(F dy, F dx, int32_t tap, const OutputPixel& at) const {
     const int32_t y = at.y * job.stride_h - shape.pad_h + tap / shape.kernel_w * shape.dilation_h;
     const int32_t x = at.x * job.stride_w - shape.pad_w + tap % shape.kernel_w * shape.dilation_w;
     if (job.plain()) {
@@ -82,22 +102,28 @@ struct TapSampler {
       if (!inside) return {F(0), F(0), 0, 0, false};
       return {F(0), F(0), y, x, true};
     }
-    const int32_t k = 2 * (deform_group * shape.taps() + tap);
-    const F dy = predictions[prediction_index(shape, job, job.offset_rule, 0, k, at)];
-    const F dx = predictions[prediction_index(shape, job, job.offset_rule, 0, k + 1, at)];
     return locate(y, dy, x, dx, source.height, source.width);
   }
 
+  DYHEAD_HD SamplePoint<F> point(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
+    const TapValues<F> v = predicted(deform_group, tap, at);
+    return point(v.dy, v.dx, tap, at);
+  }
+
   // The corners that `p` reads, with the modulation folded into their weights.
-  DYHEAD_HD Corners<F> corners(const SamplePoint<F>& p, int32_t deform_group, int32_t tap,
-                               const OutputPixel& at) const {
+  DYHEAD_HD Corners<F> corners(const SamplePoint<F>& p, F predicted_mask) const {
     // A sample outside must stay zero even where its modulation is not finite.
-    const F scale = p.inside ? modulation(deform_group, tap, at) : F(0);
+    const F scale = p.inside ? modulation(predicted_mask) : F(0);
     if (job.plain()) {
       const int32_t pixel = p.inside ? p.top * source.width + p.left : -1;
       return {{scale, F(0), F(0), F(0)}, {pixel, -1, -1, -1}};
     }
     return corners_of(p, source.height, source.width, scale);
+  }
+
+  DYHEAD_HD Corners<F> corners(const SamplePoint<F>& p, int32_t deform_group, int32_t tap,
+                               const OutputPixel& at) const {
+    return corners(p, p.inside ? predicted_mask(deform_group, tap, at) : F(0));
   }
 };
 

@@ -9,6 +9,7 @@ namespace dyhead::simt {
 void bind_emulator(pybind11::module_& module);
 void bind_block_coefficients(pybind11::module_& module);
 void bind_deform_conv(pybind11::module_& module);
+void bind_deform_weights(pybind11::module_& module);
 void bind_dynamic_relu(pybind11::module_& module);
 void bind_fuse_branches(pybind11::module_& module);
 
@@ -23,6 +24,7 @@ PYBIND11_MODULE(dyhead_simt, module) {
   bind_emulator(module);
   bind_block_coefficients(module);
   bind_deform_conv(module);
+  bind_deform_weights(module);
   bind_dynamic_relu(module);
   bind_fuse_branches(module);
 }

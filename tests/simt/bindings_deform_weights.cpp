@@ -1,0 +1,87 @@
+// The weight gradient of deform_conv.
+#include <pybind11/stl.h>
+
+#include "cuda/deform_run_weights.h"
+#include "deform_tables.h"
+
+namespace dyhead::simt {
+namespace {
+
+using namespace dyhead::cuda;
+
+template <class T>
+py::array gradient(const DeformTables& tables, const py::array& source,
+                   const py::array& predictions, const py::object& gates,
+                   const py::array& grad_rows, bool allow_tf32, const DeviceLimits& device) {
+  using F = compute_t<T>;
+  const DeformShape& s = tables.shape;
+  const auto x = DeviceArray<T>::copy_of("source", source);
+  const auto offsets = DeviceArray<F>::copy_of("predictions", predictions);
+  const auto rows = DeviceArray<T>::copy_of("grad_rows", grad_rows);
+  const auto grad_weights = DeviceArray<F>::poisoned(
+      "grad_weights",
+      {tables.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w});
+  DeformBwdParams params{};
+  params.tables = &tables;
+  params.source = x.data();
+  params.predictions = offsets.data();
+  std::deque<DeviceArray<F>> gate_memory;
+  if (!gates.is_none()) {
+    gate_memory.push_back(DeviceArray<F>::copy_of("gates", gates));
+    params.gates = gate_memory.back().data();
+  }
+  params.grad_weights = grad_weights.data();
+  Workspaces workspaces;
+  check_launch("run_deform_bwd_weights", run_deform_bwd_weights(params, rows.data(), allow_tf32,
+                                                                device, workspaces, nullptr));
+  return grad_weights.to_numpy();
+}
+
+}  // namespace
+
+void bind_deform_weights(py::module_& module) {
+  py::module_ m = module.def_submodule("deform_weights", "csrc/cuda/deform_run_weights.h");
+  m.def("weight_slices", &weight_slices, py::arg("tiles"), py::arg("blocks"), py::arg("resident"));
+  m.def(
+      "plan",
+      [](const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
+         const std::string& dtype, int64_t channels, int64_t out_channels, bool vectors,
+         bool allow_tf32, const DeviceLimits& device) {
+        const DeformTables tables = read_tables(geometry, sources, terms, jobs, true,
+                                                named_dtype(dtype), channels, out_channels, 1);
+        const DeformMath math = deform_math(tables.shape.dtype, allow_tf32);
+        const DeformWeightColumns columns = weight_columns(tables.shape, math, vectors, device);
+        std::vector<std::vector<int32_t>> launches;  // slices of each matrix
+        for (const DeformTable& table : deform_launches(tables, columns.depth)) {
+          const DeformWeightSlices slices = plan_slices(table, columns, device);
+          launches.emplace_back();
+          for (int32_t i = 0; i < slices.count; ++i) {
+            launches.back().push_back(slices.first[i + 1] - slices.first[i]);
+          }
+        }
+        return py::make_tuple(columns.outs, columns.blocks(tables.shape), launches);
+      },
+      py::arg("geometry"), py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("dtype"),
+      py::arg("channels"), py::arg("out_channels"), py::kw_only(), py::arg("vectors") = true,
+      py::arg("allow_tf32") = false, py::arg("device"));
+  m.def(
+      "gradient",
+      [](const std::string& dtype_name, const py::array& source, const py::array& predictions,
+         const py::object& gates, const py::array& grad_rows, int64_t weights,
+         const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
+         bool mask_logits, bool allow_tf32, const DeviceLimits& device) {
+        const DType dtype = named_dtype(dtype_name);
+        const DeformTables tables = read_tables(geometry, sources, terms, jobs, mask_logits, dtype,
+                                                source.shape(1), grad_rows.shape(1), weights);
+        return dispatch_dtype(dtype, [&](auto zero) {
+          return gradient<decltype(zero)>(tables, source, predictions, gates, grad_rows, allow_tf32,
+                                          device);
+        });
+      },
+      py::arg("dtype"), py::arg("source"), py::arg("predictions"), py::arg("gates"),
+      py::arg("grad_rows"), py::arg("weights"), py::arg("geometry"), py::arg("sources"),
+      py::arg("terms"), py::arg("jobs"), py::arg("mask_logits"), py::kw_only(),
+      py::arg("allow_tf32") = false, py::arg("device"));
+}
+
+}  // namespace dyhead::simt

@@ -1,0 +1,294 @@
+"""The CUDA weight gradient of deform_conv, compiled for the host, against float64 autograd."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dyhead_cuda.ops.common import compute_dtype
+from dyhead_cuda.ops.deform_conv import NO_MAP, NONE, Job, Map, Plan, stack_maps
+from dyhead_cuda.reference import modulated_deform_conv2d
+from tests.conftest import TOLERANCE, leaf, random_like, relative_l2
+from tests.deform_work import WORKS, Work
+from tests.test_deform_conv import Case
+
+from .test_deform_conv import TF32, dtypes, name_of, to_array
+from .test_dynamic_relu import to_tensor
+
+HALF = torch.bfloat16
+
+
+def round_to_tf32(t: Tensor) -> Tensor:
+    bits = t.detach().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The emulated gradient, on a device of some size."""
+
+    simt: Any
+    allow_tf32: bool = False
+    processors: int = 4
+    shared_bytes: int = 227 * 1024
+
+    def device(self) -> Any:
+        return self.simt.deform_conv.DeviceLimits(self.processors, self.shared_bytes)
+
+    def run(self, plan: Plan, tensors: dict[str, Tensor], grad_rows: Tensor) -> Tensor:
+        source = tensors["source"]
+        result = self.simt.deform_weights.gradient(
+            name_of(source.dtype),
+            to_array(source),
+            to_array(tensors["predictions"]),
+            to_array(tensors["gates"]) if "gates" in tensors else None,
+            to_array(round_to_tf32(grad_rows) if self.allow_tf32 else grad_rows),
+            tensors["weights"].shape[0],
+            *plan.tables,
+            plan.mask_logits,
+            allow_tf32=self.allow_tf32,
+            device=self.device(),
+        )
+        return to_tensor(result, compute_dtype(source.dtype))
+
+    def plan_of(self, plan: Plan, channels: int, outs: int, name: str) -> Any:
+        return self.simt.deform_weights.plan(
+            *plan.tables, name, channels, outs, allow_tf32=self.allow_tf32, device=self.device()
+        )
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        return 2 * (TF32 if self.allow_tf32 else TOLERANCE[dtype])
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One deformable convolution as a list of one job."""
+
+    case: Case
+
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        return self.case.tensors()
+
+    @property
+    def plan(self) -> Plan:
+        case, shape = self.case, self.exact["input"].shape
+        out = Map(0, *self.exact["offset"].shape[2:])
+        job = Job(out, out, [(0, 0)], case.stride)
+        return Plan(
+            case.batch,
+            [Map(0, *shape[2:])],
+            [job],
+            case.kernel,
+            case.padding,
+            case.dilation,
+            case.groups,
+            case.deform_groups,
+            mask_logits=False,
+        )
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        maps, compute = self.exact, compute_dtype(dtype)
+        predictions = torch.cat([maps["offset"], maps["mask"]], 1)
+        return {
+            "source": rows_of(maps["input"]).to(dtype),
+            "predictions": rows_of(predictions).to(compute),
+            "weights": maps["weight"][None].to(compute),
+        }
+
+    def reference(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        n, height, width = self.case.batch, *self.exact["input"].shape[2:]
+        taps, deform_groups = math.prod(self.case.kernel), self.case.deform_groups
+        predictions = maps_of(tensors["predictions"], n, *self.exact["offset"].shape[2:])
+        out = modulated_deform_conv2d(
+            maps_of(tensors["source"], n, height, width),
+            predictions[:, : 2 * taps * deform_groups],
+            tensors["weights"][0],
+            None,
+            self.case.stride,
+            self.case.padding,
+            self.case.dilation,
+            predictions[:, 2 * taps * deform_groups :],
+        )
+        return [rows_of(out)]
+
+
+def rows_of(maps: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def maps_of(rows: Tensor, images: int, height: int, width: int) -> Tensor:
+    return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
+
+
+def check(
+    work: Work | Convolution | Tables,
+    dtype: torch.dtype,
+    operator: Operator,
+    tensors: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The gradient of random rows, checked against that of the reference."""
+    tensors = work.tensors(dtype) if tensors is None else tensors
+    exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
+    out = work.reference(exact)[0]
+    grad_rows = random_like(out)[0].to(dtype)
+    (expected,) = torch.autograd.grad(out, exact["weights"], grad_rows.double())
+    actual = operator.run(work.plan, tensors, grad_rows)
+    assert actual.isfinite().all()
+    assert relative_l2(actual, expected) <= operator.tolerance(dtype)
+    assert (actual[expected == 0] == 0).all()
+    return actual
+
+
+@dtypes
+@pytest.mark.parametrize("name", [name for name in WORKS if WORKS[name].images > 0])
+def test_jobs(simt: Any, name: str, dtype: torch.dtype) -> None:
+    check(replace(WORKS[name], moments=False), dtype, Operator(simt))
+
+
+@pytest.mark.parametrize("name", ["all", "many channels"])
+def test_jobs_tf32(simt: Any, name: str) -> None:
+    check(replace(WORKS[name], moments=False), torch.float32, Operator(simt, allow_tf32=True))
+
+
+def test_no_images(simt: Any) -> None:
+    work = WORKS["no images"]
+    tensors = work.tensors(torch.float32)
+    gradient = Operator(simt).run(work.plan, tensors, torch.zeros(0, work.out_channels))
+    assert gradient.shape == tensors["weights"].shape
+    assert (gradient == 0).all()
+
+
+# What a block computes depends on the numbers of channels: 32, 128 or 256 outputs at a time, by
+# vectors or one by one.
+SIZES = {
+    "one channel": Case(in_multiple=1, out_multiple=1),
+    "odd": Case(in_multiple=7, out_multiple=7),
+    "two steps, narrow": Case(in_multiple=96, out_multiple=24),
+    "rows of 27": Case(in_multiple=72, out_multiple=27),
+    "rows of 41": Case(in_multiple=16, out_multiple=41),
+    "medium": Case(in_multiple=40, out_multiple=96),
+    "wide": Case(batch=1, in_multiple=8, out_multiple=264),
+    "wide, odd rows": Case(batch=1, in_multiple=8, out_multiple=131),
+    "groups": Case(groups=2, in_multiple=16, out_multiple=40),
+    "deformable groups": Case(deform_groups=2, in_multiple=72),
+    "both": Case(groups=2, deform_groups=3, in_multiple=8, kernel=(1, 3), stride=(2, 1)),
+    "a large kernel": Case(kernel=(5, 5), padding=(2, 2), dilation=(1, 2), in_multiple=8),
+    "one tap": Case(kernel=(1, 1), padding=(0, 0), in_multiple=200, stride=(1, 2)),
+    "many pixels": Case(batch=3, margin=(12, 33), in_multiple=8),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(simt: Any, name: str) -> None:
+    check(Convolution(SIZES[name]), HALF, Operator(simt))
+
+
+@pytest.mark.parametrize("name", ["medium", "wide", "groups", "one tap", "many pixels"])
+@pytest.mark.parametrize("math", ["float64", "float32", "tf32"])
+def test_sizes_of_wide_types(simt: Any, name: str, math: str) -> None:
+    dtype = torch.float64 if math == "float64" else torch.float32
+    check(Convolution(SIZES[name]), dtype, Operator(simt, allow_tf32=math == "tf32"))
+
+
+def test_little_shared_memory(simt: Any) -> None:
+    convolution, operator = Convolution(SIZES["wide"]), Operator(simt, shared_bytes=99 << 10)
+    outs, *_ = operator.plan_of(convolution.plan, 8, 264, "bfloat16")
+    assert outs == 128
+    check(convolution, HALF, operator)
+
+
+@pytest.mark.parametrize("processors", [1, 30, 500])
+def test_slices_give_what_one_gives(simt: Any, processors: int) -> None:
+    convolution, operator = Convolution(SIZES["many pixels"]), Operator(simt, processors=processors)
+    _, blocks, [[slices]] = operator.plan_of(convolution.plan, 8, 3, "bfloat16")
+    assert blocks == 5
+    assert slices == {1: 1, 30: 11, 500: 21}[processors]
+    check(convolution, HALF, operator)
+
+
+def test_slices_are_planned_as_documented(simt: Any) -> None:
+    plan = simt.deform_weights.weight_slices
+    assert plan([360, 95, 95], blocks=18, resident=132) == [4, 1, 1]
+    assert plan([0, 5], blocks=1, resident=1) == [0, 1]
+    assert plan([0], blocks=1, resident=1) == [0]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """More jobs than one launch takes, some without pixels, plain as the predictions' own."""
+
+    jobs: int = 30
+    images: int = 2
+    channels: int = 3
+    out_channels: int = 5
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(0, 3) if j % 7 == 3 else (1 + j % 3, 2 + j % 2) for j in range(self.jobs)]
+
+    @property
+    def plan(self) -> Plan:
+        maps = stack_maps(self.sizes, self.images)
+        jobs = [
+            Job(m, NO_MAP, [(i, i % 4), (i, 0)], (1, 1), NONE, NONE) for i, m in enumerate(maps)
+        ]
+        return Plan(self.images, maps, jobs)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        source = torch.Generator().manual_seed(3)
+        rows = self.plan.out_rows
+        compute = compute_dtype(dtype)
+        return {
+            "source": torch.randn(rows, self.channels, generator=source).to(dtype),
+            "predictions": torch.zeros(0, 27, dtype=compute),
+            "weights": torch.zeros(5, self.out_channels, self.channels, 3, 3, dtype=compute),
+        }
+
+    def reference(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        outs = []
+        for job, (height, width) in zip(self.plan.jobs, self.sizes, strict=True):
+            rows = tensors["source"][job.out.first_row :][: self.images * height * width]
+            if height == 0:
+                continue
+            x = maps_of(rows, self.images, height, width)
+            weight = tensors["weights"][[w for _, w in job.terms]].sum(0)
+            outs.append(rows_of(torch.nn.functional.conv2d(x, weight, padding=1)))
+        return [torch.cat(outs)]
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float64], ids=name_of)
+def test_several_launches(simt: Any, dtype: torch.dtype) -> None:
+    tables, operator = Tables(), Operator(simt)
+    *_, launches = operator.plan_of(tables.plan, 3, 5, name_of(dtype))
+    assert [len(slices) for slices in launches] == [4, 4]
+    check(tables, dtype, operator)
+
+
+@pytest.mark.parametrize("extreme", [math.nan, math.inf, -math.inf, 1e30, -3e9])
+def test_extreme_offsets_sample_zero(simt: Any, extreme: float) -> None:
+    convolution = Convolution(SIZES["odd"])
+    tensors = convolution.tensors(torch.float32)
+    masked = {name: t.detach().clone() for name, t in tensors.items()}
+    bad = torch.rand(tensors["predictions"].shape) < 0.2
+    bad[:, 18:] = bad[:, :18].unflatten(1, (9, 2)).any(2)  # whatever the mask is there
+    extremes = torch.where(bad, extreme, tensors["predictions"])
+    masked["predictions"] = torch.where(bad, 0.0, tensors["predictions"])
+    expected = check(convolution, torch.float32, Operator(simt), masked)
+    operator = Operator(simt)
+    grad_rows = random_like(convolution.reference(masked)[0])[0].float()
+    actual = operator.run(convolution.plan, masked | {"predictions": extremes}, grad_rows)
+    assert torch.equal(actual, expected)
+
+
+def test_every_order_of_threads_gives_the_same_bits(simt: Any, seed: int) -> None:
+    work = Work(channels=8, out_channels=8, moments=False)
+    first = check(work, HALF, Operator(simt, processors=40))
+    simt.set_seed(seed + 100)
+    assert torch.equal(first, check(work, HALF, Operator(simt, processors=40)))
