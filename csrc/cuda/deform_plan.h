@@ -43,9 +43,9 @@ inline int64_t count_tiles(const DeformTables& tables, int rows) {
 // beside the blending, blends again for every 128 columns. 128 rows use each weight that is read
 // twice as often as 64, but few tiles leave processors idle in the last round.
 //
-// Example: one 800 x 1344 image on 132 processors. 128 rows: 270 tiles, so 3 rounds where 2.05
-// would do. 64 rows: 535 tiles of 0.55 of the time, 5 rounds, 2.75. So 64 rows. With 8 images: 17
-// rounds against 33 x 0.55 = 18.2, so 128 rows.
+// Example: one 800 x 1344 image on 132 processors. 128 rows: 281 tiles, so 3 rounds where 2.13
+// would do. 64 rows: 545 tiles of 0.55 of the time, 5 rounds, 2.75. So 64 rows. With 8 images: 18
+// rounds against 34 x 0.55 = 18.7, so 128 rows.
 inline DeformTiling forward_tiling(const DeformTables& tables, DeformMath math, bool vectors,
                                    const DeviceLimits& device) {
   constexpr double kCostOf64Rows = 0.55;

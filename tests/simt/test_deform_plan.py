@@ -1,0 +1,90 @@
+"""How a call of deform_conv is cut into launches and tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dyhead_cuda.fused import BlockPlan
+from dyhead_cuda.ops.deform_conv import Job, Map, Plan, stack_maps
+
+# 800 x 1344 pixels, padded to multiples of 32.
+PYRAMID = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+KILOBYTE = 1024
+
+
+def tiling(
+    simt: Any,
+    plan: Plan,
+    channels: int = 256,
+    out_channels: int = 256,
+    *,
+    dtype: str = "bfloat16",
+    processors: int = 132,
+    shared_bytes: int = 227 * KILOBYTE,
+    **options: bool,
+) -> Any:
+    device = simt.deform_conv.DeviceLimits(processors, shared_bytes)
+    return simt.deform_conv.tiling(
+        *plan.tables, dtype, channels, out_channels, device=device, **options
+    )
+
+
+def test_worked_example(simt: Any) -> None:
+    """The numbers that the comment of forward_tiling gives."""
+    one = BlockPlan(PYRAMID, 1, "flat").deform
+    assert tiling(simt, one) == (64, 256, [(13, 545)])
+    eight = BlockPlan(PYRAMID, 8, "flat").deform
+    assert tiling(simt, eight) == (128, 256, [(13, 2248)])
+
+
+def test_a_block_is_one_launch_up_to_eight_levels(simt: Any) -> None:
+    sizes = tuple((2**i, 2**i) for i in range(8, 0, -1))
+    for rule in ("flat", "crop", "aligned", "mmdet_main"):
+        _, _, launches = tiling(simt, BlockPlan(sizes, 2, rule).deform)
+        assert len(launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("out_channels", "options", "expected"),
+    [
+        (27, {}, (128, 32)),
+        (96, {}, (128, 128)),
+        (256, {"dtype": "float32"}, (128, 128)),
+        (256, {"dtype": "float32", "allow_tf32": True}, (128, 256)),
+        (256, {"dtype": "float64"}, (128, 32)),
+        (256, {"vectors": False}, (128, 32)),
+        (512, {}, (128, 256)),
+    ],
+)
+def test_outputs_and_arithmetic(
+    simt: Any, out_channels: int, options: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    plan = BlockPlan(PYRAMID, 8, "flat").deform
+    assert tiling(simt, plan, 256, out_channels, **options)[:2] == expected
+
+
+def test_small_shared_memory_takes_small_tiles(simt: Any) -> None:
+    plan = BlockPlan(PYRAMID, 8, "flat").deform
+    assert tiling(simt, plan, shared_bytes=99 * KILOBYTE)[:2] == (64, 256)
+
+
+def test_patches_or_stretches(simt: Any) -> None:
+    """Patches of 8 x 16 pixels unless stretches of 128 pixels are a good deal fewer."""
+    for size, tiles in {(80, 160): 100, (7, 11): 1, (13, 21): 3, (1, 1000): 8, (9, 17): 2}.items():
+        out = Map(0, *size)
+        plan = Plan(1, [out], [Job(out, out, [(0, 0)])])
+        assert tiling(simt, plan, 256, 27) == (128, 32, [(1, tiles)]), size
+
+
+def test_more_jobs_than_a_table_holds(simt: Any) -> None:
+    outs = stack_maps([(4, 4)] * 50, 1)
+    plan = Plan(1, outs, [Job(out, out, [(i, 0)]) for i, out in enumerate(outs)])
+    _, _, launches = tiling(simt, plan)
+    assert [jobs for jobs, _ in launches] == [24, 24, 2]
+    assert sum(tiles for _, tiles in launches) == 50
+
+
+def test_no_images_take_no_tiles(simt: Any) -> None:
+    assert tiling(simt, BlockPlan(PYRAMID, 0, "flat").deform)[2] == [(13, 0)]
