@@ -97,15 +97,21 @@ class Gather {
     for (int i = 0; i < 4; ++i) {
       weight_[i] = corners.weight[i];
       const int32_t pixel = corners.pixel[i];
-      const T* from = source + static_cast<int64_t>(pixel) * channels;
+      words_[i] = Words{};
       if constexpr (kVectors) {
-        values_[i] = Vec<T, kUnit>{};
-        if (pixel >= 0 && count > 0) values_[i] = load_vec_readonly<kUnit>(from);
-      } else {
-#pragma unroll
-        for (int k = 0; k < kUnit; ++k) {
-          values_[i][k] = pixel >= 0 && k < count ? from[k] : T{};
+        // A map of an image has less than 2^32 units (64 GiB): the product needs no 64 bits.
+        const uint32_t unit =
+            static_cast<uint32_t>(pixel) * static_cast<uint32_t>(channels / kUnit);
+        if (pixel >= 0 && count > 0) {
+          words_[i] = load_vec_readonly<4>(reinterpret_cast<const uint32_t*>(source) +
+                                           static_cast<uint64_t>(unit) * 4);
         }
+      } else {
+        const T* from = source + static_cast<int64_t>(pixel) * channels;
+        Values values;
+#pragma unroll
+        for (int k = 0; k < kUnit; ++k) values[k] = pixel >= 0 && k < count ? from[k] : T{};
+        words_[i] = __builtin_bit_cast(Words, values);
       }
     }
   }
@@ -117,25 +123,29 @@ class Gather {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (is_half_v<T>) {
-        using Words = Vec<uint32_t, kUnit / 2>;
-        const Words words = __builtin_bit_cast(Words, values_[i]);
 #pragma unroll
         for (int k = 0; k < kUnit / 2; ++k) {
-          const float2 pair = unpack2<T>(words[k]);
+          const float2 pair = unpack2<T>(words_[i][k]);
           sum[2 * k] += weight_[i] * pair.x;
           sum[2 * k + 1] += weight_[i] * pair.y;
         }
       } else {
+        const Values values = __builtin_bit_cast(Values, words_[i]);
 #pragma unroll
-        for (int k = 0; k < kUnit; ++k) sum[k] += weight_[i] * values_[i][k];
+        for (int k = 0; k < kUnit; ++k) sum[k] += weight_[i] * values[k];
       }
     }
     store_vec(reinterpret_cast<T*>(to), Operand<Op>::unit(sum));
   }
 
  private:
+  using Values = Vec<T, kUnit>;
+  // As words of a register each: of halves, the compiler would touch every one upon loading, and
+  // so wait for the loads before the products.
+  using Words = Vec<uint32_t, 4>;
+
   F weight_[4];
-  Vec<T, kUnit> values_[4];
+  Words words_[4];
 };
 
 // Starts the copy of a panel of weights into a tile of shared memory.
