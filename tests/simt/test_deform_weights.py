@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import pytest
@@ -12,14 +11,12 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import NO_MAP, NONE, Job, Map, Plan, stack_maps
-from dyhead_cuda.reference import modulated_deform_conv2d
+from dyhead_cuda.ops.deform_conv import NO_MAP, NONE, Job, Plan, stack_maps
 from tests.conftest import TOLERANCE, leaf, random_like, relative_l2
 from tests.deform_work import WORKS, Work
-from tests.test_deform_conv import Case
 
-from .test_deform_conv import TF32, dtypes, name_of, to_array
-from .test_dynamic_relu import to_tensor
+from .arrays import to_array, to_tensor
+from .test_deform_conv import CONVOLUTIONS, TF32, Convolution, dtypes, name_of
 
 HALF = torch.bfloat16
 
@@ -64,59 +61,6 @@ class Operator:
 
     def tolerance(self, dtype: torch.dtype) -> float:
         return 2 * (TF32 if self.allow_tf32 else TOLERANCE[dtype])
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """One deformable convolution as a list of one job."""
-
-    case: Case
-
-    @cached_property
-    def exact(self) -> dict[str, Tensor]:
-        return self.case.tensors()
-
-    @property
-    def plan(self) -> Plan:
-        case, shape = self.case, self.exact["input"].shape
-        out = Map(0, *self.exact["offset"].shape[2:])
-        job = Job(out, out, [(0, 0)], case.stride)
-        return Plan(
-            case.batch,
-            [Map(0, *shape[2:])],
-            [job],
-            case.kernel,
-            case.padding,
-            case.dilation,
-            case.groups,
-            case.deform_groups,
-            mask_logits=False,
-        )
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        maps, compute = self.exact, compute_dtype(dtype)
-        predictions = torch.cat([maps["offset"], maps["mask"]], 1)
-        return {
-            "source": rows_of(maps["input"]).to(dtype),
-            "predictions": rows_of(predictions).to(compute),
-            "weights": maps["weight"][None].to(compute),
-        }
-
-    def reference(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        n, height, width = self.case.batch, *self.exact["input"].shape[2:]
-        taps, deform_groups = math.prod(self.case.kernel), self.case.deform_groups
-        predictions = maps_of(tensors["predictions"], n, *self.exact["offset"].shape[2:])
-        out = modulated_deform_conv2d(
-            maps_of(tensors["source"], n, height, width),
-            predictions[:, : 2 * taps * deform_groups],
-            tensors["weights"][0],
-            None,
-            self.case.stride,
-            self.case.padding,
-            self.case.dilation,
-            predictions[:, 2 * taps * deform_groups :],
-        )
-        return [rows_of(out)]
 
 
 def rows_of(maps: Tensor) -> Tensor:
@@ -168,37 +112,31 @@ def test_no_images(simt: Any) -> None:
 # What a block computes depends on the numbers of channels: 32, 128 or 256 outputs at a time, by
 # vectors or one by one.
 SIZES = {
-    "one channel": Case(in_multiple=1, out_multiple=1),
-    "odd": Case(in_multiple=7, out_multiple=7),
-    "two steps, narrow": Case(in_multiple=96, out_multiple=24),
-    "rows of 27": Case(in_multiple=72, out_multiple=27),
-    "rows of 41": Case(in_multiple=16, out_multiple=41),
-    "medium": Case(in_multiple=40, out_multiple=96),
-    "wide": Case(batch=1, in_multiple=8, out_multiple=264),
-    "wide, odd rows": Case(batch=1, in_multiple=8, out_multiple=131),
-    "groups": Case(groups=2, in_multiple=16, out_multiple=40),
-    "deformable groups": Case(deform_groups=2, in_multiple=72),
-    "both": Case(groups=2, deform_groups=3, in_multiple=8, kernel=(1, 3), stride=(2, 1)),
-    "a large kernel": Case(kernel=(5, 5), padding=(2, 2), dilation=(1, 2), in_multiple=8),
-    "one tap": Case(kernel=(1, 1), padding=(0, 0), in_multiple=200, stride=(1, 2)),
-    "many pixels": Case(batch=3, margin=(12, 33), in_multiple=8),
+    **CONVOLUTIONS,
+    "odd": Convolution(channels=7, out_channels=7, size=(5, 6)),
+    "two steps, narrow": Convolution(channels=96, out_channels=24, size=(5, 6)),
+    "rows of 27": Convolution(channels=72, out_channels=27, size=(5, 6)),
+    "rows of 41": Convolution(out_channels=41, size=(5, 6)),
+    "wide, odd rows": Convolution(channels=8, out_channels=131, size=(5, 6)),
+    "one tap": Convolution(channels=200, kernel=(1, 1), padding=(0, 0), stride=(1, 2)),
+    "many pixels": Convolution(channels=8, out_channels=3, images=3, size=(13, 34)),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(simt: Any, name: str) -> None:
-    check(Convolution(SIZES[name]), HALF, Operator(simt))
+    check(SIZES[name], HALF, Operator(simt))
 
 
-@pytest.mark.parametrize("name", ["medium", "wide", "groups", "one tap", "many pixels"])
+@pytest.mark.parametrize("name", ["middle output", "wide output", "groups", "many pixels"])
 @pytest.mark.parametrize("math", ["float64", "float32", "tf32"])
 def test_sizes_of_wide_types(simt: Any, name: str, math: str) -> None:
     dtype = torch.float64 if math == "float64" else torch.float32
-    check(Convolution(SIZES[name]), dtype, Operator(simt, allow_tf32=math == "tf32"))
+    check(SIZES[name], dtype, Operator(simt, allow_tf32=math == "tf32"))
 
 
 def test_little_shared_memory(simt: Any) -> None:
-    convolution, operator = Convolution(SIZES["wide"]), Operator(simt, shared_bytes=99 << 10)
+    convolution, operator = SIZES["wide output"], Operator(simt, shared_bytes=99 << 10)
     outs, *_ = operator.plan_of(convolution.plan, 8, 264, "bfloat16")
     assert outs == 128
     check(convolution, HALF, operator)
@@ -206,7 +144,7 @@ def test_little_shared_memory(simt: Any) -> None:
 
 @pytest.mark.parametrize("processors", [1, 30, 500])
 def test_slices_give_what_one_gives(simt: Any, processors: int) -> None:
-    convolution, operator = Convolution(SIZES["many pixels"]), Operator(simt, processors=processors)
+    convolution, operator = SIZES["many pixels"], Operator(simt, processors=processors)
     _, blocks, [[slices]] = operator.plan_of(convolution.plan, 8, 3, "bfloat16")
     assert blocks == 5
     assert slices == {1: 1, 30: 11, 500: 21}[processors]
@@ -273,7 +211,7 @@ def test_several_launches(simt: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("extreme", [math.nan, math.inf, -math.inf, 1e30, -3e9])
 def test_extreme_offsets_sample_zero(simt: Any, extreme: float) -> None:
-    convolution = Convolution(SIZES["odd"])
+    convolution = SIZES["odd"]
     tensors = convolution.tensors(torch.float32)
     masked = {name: t.detach().clone() for name, t in tensors.items()}
     bad = torch.rand(tensors["predictions"].shape) < 0.2
