@@ -29,7 +29,9 @@ VECTOR_KERNELS = (
 # might show an old one: only the wide loads of rows take it.
 WRITTEN_IN_THE_LAUNCH = ("dynamic_relu_fwd", "dynamic_relu_bwd")
 # What multiplies tiles, by kind of arithmetic as names are mangled.
-TILE_KERNELS = ("deform_fwd", "deform_bwd_input")
+TILE_KERNELS = ("deform_fwd", "deform_bwd_input", "deform_bwd_weights")
+# In these samples are loaded during the products of the step before.
+OVERLAPPED_KERNELS = ("deform_fwd", "deform_bwd_weights")
 TENSOR_INSTRUCTION = {
     "8bfloat16": "HMMA.16816.F32.BF16",
     "7float16": "HMMA.16816.F32",
@@ -135,11 +137,38 @@ def test_tile_kernels(kernels: dict[str, str]) -> None:
         if operand in TENSOR_INSTRUCTION:
             found = instructions(code, "HMMA")
             assert TENSOR_INSTRUCTION[operand] in found, f"{match[0]}: {found}"
-            assert instructions(code, "LDSM"), match[0]
+            # Only 16-bit values can be transposed as they are loaded.
+            if not (kernel == "deform_bwd_weights" and operand == "4Tf32"):
+                assert instructions(code, "LDSM"), match[0]
         else:
             assert instructions(code, "DFMA" if operand == "d" else "FFMA"), match[0]
     operands = (*TENSOR_INSTRUCTION, "f", "d")
     assert seen == {(k, o, v) for k in TILE_KERNELS for o in operands for v in (False, True)}
+
+
+def loads_under_way(code: str) -> int:
+    """How many 16-byte loads are first used after the start of a product on tensor cores."""
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);", code)
+    count = 0
+    for i, line in enumerate(lines):
+        load = re.search(r"LDG\.E\.128\.CONSTANT R(\d+),", line)
+        if load is None:
+            continue
+        loaded = {f"R{int(load[1]) + k}" for k in range(4)}
+        for later in lines[i + 1 :]:
+            if loaded & set(re.findall(r"\bR\d+\b", later)):
+                break
+            if "HMMA" in later:
+                count += 1
+                break
+    return count
+
+
+def test_products_do_not_wait_for_samples(kernels: dict[str, str]) -> None:
+    pattern = r"(8bfloat16|7float16|4Tf32)E(?:Li\d+E)+Lb1E"
+    for match, code in of_template(kernels, OVERLAPPED_KERNELS, pattern):
+        # Four corners of what a thread blends in a step, four units at most.
+        assert loads_under_way(code) >= 8, match[0]
 
 
 def test_scattered_sums_are_vectors_where_the_device_has_them(kernels: dict[str, str]) -> None:
