@@ -53,4 +53,8 @@ STABLE_TORCH_LIBRARY(dyhead, m) {
       "Tensor[] norm_biases, Tensor gate_weight, Tensor fc1_weight, Tensor fc2_weight, "
       "int[] levels_of, int[] branches_of, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Levels [N, C, H, W], each contiguous or channels_last, as rows [R, C], one after the other.
+  m.def("pack_levels(Tensor[] levels) -> Tensor");
+  // Contiguous levels from their rows: first row, height and width of each.
+  m.def("unpack_levels(Tensor rows, int images, int[] maps) -> Tensor[]");
 }

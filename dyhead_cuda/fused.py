@@ -39,9 +39,13 @@ READ_RULES = {"flat": (FLAT, FLAT), "crop": (CROP, CROP), "mmdet_main": (FLAT, C
 
 
 def pack(levels: Sequence[Tensor]) -> Tensor:
-    """Levels [N, C, H_l, W_l] of any strides as one matrix of rows [sum N H_l W_l, C]."""
-    parts = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Levels [N, C, H_l, W_l] of any strides as one matrix of rows [sum N H_l W_l, C].
+
+    One channels_last level is such a matrix already, and is not copied.
+    """
+    if len(levels) == 1 and levels[0].is_contiguous(memory_format=torch.channels_last):
+        return levels[0].permute(0, 2, 3, 1).reshape(-1, levels[0].shape[1])
+    return ops.pack_levels(levels)
 
 
 def shared_rows(levels: Sequence[Tensor]) -> Tensor | None:

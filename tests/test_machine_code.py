@@ -103,6 +103,14 @@ def test_no_local_memory(kernels: dict[str, str]) -> None:
         assert not spilled, f"{name}: accesses of local memory {spilled}"
 
 
+def test_copied_levels_move_16_bytes(kernels: dict[str, str]) -> None:
+    codes = [code for _, code in of_template(kernels, ("pack_levels",), "[tjm]Lb0E")]
+    assert len(codes) == 3  # elements of 2, 4 and 8 bytes
+    for code in codes:
+        for access in ("LDG", "STG"):
+            assert any(".128" in variant for variant in instructions(code, access))
+
+
 def test_vector_kernels_access_16_bytes(kernels: dict[str, str]) -> None:
     seen = set()
     for match, code in of_template(kernels, VECTOR_KERNELS, r"(\w+?)E?Li(\d+)E"):

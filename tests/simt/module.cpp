@@ -12,6 +12,7 @@ void bind_deform_conv(pybind11::module_& module);
 void bind_deform_weights(pybind11::module_& module);
 void bind_dynamic_relu(pybind11::module_& module);
 void bind_fuse_branches(pybind11::module_& module);
+void bind_pack_levels(pybind11::module_& module);
 
 }  // namespace dyhead::simt
 
@@ -27,4 +28,5 @@ PYBIND11_MODULE(dyhead_simt, module) {
   bind_deform_weights(module);
   bind_dynamic_relu(module);
   bind_fuse_branches(module);
+  bind_pack_levels(module);
 }

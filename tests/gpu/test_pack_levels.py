@@ -1,0 +1,97 @@
+"""The CUDA pack_levels and unpack_levels on a GPU: every element at its place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dyhead_cuda import library
+from dyhead_cuda.ops.pack_levels import pack_levels
+from tests.conftest import TOLERANCE, halving_sizes, leaf, random_pyramid
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    library.require("cuda")
+
+
+def expected_rows(levels: list[Tensor]) -> Tensor:
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels])
+
+
+def check(levels: list[Tensor]) -> None:
+    leaves, copies = [x.detach().requires_grad_() for x in levels], [leaf(x) for x in levels]
+    rows, expected = pack_levels(leaves), expected_rows(copies)
+    assert torch.equal(rows, expected)
+    cotangent = torch.randn_like(expected)
+    grads = torch.autograd.grad(rows, leaves, cotangent)
+    wanted = torch.autograd.grad(expected, copies, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+@dtypes
+@pytest.mark.sanitize
+@pytest.mark.parametrize("channels", [1, 27, 64])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_small(mixed: bool, channels: int, dtype: torch.dtype) -> None:
+    levels = [x.to(DEVICE) for x in random_pyramid(2, channels, halving_sizes(13, 21, 4), dtype)]
+    if mixed:
+        levels[::2] = [x.contiguous(memory_format=torch.channels_last) for x in levels[::2]]
+    check(levels)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("images", "channels", "size"),
+    [(2, 256, (100, 168)), (40_000, 3, (2, 2)), (1, 2050, (7, 9)), (1, 1, (1500, 1100))],
+    ids=str,
+)
+def test_sizes(images: int, channels: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    levels = [
+        torch.randn(images, channels, *s, device=DEVICE).to(dtype) for s in halving_sizes(*size, 5)
+    ]
+    check(levels)
+    check([x.contiguous(memory_format=torch.channels_last) for x in levels])
+
+
+@pytest.mark.sanitize
+def test_unaligned_and_empty_levels() -> None:
+    memory = torch.randn(2 * 16 * 9 + 1, device=DEVICE)
+    x = memory[1:].view(2, 16, 3, 3)
+    last = memory[1:].view(2, 3, 3, 16).permute(0, 3, 1, 2)
+    check([x, x.new_empty(2, 16, 0, 3), last])
+    check([x[:0], last[:0]])
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    needed = 40 * 2**30
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, got {free >> 30}")
+    x = torch.empty(1, 256, 3000, 3000, dtype=torch.bfloat16, device=DEVICE).normal_()
+    assert x.numel() > 2**31
+    rows = pack_levels([x])
+    assert torch.equal(rows[-9000:], x[:, :, -3:].permute(0, 2, 3, 1).reshape(-1, 256))
+    assert torch.equal(rows[:, -1], x[0, -1].reshape(-1))
+    (again,) = torch.ops.dyhead.unpack_levels(rows, 1, [0, 3000, 3000])
+    assert torch.equal(again, x)
+
+
+def test_gradcheck() -> None:
+    levels = [leaf(x.to(DEVICE)) for x in random_pyramid(2, 3, [(3, 4), (2, 2), (1, 1)])]
+    assert torch.autograd.gradcheck(lambda *tensors: pack_levels(tensors), levels)
+
+
+@dtypes
+def test_opcheck(dtype: torch.dtype) -> None:
+    levels = [leaf(x.to(DEVICE)) for x in random_pyramid(2, 5, [(3, 4), (2, 2)], dtype)]
+    torch.library.opcheck(torch.ops.dyhead.pack_levels, (levels,))
+    rows = pack_levels([x.detach() for x in levels])
+    maps = [0, 3, 4, 24, 2, 2]
+    torch.library.opcheck(torch.ops.dyhead.unpack_levels, (rows, 2, maps))
