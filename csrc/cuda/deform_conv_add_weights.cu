@@ -11,7 +11,7 @@ constexpr int kBlockRows = kTileThreads / kRowThreads;  // output channels of a 
 // Adds the slices of a matrix: blockIdx.y is the matrix, blockIdx.x the block of columns that
 // computed them and, fastest, which of its output channels.
 template <class F>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 4)
     deform_add_weights_kernel(const __grid_constant__ DeformAddWeightsParams p) {
   const DeformShape& s = p.shape;
   const auto matrix = static_cast<int32_t>(blockIdx.y);
