@@ -1,6 +1,7 @@
 """The command line: ``python -m dyhead_cuda COMMAND``.
 
-A command is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``; only the one
+A command is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, whose arguments
+hold the ``command_line`` after its name, too; only the one
 asked for is imported, so that the packages which one command needs do not hold up another.
 """
 
@@ -15,6 +16,7 @@ from dyhead_cuda.version import __version__
 
 COMMANDS = {
     "info": "what runs here and why: versions, libraries, processors, operators",
+    "bench": "measure speed and memory against what people run, and what to do with the results",
     "demo": "run the head on a photograph, compare with the reference, and draw what it attends to",
 }
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 parser.error(f"{name} needs {error.name}: run pip install 'dyhead_cuda[{name}]'")
             module.add_arguments(subparser)
     arguments = parser.parse_args(argv)
+    arguments.command_line = argv[1:]
     assert module is not None
     return int(module.run(arguments))
 

@@ -1,0 +1,44 @@
+"""The precisions that are measured, and how far from the float64 reference a result may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# tf32 is float32 whose products round their operands to TF32.
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+# Relative L2 error allowed to the outputs of one operator of ours; gradients may have twice that.
+TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
+
+# Others round every intermediate result, which moves samples and flips maxima; still, another
+# function than the one they should compute is further away than this.
+PEER_TOLERANCE = {
+    "float64": 1e-11,
+    "float32": 1e-4,
+    "tf32": 0.01,
+    "float16": 0.03,
+    "bfloat16": 0.05,
+}
+PEER_GRADIENT_FACTOR = 8
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Whether float32 products on a GPU may use TF32 in this block: only for "tf32"."""
+    allowed = precision == "tf32"
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
