@@ -10,7 +10,6 @@ PYTEST_ARGS ?=
 DYHEAD_REQUIRE ?= cpu
 export DYHEAD_REQUIRE
 
-BENCHMARKS := dynamic_relu block
 SECOND_VENV := .venv-second
 
 ifeq ($(VENV),none)
@@ -93,7 +92,7 @@ clang_format = find csrc tests/simt \( -name '*.h' -o -name '*.cuh' -o -name '*.
   xargs -0 $(RUN) -c 'import clang_format; clang_format.clang_format()' $(1)
 
 bench: build ## run the microbenchmarks
-	@set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(BENCH_ARGS); done
+	$(RUN) -m dyhead_cuda bench $(BENCH_ARGS)
 
 gpu-check: ## with PYTHON as it is: build for the GPU here, test, run the sanitizers, benchmark (under 9 minutes)
 	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)

@@ -1,1 +1,1 @@
-"""Microbenchmarks, run as ``python -m benchmarks.NAME``: each checks results, then times them."""
+"""Committed benchmark results, and the check that wants a GPU; see ``dyhead_cuda.bench``."""

@@ -1,8 +1,9 @@
-"""``make gpu-check``: builds for the GPU that is here, tests, runs the sanitizers and benchmarks.
+"""``make gpu-check``: builds for the GPU that is here, measures, tests, and runs the sanitizers.
 
 Uses the Python that runs it and installs nothing. Logs and results go below ``$OUT``, or
-``build/gpu-check`` if that is not set. Exit status: 0 if everything passed, 1 if not, 2 without a
-GPU.
+``build/gpu-check`` if that is not set; the last thing printed is which of the project's targets
+were reached. Exit status: 0 if everything passed (a missed target is no failure), 1 if not, 2
+without a GPU.
 """
 
 from __future__ import annotations
@@ -17,28 +18,44 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520.0  # under nine minutes, with room for the start of Python
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BENCHMARKS = ("dynamic_relu",)
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+# Options of the benchmarks by the file that each writes, and how many seconds it may start work.
+_PEERS = ("--peers", "torchvision", "layers", "dense")
+HEAD_BENCHMARKS = {
+    "head-batch8.json": (
+        *("--only", "head", "--batch", "8", "--dtype", "bfloat16", *_PEERS, "compile"),
+        *("--seconds", "110"),
+    ),
+    "head-batch1.json": (
+        *("--only", "head", "--batch", "1", "--dtype", "bfloat16", "float32", *_PEERS),
+        *("--graph", "--seconds", "40"),
+    ),
+}
+OPERATOR_BENCHMARKS = {
+    "operators.json": (
+        *("--only", "block", "branches", "fuse_branches", "offset_conv", "dynamic_relu"),
+        *("deform_conv", "spatial_attention", "--batch", "8", "--dtype", "bfloat16", *_PEERS),
+        *("--seconds", "40"),
+    )
+}
 NO_SUCH_TOOL = "compute-sanitizer is not on PATH"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command; its output is appended to ``log``, or is the JSON file ``result``."""
+    """One command, whose output is appended to ``log``."""
 
     name: str
     command: list[str]
     limit_s: float
     log: str
     environment: Mapping[str, str] = field(default_factory=dict)
-    result: str | None = None
     essential: bool = False  # nothing after it makes sense if it fails
     unavailable: str = ""  # why it cannot run here, which is no failure
 
@@ -59,12 +76,26 @@ def target_of(capability: tuple[int, int]) -> str:
     return f"{major}{minor}{'a' if capability == (9, 0) else ''}"
 
 
-def plan(archs: Sequence[str], sanitizer: str | None) -> list[Step]:
-    """All steps, in order.
+def _benchmarks(options: Mapping[str, Sequence[str]], output: Path) -> list[Step]:
+    command = [sys.executable, "-m", "dyhead_cuda", "bench", "--device", "cuda", "--shapes", "glip"]
+    return [
+        Step(
+            f"benchmark {Path(name).stem}",
+            [*command, *chosen, "--json", str(output / name)],
+            int(chosen[-1]) + 30,
+            "benchmarks.log",
+        )
+        for name, chosen in options.items()
+    ]
+
+
+def plan(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step]:
+    """All steps, in order: what tells about the targets comes first.
 
     Args:
         archs: the entries of DYHEAD_CUDA_ARCHS to build for.
         sanitizer: the compute-sanitizer program; None if there is none.
+        output: the directory for results.
     """
     build = {"DYHEAD_CUDA_ARCHS": ";".join(archs), "DYHEAD_REQUIRE": "cpu,cuda"}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -78,7 +109,8 @@ def plan(archs: Sequence[str], sanitizer: str | None) -> list[Step]:
             essential=True,
         ),
         Step("info", [sys.executable, "-m", "dyhead_cuda", "info"], 60, "build.log"),
-        Step("tests", [*pytest, "tests", "-m", "gpu"], 180, "tests.log"),
+        *_benchmarks(HEAD_BENCHMARKS, output),
+        Step("tests", [*pytest, "tests", "-m", "gpu"], 150, "tests.log"),
     ]
     for tool in SANITIZERS:
         # Tensors that torch packs into one allocation would hide a read past the end of one.
@@ -89,26 +121,16 @@ def plan(archs: Sequence[str], sanitizer: str | None) -> list[Step]:
                     *(sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "3"),
                     *("--kernel-name", "kns=dyhead", *pytest, "tests/gpu", "-m", "sanitize"),
                 ],
-                75,
+                60,
                 "sanitizer.log",
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 unavailable="" if sanitizer else NO_SUCH_TOOL,
             )
         )
-    for name in BENCHMARKS:
-        steps.append(
-            Step(
-                f"benchmark {name}",
-                [sys.executable, "-m", f"benchmarks.{name}", "--json"],
-                90,
-                "benchmarks.log",
-                result=f"{name}.json",
-            )
-        )
-    return steps
+    return [*steps, *_benchmarks(OPERATOR_BENCHMARKS, output)]
 
 
-def run_command(step: Step, stdout: IO[bytes], log: IO[bytes], limit_s: float) -> int | None:
+def run_command(step: Step, log: IO[bytes], limit_s: float) -> int | None:
     """The exit status; None if the command, with all its children, had to be killed."""
     try:
         process = subprocess.Popen(
@@ -116,7 +138,7 @@ def run_command(step: Step, stdout: IO[bytes], log: IO[bytes], limit_s: float) -
             cwd=ROOT,
             env={**os.environ, **step.environment},
             stdin=subprocess.DEVNULL,
-            stdout=stdout,
+            stdout=log,
             stderr=log,
             start_new_session=True,
         )
@@ -142,8 +164,7 @@ def run_step(step: Step, output: Path, limit_s: float) -> Outcome:
         log.write(f"$ {shlex.join(step.command)}\n".encode())
         log.flush()
         offset = log.tell()
-        with (output / step.result).open("wb") if step.result else nullcontext(log) as stdout:
-            status = run_command(step, stdout, log, limit_s)
+        status = run_command(step, log, limit_s)
     seconds = time.monotonic() - start
     said = (output / step.log).read_bytes()[offset:].decode(errors="replace")
     if status is None:
@@ -194,6 +215,16 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def format_targets(output: Path) -> str:
+    """The targets, as far as the benchmarks' results in ``output`` tell."""
+    from dyhead_cuda.bench import results, targets
+
+    found = [output / name for name in HEAD_BENCHMARKS if (output / name).is_file()]
+    if not found:
+        return "no benchmark results: no target was measured"
+    return targets.format_verdicts(targets.judge([results.read(path) for path in found]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the check; returns the exit status."""
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__)
@@ -209,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         if not archs:
             print("no GPU here; for a compute capability of 9.0 the plan would be:")
-        for step in plan(archs or ["90a"], sanitizer):
+        for step in plan(archs or ["90a"], sanitizer, output):
             variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
             note = f"  # not available: {step.unavailable}" if step.unavailable else ""
             print(" ".join([*variables, shlex.join(step.command)]) + note)
@@ -222,8 +253,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     names = ", ".join(torch.cuda.get_device_name(gpu) for gpu in gpus)
-    outcomes = run_plan(plan(archs, sanitizer), output)
+    for name in (*HEAD_BENCHMARKS, *OPERATOR_BENCHMARKS):
+        (output / name).unlink(missing_ok=True)
+    outcomes = run_plan(plan(archs, sanitizer, output), output)
     table = f"{names}; torch {torch.__version__}\n{format_table(outcomes)}"
+    table += f"\n\n{format_targets(output)}"
     print(table)
     (output / "summary.txt").write_text(table + "\n")
     return int(any(outcome.verdict == "FAILED" for outcome in outcomes))

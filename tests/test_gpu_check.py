@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -12,6 +13,10 @@ import torch
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
+from dyhead_cuda import bench
+from dyhead_cuda.bench import plans, results, targets
+from dyhead_cuda.bench.command import selection_of
+from tests.test_bench_results import CEILINGS, environment, fast_rows
 
 
 def python(name: str, code: str, **options: object) -> Step:
@@ -25,13 +30,17 @@ def verdicts(steps: list[Step], output: Path, budget_s: float = 60.0) -> dict[st
 
 
 def test_the_plan_builds_tests_sanitizes_and_measures() -> None:
-    steps = gpu_check.plan(["90a"], "/tools/compute-sanitizer")
+    steps = gpu_check.plan(["90a"], "/tools/compute-sanitizer", Path("/results"))
     assert [step.name for step in steps] == [
         "build",
         "info",
+        "benchmark head-batch8",
+        "benchmark head-batch1",
         "tests",
-        *gpu_check.SANITIZERS,
-        *(f"benchmark {name}" for name in gpu_check.BENCHMARKS),
+        "memcheck",
+        "racecheck",
+        "initcheck",
+        "benchmark operators",
     ]
     assert steps[0].essential
     assert steps[0].environment == {"DYHEAD_CUDA_ARCHS": "90a", "DYHEAD_REQUIRE": "cpu,cuda"}
@@ -41,16 +50,59 @@ def test_the_plan_builds_tests_sanitizes_and_measures() -> None:
         )
         assert not {"pip", "install", "uv", "apt-get"} & set(step.command)
     assert gpu_check.BUDGET_S < 9 * 60
-    missing = gpu_check.plan(["90a"], None)
+    logs = {step.log for step in steps}
+    files = {*gpu_check.HEAD_BENCHMARKS, *gpu_check.OPERATOR_BENCHMARKS, "summary.txt"}
+    assert len(logs | files) <= 8
+    missing = gpu_check.plan(["90a"], None, Path("/results"))
     assert [bool(step.unavailable) for step in missing] == [
         step.name in gpu_check.SANITIZERS for step in missing
     ]
 
 
-def test_every_benchmark_of_the_plan_exists() -> None:
-    folder = Path(gpu_check.__file__).parent
-    for name in gpu_check.BENCHMARKS:
-        assert (folder / f"{name}.py").is_file()
+def benchmark_arguments(name: str) -> argparse.Namespace:
+    steps = gpu_check.plan(["90a"], None, Path("/tmp"))
+    command = next(s.command for s in steps if s.name == f"benchmark {Path(name).stem}")
+    assert command[1:4] == ["-m", "dyhead_cuda", "bench"]
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(command[4:])
+
+
+def test_the_benchmarks_measure_what_the_targets_are_about() -> None:
+    measured = set()
+    for name in gpu_check.HEAD_BENCHMARKS:
+        arguments = benchmark_arguments(name)
+        assert arguments.json == f"/tmp/{name}"
+        for entry in plans.entries(selection_of(arguments), "cuda"):
+            s = entry.setting
+            for precision in entry.precisions:
+                for direction in entry.directions:
+                    key = (s.case, s.shapes.name, s.blocks, precision, direction)
+                    measured |= {(*key, s.batch), (*key, 0)}
+        assert "torchvision" in arguments.peers
+    for target in targets.TARGETS:
+        key = (target.case, "glip", target.blocks, target.precision, target.direction)
+        assert (*key, target.batch) in measured, target.title
+    assert "compile" in benchmark_arguments("head-batch8.json").peers
+    assert benchmark_arguments("head-batch1.json").graph
+
+
+def test_the_operators_are_measured() -> None:
+    arguments = benchmark_arguments("operators.json")
+    assert {"branches", "fuse_branches", "dynamic_relu"} <= set(arguments.only)
+
+
+def test_the_targets_are_told_from_the_results(tmp_path: Path) -> None:
+    assert gpu_check.format_targets(tmp_path) == "no benchmark results: no target was measured"
+    rows = fast_rows()
+    for name, batch in (("head-batch8.json", 8), ("head-batch1.json", 1)):
+        chosen = [row for row in rows if row.batch == batch]
+        results.write(results.Results(environment(), CEILINGS, chosen), str(tmp_path / name))
+    assert gpu_check.format_targets(tmp_path).count("  reached") == len(targets.TARGETS)
+    (tmp_path / "head-batch1.json").unlink()
+    text = gpu_check.format_targets(tmp_path)
+    assert text.count("  reached") + text.count("  not measured") == len(targets.TARGETS)
+    assert "ms with a CUDA graph" in next(x for x in text.splitlines() if "not measured" in x)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +120,7 @@ def test_verdicts(tmp_path: Path) -> None:
         python("memcheck", clean),
         python("racecheck", "print('= RACECHECK SUMMARY: 0 hazards displayed (0 errors)')"),
         python("initcheck", "print('nothing was checked')"),
-        python("synccheck", "print('Device not supported'); raise SystemExit(1)"),
         python("absent", "raise SystemExit(1)", unavailable="no such tool"),
-        python("result", "print('{}')", result="result.json"),
         Step("no program", ["/nonexistent"], 30.0, "test.log"),
     ]
     assert verdicts(steps, tmp_path) == {
@@ -79,13 +129,15 @@ def test_verdicts(tmp_path: Path) -> None:
         "memcheck": "passed",
         "racecheck": "passed",
         "initcheck": "FAILED",
-        "synccheck": "not available",
         "absent": "not available",
-        "result": "passed",
         "no program": "FAILED",
     }
-    assert (tmp_path / "result.json").read_text() == "{}\n"
     assert "hello" in (tmp_path / "test.log").read_text()
+
+
+def test_a_sanitizer_that_refuses_the_device_is_not_available(tmp_path: Path) -> None:
+    refuses = python("memcheck", "print('Device not supported'); raise SystemExit(1)")
+    assert verdicts([refuses], tmp_path) == {"memcheck": "not available"}
 
 
 def test_nothing_runs_after_a_failed_build(tmp_path: Path) -> None:
@@ -126,7 +178,7 @@ def test_the_dry_run_prints_every_command() -> None:
         text=True,
         check=True,
     )
-    for part in ("build_ext --inplace", "-m gpu", *gpu_check.SANITIZERS, "benchmarks.dynamic_relu"):
+    for part in ("build_ext --inplace", "-m gpu", *gpu_check.SANITIZERS, "bench --device cuda"):
         assert part in result.stdout
 
 

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     goals = actions.add_parser("targets", help="which of the project's targets a GPU run reached")
     goals.set_defaults(action=_targets)
-    goals.add_argument("file", type=Path)
+    goals.add_argument("files", nargs="+", type=Path)
 
 
 def _positive(text: str) -> int:
@@ -135,7 +135,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _targets(arguments: argparse.Namespace) -> int:
-    print(targets.format_verdicts(targets.judge(results.read(arguments.file))))
+    print(targets.format_verdicts(targets.judge([results.read(path) for path in arguments.files])))
     return 0
 
 

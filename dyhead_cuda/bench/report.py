@@ -59,7 +59,8 @@ def _report(path: Path, base: Path) -> str:
         for name, kinds in PEERS.items()
         if any(kind in g and g[kind].status == OK for g in groups for kind in kinds)
     ]
-    header = ["case", "precision", "direction", OURS, *columns, "roofline", "memory"]
+    rated = results.ceilings is not None
+    header = ["case", "precision", "direction", OURS, *columns, *["roofline"] * rated, "memory"]
     lines.append(_line(header))
     lines.append(_line([*["---"] * 3, *["---:"] * (len(header) - 3)]))
     noted = False
@@ -74,10 +75,10 @@ def _report(path: Path, base: Path) -> str:
             noted = noted or (other and times is not None)
             cells.append("" if times is None else f"{times:.1f} x" + NOTE * other)
         share = results.of_roofline(own)
-        cells.append("" if share is None else f"{share:.0%}")
+        cells += ["" if share is None else f"{share:.0%}"] * rated
         cells.append(_memory(group))
         lines.append(_line(cells))
-    lines += ["", _legend(noted), "", _links(path, base)]
+    lines += ["", _legend(rated, noted), "", _links(path, base)]
     return "\n".join(lines)
 
 
@@ -96,13 +97,19 @@ def _memory(group: dict[str, Row]) -> str:
     return " / ".join(mebibytes(row.memory) for row in rows if row.memory is not None)
 
 
-def _legend(noted: bool) -> str:
+def _legend(rated: bool, noted: bool) -> str:
     text = (
         "Medians; the columns of others say how many times longer they take. Memory is the peak "
-        "beyond inputs and parameters, ours / layer by layer. Roofline: the time that the copy and "
-        "matrix product rates measured in the same run allow, over the time taken."
+        "beyond inputs and parameters, ours / layer by layer."
     )
-    return text + (f"{NOTE} in its own best precision, as it has no kernel of this one." * noted)
+    if rated:
+        text += (
+            " Roofline: the time that the rates of a large copy and of large matrix products, "
+            "measured in the same run, allow, over the time taken."
+        )
+    if noted:
+        text += f"{NOTE} in its own best precision, as it has no kernel of this one."
+    return text
 
 
 def _links(path: Path, base: Path) -> str:

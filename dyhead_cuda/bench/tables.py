@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from dyhead_cuda.bench.problems import BOTH, FORWARD
 from dyhead_cuda.bench.results import OK, Results, Row, own_row, ratio
 from dyhead_cuda.bench.timing import GRAPH
 
@@ -15,7 +16,7 @@ COLUMNS = (
     "",
     "implementation",
     "median",
-    "quartiles",
+    "+-",
     "graph",
     "x ours",
     "TFLOP/s",
@@ -25,6 +26,8 @@ COLUMNS = (
     "kernels",
     "error",
 )
+
+SHORT = {FORWARD: "fwd", BOTH: "fwd+bwd"}
 
 
 def milliseconds(seconds: float) -> str:
@@ -47,17 +50,20 @@ def label(row: Row) -> str:
 
 
 def table_of(title: str, results: Results, rows: Sequence[Row]) -> Table:
-    """One line for each row; the rows are of one case at one size."""
+    """One line for each row; the rows are of one case at one size.
+
+    +- is half the distance of the quartiles, as a share of the median.
+    """
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for column in COLUMNS:
         left = column in COLUMNS[:2]
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left)
     previous = None
     for row in rows:
         if previous is not None and previous.key != row.key:
             table.add_section()
         first = previous is None or previous.key != row.key
-        what = f"{row.precision}, {row.direction}" if first else ""
+        what = f"{row.precision}, {SHORT[row.direction]}" if first else ""
         previous = row
         time = row.time
         if row.status != OK or time is None:
@@ -70,7 +76,7 @@ def table_of(title: str, results: Results, rows: Sequence[Row]) -> Table:
             what,
             escape(label(row)) + (f"\n{escape(row.remark)}" if row.remark else ""),
             milliseconds(time.median),
-            f"{time.lower_quartile * 1e3:.3g} - {time.upper_quartile * 1e3:.3g}",
+            f"{(time.upper_quartile - time.lower_quartile) / 2 / time.median:.0%}",
             milliseconds(graph.median) if graph else "",
             _optional(times_ours, ".2f"),
             _optional(row.tflop_per_s, ".3g"),

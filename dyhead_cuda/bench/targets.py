@@ -7,7 +7,7 @@ for the levels of an 800x1344 image with 256 channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dyhead_cuda.bench.heads import RECOMPUTE
@@ -112,6 +112,7 @@ TARGETS = (
     Target("backward", "times faster than (b)", 5, True, faster_than(COMPILED), direction=BOTH),
     Target(
         *("backward", "times faster than (a)", 4, True, faster_than(LAYERS)),
+        batch=0,
         precision="float32",
         direction=BOTH,
     ),
@@ -129,16 +130,16 @@ TARGETS = (
 )
 
 
-def judge(results: Results) -> list[Verdict]:
-    """What ``results`` say about every target; on another device than CUDA, nothing."""
-    return [_judge(target, results) for target in TARGETS]
+def judge(runs: Sequence[Results]) -> list[Verdict]:
+    """What runs say about every target; those on another device than CUDA say nothing."""
+    on_gpu = [run for run in runs if run.environment["device"] == "cuda"]
+    return [_judge(target, on_gpu) for target in TARGETS]
 
 
-def _judge(target: Target, results: Results) -> Verdict:
+def _judge(target: Target, runs: Sequence[Results]) -> Verdict:
     values = []
-    for group in results.groups():
-        row = next(iter(group.values()))
-        if results.environment["device"] != "cuda" or not _fits(target, row):
+    for results, group in ((run, group) for run in runs for group in run.groups()):
+        if not _fits(target, next(iter(group.values()))):
             continue
         right = {name: r for name, r in group.items() if r.status == OK}
         value = target.measure(results, right)
