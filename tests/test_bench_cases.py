@@ -133,6 +133,20 @@ def test_a_wrong_result_is_found(spoil: Any, direction: str, message: str) -> No
         )
 
 
+def test_gradients_may_jump_at_real_sizes_alone() -> None:
+    problem = problem_of(setting("block", 1))
+    ours = problem.implementations[0]
+    right = actions.expected(problem, CPU, BOTH, last_only=False)
+    found = results_of(problem, ours, BOTH, "float32")
+    moved = replace(found, inputs=[x * 1.01 for x in found.inputs])
+    with pytest.raises(WrongResultError, match="the inputs' gradients of at most 5e-05"):
+        actions.check(problem, ours, "float32", moved, right)
+    actions.check(problem, ours, "float32", moved, right, real=True)
+    far = replace(found, inputs=[x * 1.1 for x in found.inputs])
+    with pytest.raises(WrongResultError, match="the inputs' gradients of at most 5e-02"):
+        actions.check(problem, ours, "float32", far, right, real=True)
+
+
 def test_wrong_gradients_of_parameters_are_found() -> None:
     problem = problem_of(setting("dynamic_relu", 1))
     ours = problem.implementations[0]

@@ -274,9 +274,13 @@ def test_timing_counts_the_runs_and_orders_the_quartiles() -> None:
 
 def test_a_slow_action_gets_no_warm_up_and_few_runs() -> None:
     usual = timing.usual_effort(CPU)
-    assert usual.given(0.1) == usual
-    assert usual.given(1.0) == replace(usual, warmup_seconds=0.0)
-    assert usual.given(60.0).least_runs == 2
+    assert usual.given(0.1) == (usual, [])
+    assert usual.given(1.0) == (replace(usual, warmup_seconds=0.0), [])
+    effort, known = usual.given(60.0)
+    assert (effort.warmup_seconds, effort.least_runs, known) == (0.0, 2, [60.0])
+    calls: list[int] = []
+    found = timing.measure(lambda: calls.append(0), CPU, effort, WARM, [9.0, 60.0])
+    assert (found.runs, found.upper_quartile > 9, len(calls)) == (2, True, 0)
 
 
 def test_a_run_is_warmed_up_for_the_time_given() -> None:

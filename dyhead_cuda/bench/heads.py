@@ -34,7 +34,7 @@ from dyhead_cuda.modules import DyHead, UnifiedDyHead
 from dyhead_cuda.pyramid import TAPS, BlockParameters
 
 # A rounded output flips maxima and moves samples of what follows, most of all in gradients.
-SLACK, GRADIENT_SLACK = 4, 24
+SLACK, GRADIENT_SLACK, JUMPS = 4, 24, 0.05
 RECOMPUTE = f"{OURS}, recompute=True"
 
 
@@ -135,6 +135,7 @@ def head(setting: Setting) -> Problem:
         _stack(setting.blocks, block_work(setting)),
         slack=SLACK,
         gradient_slack=GRADIENT_SLACK * math.sqrt(setting.blocks),
+        jumps=JUMPS,
     )
 
 
@@ -190,6 +191,7 @@ def unified(setting: Setting) -> Problem:
         _stack(setting.blocks, block),
         slack=SLACK,
         gradient_slack=GRADIENT_SLACK * math.sqrt(setting.blocks),
+        jumps=JUMPS,
     )
 
 

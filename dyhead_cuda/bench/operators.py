@@ -372,4 +372,5 @@ def spatial_attention(setting: Setting) -> Problem:
             pixels * s.channels,
         ),
         slack=2,
+        jumps=0.05,  # offsets are computed, and some end up on another side of a pixel's edge
     )

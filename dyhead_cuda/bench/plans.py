@@ -52,6 +52,8 @@ DEFAULT_CASES = {
     "cpu": tuple(case for case in CASES if case not in (*STACKED, "branches")),
     "cuda": ("head", *(case for case in CASES if case != "head")),
 }
+# Where code is generated for it, which takes a minute each on a CPU.
+COMPILED_CASES = {"cpu": ("block",), "cuda": tuple(CASES)}
 # How time grows with pixels and batch: shapes and batch of a block.
 SWEEP = (("glip", 2), ("glip", 8), ("yolo", 1), ("mmdet", 1), ("swin", 1), ("masa", 1))
 SWEEP_FAMILIES: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("torchvision",)}
@@ -70,11 +72,14 @@ def entries(selection: Selection, device: str) -> list[Entry]:
     batches = selection.batches or DEFAULT_BATCHES[device]
     plan = []
     for case in selection.cases or DEFAULT_CASES[device]:
+        chosen = families
+        if selection.families is None and case not in COMPILED_CASES[device]:
+            chosen = tuple(name for name in families if name != "compile")
         for name in shapes:
             for blocks in _blocks(case, name, selection.blocks):
                 for batch in batches:
                     setting = Setting(case, SHAPE_SETS[name], batch, blocks)
-                    plan.append(Entry(setting, precisions, directions, families))
+                    plan.append(Entry(setting, precisions, directions, chosen))
     if selection == Selection():
         plan += [
             Entry(

@@ -158,6 +158,9 @@ class Problem:
     work: Work
     slack: float = 1  # the outputs of ours may err by this times the tolerance of an operator,
     gradient_slack: float = 2  # and the gradients by this times the tolerance
+    # Among millions of values a few lie so close to an edge (of a maximum, of a pixel) that
+    # rounding decides on which side, and gradients jump there: what they may err by at real sizes.
+    jumps: float = 2e-3
 
 
 def ours(run: Run, name: str = OURS, **options: Any) -> Implementation:

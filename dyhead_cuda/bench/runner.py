@@ -17,7 +17,7 @@ from dyhead_cuda.bench.plans import Entry
 from dyhead_cuda.bench.precisions import PRECISIONS
 from dyhead_cuda.bench.problems import BOTH, FORWARD, Implementation, Problem, Setting
 from dyhead_cuda.bench.results import FAILED, OK, SKIPPED, WRONG, Row
-from dyhead_cuda.bench.timing import GRAPH, Effort, Timing, measure
+from dyhead_cuda.bench.timing import GRAPH, WARM, Effort, Timing, measure
 
 REMARK_LENGTH = 300
 
@@ -133,11 +133,11 @@ class Runner:
                 if judged == FORWARD:
                     results = replace(results, inputs=[], parameters=[])
                 right = self._right(problem, last_only=True, direction=judged)
-                errors.append(actions.check(problem, how, precision, results, right))
+                errors.append(actions.check(problem, how, precision, results, right, real=True))
                 checked.append("real" if judged == direction else "real, outputs only")
                 del results
             del found
-            times, remark = self._times(run, options.effort.given(first))
+            times, remark = self._times(run, first)
             kernels = probes.launches(run, options.device) if direction == FORWARD else None
         return replace(
             row,
@@ -150,12 +150,15 @@ class Runner:
             launches=kernels,
         )
 
-    def _times(self, run: Callable[[], object], effort: Effort) -> tuple[dict[str, Timing], str]:
-        options, remark = self.options, ""
+    def _times(self, run: Callable[[], object], first: float) -> tuple[dict[str, Timing], str]:
+        device, remark = self.options.device, ""
+        effort, known = self.options.effort.given(first)
         times: dict[str, Timing] = {}
-        for method in options.methods:
+        for method in self.options.methods:
             try:
-                times[method] = measure(run, options.device, effort, method)
+                times[method] = measure(
+                    run, device, effort, method, known if method == WARM else ()
+                )
             except RuntimeError as error:
                 if method != GRAPH or not times:
                     raise

@@ -35,12 +35,17 @@ class Effort:
     most_runs: int
     warmup_seconds: float
 
-    def given(self, seconds: float) -> Effort:
-        """For an action whose first run took that long: a slow one is warm after that."""
-        if seconds < self.seconds:
-            return self
-        fewest = 2 if seconds > 5 * self.seconds else self.least_runs
-        return replace(self, warmup_seconds=0.0, least_runs=fewest)
+    def given(self, first: float) -> tuple[Effort, list[float]]:
+        """For an action whose first run took that long, and what counts as measured already.
+
+        A slow one is warm after its first run; of a very slow one that run counts, too.
+        """
+        if first < self.seconds:
+            return self, []
+        slow = replace(self, warmup_seconds=0.0)
+        if first < 5 * self.seconds:
+            return slow, []
+        return replace(slow, least_runs=2), [first]
 
 
 QUICK = Effort(0.0, 2, 2, 0.0)
@@ -70,7 +75,11 @@ class Timing:
 
 
 def measure(
-    action: Callable[[], object], device: torch.device, effort: Effort, method: str
+    action: Callable[[], object],
+    device: torch.device,
+    effort: Effort,
+    method: str,
+    known: Sequence[float] = (),
 ) -> Timing:
     """Times ``action``, which has run at least once before.
 
@@ -79,6 +88,7 @@ def measure(
         device: where its work is done.
         effort: for how long.
         method: one of ``METHODS``.
+        known: seconds of runs that were timed before.
 
     Raises:
         RuntimeError: a CUDA graph of the action cannot be captured.
@@ -89,8 +99,8 @@ def measure(
     flush = None
     if method == COLD:
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    seconds: list[float] = []
-    begin = time.perf_counter()
+    seconds = list(known)
+    begin = time.perf_counter() - sum(known)
     while _unfinished(len(seconds), time.perf_counter() - begin, effort):
         if device.type == "cuda":
             seconds += _cuda_seconds(action, device, effort.least_runs, flush)
