@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from dyhead_cuda.bench.machine import one_line
 from dyhead_cuda.bench.problems import BOTH, DIRECTIONS, FORWARD, OURS
@@ -20,6 +22,8 @@ from dyhead_cuda.bench.shapes import SHAPE_SETS
 # Of Okabe and Ito's palette, which every kind of colour vision tells apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "figure.dpi": 90, "legend.fontsize": 8}
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+FIRST = (OURS, FORWARD)
 MARKERS = {FORWARD: "o", BOTH: "s"}
 
 Draw = Callable[[Results, Figure], bool]
@@ -52,11 +56,14 @@ def _what(row: Row) -> str:
 
 
 def _bars(
-    axes: Axes, labels: Sequence[str], values: dict[str, list[float | None]], form: str
+    axes: Axes,
+    labels: Sequence[str],
+    values: dict[str, list[float | None]],
+    colour_of: dict[str, str],
+    form: str,
 ) -> None:
     """Horizontal bars: a group for each label, a bar in it for each name that has a value."""
     position, ticks = 0.0, []
-    colour_of = dict(zip(values, COLOURS * 2, strict=False))
     for i, _ in enumerate(labels):
         present = [(name, numbers[i]) for name, numbers in values.items() if numbers[i] is not None]
         ticks.append(position + (len(present) - 1) / 2)
@@ -67,10 +74,11 @@ def _bars(
             position += 1
         position += 0.8
     axes.set_yticks(ticks, labels)
-    axes.invert_yaxis()
+    axes.set_ylim(position, -1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [mpl.patches.Patch(color=c, label=n) for n, c in colour_of.items()]
-    axes.legend(handles=handles, loc="best")
 
 
 def _groups(results: Results, direction: str) -> list[dict[str, Row]]:
@@ -97,17 +105,20 @@ def _figure_of_bars(
         return False
     bars = max(sum(len(g) for g in groups) + len(groups) for groups in panels.values())
     figure.set_size_inches(5.5 * len(panels), max(3.0, 1.0 + 0.15 * bars))
-    for axes, (direction, groups) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        names = dict.fromkeys(n for g in groups for n in g if with_ours or n != OURS)
+    every = [group for groups in panels.values() for group in groups]
+    names = dict.fromkeys(n for group in every for n in group if with_ours or n != OURS)
+    colour_of = dict(zip(names, COLOURS, strict=False))
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (direction, groups) in zip(grid, panels.items(), strict=True):
         values = {
-            name: [value(g[name], g[OURS]) if name in g else None for g in groups] for name in names
+            name: [value(g[name], g[OURS]) if name in g else None for g in groups]
+            for name in colour_of
         }
-        _bars(axes, [_what(g[OURS]) for g in groups], values, form)
-        axes.set_xscale("log")
-        axes.set_title(f"{title}, {direction}")
-        axes.margins(x=0.15)
+        _bars(axes, [_what(g[OURS]) for g in groups], values, colour_of, form)
+        axes.set_title(direction)
+    figure.suptitle(title)
+    handles = [Patch(color=colour, label=name) for name, colour in colour_of.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4)
     return True
 
 
@@ -116,7 +127,7 @@ def ratios(results: Results, figure: Figure) -> bool:
         return ratio(row, own)
 
     drawn = _figure_of_bars(
-        results, figure, value, f"time of others / time of {OURS}", ".2g", with_ours=False
+        results, figure, value, f"how many times longer than {OURS}", ".2g", with_ours=False
     )
     for axes in figure.axes:
         axes.axvline(1, color="0.3", lw=0.8)
@@ -162,6 +173,12 @@ def roofline(results: Results, figure: Figure) -> bool:
             mfc=colour if row.implementation == OURS else "none",
             ms=5,
         )
+    named = {r.case: r for r in reversed(shown) if (r.implementation, r.direction) == FIRST}
+    for row in named.values():
+        place = row.flops / row.bytes, row.tflop_per_s
+        axes.annotate(
+            row.case, place, (0, -14), textcoords="offset points", fontsize=7, ha="center"
+        )
     for marker, face, text in (
         (MARKERS[FORWARD], "0.3", f"{OURS}, {FORWARD}"),
         (MARKERS[BOTH], "0.3", f"{OURS}, {BOTH}"),
@@ -202,12 +219,23 @@ def scaling(results: Results, figure: Figure) -> bool:
                         ls="-" if direction == FORWARD else "--",
                         label=f"{name}, {direction}",
                     )
-    left.set(xscale="log", yscale="log", xlabel="pixels of all levels, batch 1")
+    left.set(xscale="log", yscale="log", xlabel="thousand pixels of all levels, batch 1")
     left.set(ylabel="nanoseconds per pixel")
     right.set(xscale="log", xlabel="batch, 800x1344 image")
+    sizes = sorted({_pixels(r) for r in blocks if r.batch == 1})
+    _ticks(left, sizes, [f"{size / 1e3:.0f}" for size in sizes])
+    batches = sorted({r.batch for r in blocks})
+    _ticks(right, batches, [str(batch) for batch in batches])
+    left.yaxis.set_major_formatter(PLAIN)
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.set_title(f"block, {precision}: flat is linear")
     left.legend(loc="best")
     return True
+
+
+def _ticks(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
+    axes.set_xticks(places, labels)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _pixels(row: Row) -> int:
