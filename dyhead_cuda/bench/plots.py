@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from dyhead_cuda.bench.machine import one_line
 from dyhead_cuda.bench.problems import BOTH, DIRECTIONS, FORWARD, OURS
@@ -76,7 +76,9 @@ def _bars(
     axes.set_yticks(ticks, labels)
     axes.set_ylim(position, -1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(PLAIN)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -115,8 +117,7 @@ def _figure_of_bars(
             for name in colour_of
         }
         _bars(axes, [_what(g[OURS]) for g in groups], values, colour_of, form)
-        axes.set_title(direction)
-    figure.suptitle(title)
+        axes.set_title(f"{direction}: {title}")
     handles = [Patch(color=colour, label=name) for name, colour in colour_of.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
     return True
@@ -126,9 +127,7 @@ def ratios(results: Results, figure: Figure) -> bool:
     def value(row: Row, own: Row) -> float | None:
         return ratio(row, own)
 
-    drawn = _figure_of_bars(
-        results, figure, value, f"how many times longer than {OURS}", ".2g", with_ours=False
-    )
+    drawn = _figure_of_bars(results, figure, value, f"time over {OURS}'s", ".2g", with_ours=False)
     for axes in figure.axes:
         axes.axvline(1, color="0.3", lw=0.8)
     return drawn
@@ -174,7 +173,7 @@ def roofline(results: Results, figure: Figure) -> bool:
             ms=5,
         )
     named = {r.case: r for r in reversed(shown) if (r.implementation, r.direction) == FIRST}
-    for row in named.values():
+    for i, row in enumerate(sorted(named.values(), key=lambda r: r.flops / r.bytes)):
         place = row.flops / row.bytes, row.tflop_per_s
         axes.annotate(
             row.case, place, (0, -14), textcoords="offset points", fontsize=7, ha="center"
