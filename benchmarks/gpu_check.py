@@ -39,7 +39,15 @@ HEAD_BENCHMARKS = {
 }
 OPERATOR_BENCHMARKS = {
     "operators.json": (
-        *("--only", "block", "branches", "fuse_branches", "offset_conv", "dynamic_relu"),
+        *(
+            "--only",
+            "block",
+            "branches",
+            "block_coefficients",
+            "fuse_branches",
+            "offset_conv",
+            "dynamic_relu",
+        ),
         *("deform_conv", "spatial_attention", "--batch", "8", "--dtype", "bfloat16", *_PEERS),
         *("--seconds", "40"),
     )

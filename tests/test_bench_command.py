@@ -61,7 +61,7 @@ def test_a_quick_run_writes_a_complete_record(tmp_path: Path) -> None:
         for precision in ("float32", "bfloat16")
         for direction in DIRECTIONS
         for name in implementations
-    }
+    } | {("head", p, BOTH, heads.RECOMPUTE) for p in ("float32", "bfloat16")}
     for row in found.rows:
         assert row.status == results.OK, row.remark
         assert row.blocks == (2 if row.case == "head" else 1)
@@ -231,7 +231,8 @@ def test_gradients_too_large_for_the_reference_are_checked_small(
         monkeypatch.setattr(runner.actions, "available_bytes", _NoRoom(room))
         entry = runner.Entry(setting, ("float32",), (BOTH,), ())
         rows = [r for _, r in runner.run_plan([entry], MICRO, _quietly)]
-        assert [r.checked for r in rows] == [expected]
+        assert [r.implementation for r in rows] == [OURS, heads.RECOMPUTE]
+        assert [r.checked for r in rows] == [expected] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error is about a missing GPU")

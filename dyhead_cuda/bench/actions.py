@@ -15,7 +15,6 @@ from dyhead_cuda.bench.precisions import (
     PEER_GRADIENT_FACTOR,
     PEER_TOLERANCE,
     PRECISIONS,
-    TOLERANCE,
     products,
 )
 from dyhead_cuda.bench.problems import (
@@ -165,8 +164,8 @@ def check(
     if len(found.outputs[0]) != len(right.outputs[0]):
         found, right = found.last_image(), replace(right, parameters=[])
     if how.family == "":
-        allowed = TOLERANCE[precision] * problem.slack
-        of_gradients = TOLERANCE[precision] * problem.gradient_slack
+        allowed = problem.tolerance[precision]
+        of_gradients = problem.gradient_tolerance[precision]
     else:
         allowed = PEER_TOLERANCE[precision]
         of_gradients = PEER_GRADIENT_FACTOR * allowed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dyhead_cuda.bench import operators, peers
+from dyhead_cuda.bench.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
 from dyhead_cuda.bench.problems import (
+    BOTH,
     OURS,
     Implementation,
     Maps,
@@ -33,8 +33,6 @@ from dyhead_cuda.bench.problems import (
 from dyhead_cuda.modules import DyHead, UnifiedDyHead
 from dyhead_cuda.pyramid import TAPS, BlockParameters
 
-# A rounded output flips maxima and moves samples of what follows, most of all in gradients.
-SLACK, GRADIENT_SLACK, JUMPS = 4, 24, 0.05
 RECOMPUTE = f"{OURS}, recompute=True"
 
 
@@ -89,8 +87,7 @@ def head(setting: Setting) -> Problem:
     module = randomised(DyHead(*arguments, num_groups=s.num_groups))
 
     def recomputing(template: nn.Module) -> nn.Module:
-        options: dict[str, Any] = {"num_groups": s.num_groups, "recompute": True}
-        made = DyHead(*arguments, **options).requires_grad_(False)
+        made = DyHead(*arguments, num_groups=s.num_groups, recompute=True).requires_grad_(False)
         made.load_state_dict(template.state_dict())
         return made
 
@@ -112,9 +109,7 @@ def head(setting: Setting) -> Problem:
             outputs += [block.offset_conv(x) for x in features]
         return outputs
 
-    implementations = [ours(_run)]
-    if "recompute" in inspect.signature(DyHead.__init__).parameters:
-        implementations.append(ours(_run, RECOMPUTE, adapt=recomputing))
+    implementations = [ours(_run), ours(_run, RECOMPUTE, adapt=recomputing, directions=(BOTH,))]
     implementations += [reference_of(_run), *on_each_operator(layers)]
     if "torchvision" in peers.deform_convs():
         implementations.append(
@@ -133,9 +128,9 @@ def head(setting: Setting) -> Problem:
         reference_of(_block_by_block),
         [*implementations, dense(bar)],
         _stack(setting.blocks, block_work(setting)),
-        slack=SLACK,
-        gradient_slack=GRADIENT_SLACK * math.sqrt(setting.blocks),
-        jumps=JUMPS,
+        tolerance=BLOCK_TOLERANCE,
+        gradient_tolerance=BLOCK_GRADIENT_TOLERANCE,
+        jumps=0.05,
     )
 
 
@@ -189,9 +184,9 @@ def unified(setting: Setting) -> Problem:
         reference_of(by_block),
         [ours(own), reference_of(own), *on_each_operator(layers), dense(bar)],
         _stack(setting.blocks, block),
-        slack=SLACK,
-        gradient_slack=GRADIENT_SLACK * math.sqrt(setting.blocks),
-        jumps=JUMPS,
+        tolerance=BLOCK_TOLERANCE,
+        gradient_tolerance=BLOCK_GRADIENT_TOLERANCE,
+        jumps=0.05,
     )
 
 
@@ -202,6 +197,7 @@ CASES: dict[str, Callable[[Setting], Problem]] = {
     "unified": unified,
     "branches": operators.branches,
     "deform_conv": operators.deform_conv,
+    "block_coefficients": operators.block_coefficients,
     "fuse_branches": operators.fuse_branches,
     "offset_conv": operators.offset_conv,
     "dynamic_relu": operators.dynamic_relu,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dyhead_cuda import functional, fused, ops, reference
 from dyhead_cuda.bench import peers
+from dyhead_cuda.bench.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
 from dyhead_cuda.bench.problems import (
     Implementation,
     Layout,
@@ -163,9 +164,8 @@ def branches(setting: Setting) -> Problem:
 
     def own(convs: Any, inputs: Maps) -> Maps:
         rows, predictions = inputs
-        weights = torch.stack([conv.weight for conv in convs])
-        bias = torch.stack([conv.bias for conv in convs])
-        return [ops.deform_conv(rows, predictions, weights, plan.deform, bias, moments=True)[0]]
+        weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
+        return [ops.deform_conv(rows, predictions, weights, plan.deform, biases, moments=True)[0]]
 
     def encode(maps: Maps) -> Maps:
         return [fused.pack(maps[:count]), _wide(fused.pack(maps[count:]))]
@@ -226,6 +226,86 @@ def dense_branches(features: Maps, weights: Sequence[tuple[Tensor, Tensor | None
         if level + 1 < len(features):
             outputs.append(F.conv2d(features[level + 1], *high, padding=1))
     return outputs
+
+
+class _CoefficientParameters(nn.Module):
+    """The parameters that a block has between its two passes."""
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(num_groups, channels) for _ in range(3))
+        self.gate = nn.Linear(channels, 1)
+        self.relu = DynamicReLU(channels)
+
+
+def block_coefficients(setting: Setting) -> Problem:
+    """A block's step between its passes: normalisation, gates and ReLU coefficients of moments."""
+    s, n = setting.shapes, setting.batch
+    plan = fused.block_plan(s.levels, n, "flat")
+    jobs, levels = len(plan.branches), len(s.levels)
+    mean, var, up_mean = (random_maps([(s.channels,)] * jobs, n, seed) for seed in (13, 14, 15))
+    module = randomised(_CoefficientParameters(s.channels, s.num_groups))
+
+    def own(p: Any, inputs: Maps) -> Maps:
+        mean, var, up_mean = inputs
+        return list(
+            ops.block_coefficients(
+                mean,
+                var,
+                up_mean,
+                [norm.weight for norm in p.norms],
+                [norm.bias for norm in p.norms],
+                p.gate.weight[0],
+                p.gate.bias,
+                *_relu_parameters(p.relu),
+                plan.levels_of,
+                plan.branches_of,
+                num_groups=s.num_groups,
+                eps=p.norms[0].eps,
+            )
+        )
+
+    def layers(p: Any, inputs: Maps) -> Maps:
+        norms = [p.norms[branch] for branch in plan.branches_of]
+        counts = branch_counts(s.levels)
+        moments = list(zip(inputs[:jobs], inputs[jobs : 2 * jobs], inputs[2 * jobs :], strict=True))
+        scales, shifts, coefficients = [], [], []
+        for count in counts:
+            scale, shift, relu = peers.block_coefficients(
+                moments[:count], norms[:count], p.gate, _relu_parameters(p.relu)
+            )
+            scales += scale
+            shifts.append(shift)
+            coefficients.append(relu)
+            moments, norms = moments[count:], norms[count:]
+        return [*scales, *shifts, *coefficients]
+
+    def stacked(maps: Maps, counts: Sequence[int]) -> Maps:
+        return [torch.stack(group) for group in _grouped(maps, counts)]
+
+    def apart(stacks: Maps) -> Maps:
+        return [t for stack in stacks for t in stack.unbind()]
+
+    values, results = n * jobs * s.channels, n * levels * s.channels
+    return Problem(
+        setting,
+        [*mean, *(0.25 + x.abs() for x in var), *up_mean],
+        module,
+        reference_of(layers),
+        [
+            ours(
+                own,
+                inputs=Layout(lambda maps: [_wide(t) for t in stacked(maps, [jobs] * 3)], apart),
+                outputs=Layout(lambda maps: stacked(maps, (jobs, levels, levels)), apart),
+            ),
+            Implementation("layer by layer", "layers", layers),
+        ],
+        Work(
+            relu_flops(n * levels, s.channels),
+            3 * values + parameter_count(module),
+            values + 5 * results,
+        ),
+    )
 
 
 def fuse_branches(setting: Setting) -> Problem:
@@ -290,6 +370,10 @@ def _grouped(maps: Maps, counts: Sequence[int]) -> list[Maps]:
     return [[next(rest) for _ in range(count)] for count in counts]
 
 
+def _relu_parameters(relu: DynamicReLU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return relu.fc1.weight, relu.fc1.bias, relu.fc2.weight, relu.fc2.bias
+
+
 def dynamic_relu(setting: Setting) -> Problem:
     """The task attention on the finest level, through the public function."""
     s, n = setting.shapes, setting.batch
@@ -299,14 +383,11 @@ def dynamic_relu(setting: Setting) -> Problem:
     def own(relu: DynamicReLU, inputs: Maps) -> Maps:
         return [relu(inputs[0])]
 
-    def parameters(relu: DynamicReLU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return relu.fc1.weight, relu.fc1.bias, relu.fc2.weight, relu.fc2.bias
-
     def layers(relu: DynamicReLU, inputs: Maps) -> Maps:
-        return [peers.dynamic_relu(inputs[0], *parameters(relu))]
+        return [peers.dynamic_relu(inputs[0], *_relu_parameters(relu))]
 
     def layers_compiled(relu: DynamicReLU, inputs: Maps) -> Maps:
-        return [compiled(peers.dynamic_relu)(inputs[0], *parameters(relu))]
+        return [compiled(peers.dynamic_relu)(inputs[0], *_relu_parameters(relu))]
 
     values = n * s.channels * pixels_of([size])
     return Problem(
@@ -371,6 +452,7 @@ def spatial_attention(setting: Setting) -> Problem:
             levels * pixels * s.channels + parameter_count(module),
             pixels * s.channels,
         ),
-        slack=2,
-        jumps=0.05,  # offsets are computed, and some end up on another side of a pixel's edge
+        tolerance=BLOCK_TOLERANCE,  # offsets are computed here, too
+        gradient_tolerance=BLOCK_GRADIENT_TOLERANCE,
+        jumps=0.05,
     )

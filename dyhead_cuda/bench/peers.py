@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyhead_cuda.pyramid import OFFSET_CHANNELS, BlockParameters, BranchParameters
 from dyhead_cuda.reference import UnifiedParameters, median_level, scale_attention
@@ -158,6 +158,41 @@ def dynamic_relu(
     a1, b1, a2, b2 = gate.view(n, 4 * channels, 1, 1).split(channels, dim=1)
     first = x * ((a1 - 0.5) * 2 + 1) + (b1 - 0.5)
     return torch.max(first, x * ((a2 - 0.5) * 2) + (b2 - 0.5))
+
+
+def block_coefficients(
+    moments: Sequence[tuple[Tensor, Tensor, Tensor]],
+    norms: Sequence[nn.GroupNorm],
+    gate: nn.Linear,
+    relu: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What one level's branches are scaled by, the shift [N, C], and the ReLU's [N, 4, C].
+
+    Args:
+        moments: of each branch the mean, the biased variance and the mean after upsampling,
+            [N, C] each.
+        norms: the normalisation of each branch.
+        gate: the scale gate.
+        relu: parameters of the dynamic ReLU.
+    """
+    scales, total = [], torch.zeros_like(moments[0][0])
+    for (mean, var, up_mean), norm in zip(moments, norms, strict=True):
+        grouped = mean.unflatten(1, (norm.num_groups, -1))
+        centre = grouped.mean(2, keepdim=True)
+        spread = var.unflatten(1, (norm.num_groups, -1)) + (grouped - centre).square()
+        rstd = torch.rsqrt(spread.mean(2, keepdim=True) + norm.eps)
+        factor = norm.weight * rstd.expand_as(grouped).flatten(1)
+        shift = norm.bias - factor * centre.expand_as(grouped).flatten(1)
+        share = F.relu6(F.relu(gate(factor * up_mean + shift)) + 3) / 6 / len(moments)
+        scales.append(share * factor)
+        total = total + share * shift
+    pooled = total
+    for scale, (_, _, up_mean) in zip(scales, moments, strict=True):
+        pooled = pooled + scale * up_mean
+    hidden = F.relu(F.linear(pooled, relu[0], relu[1]))
+    t = 2 * F.relu6(F.linear(hidden, relu[2], relu[3]) + 3) / 6 - 1
+    a1, b1, a2, b2 = t.chunk(4, dim=1)
+    return scales, total, torch.stack([a1 + 1, b1 / 2, a2, b2 / 2], dim=1)
 
 
 def fuse_branches(

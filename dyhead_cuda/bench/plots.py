@@ -175,9 +175,8 @@ def roofline(results: Results, figure: Figure) -> bool:
     named = {r.case: r for r in reversed(shown) if (r.implementation, r.direction) == FIRST}
     for i, row in enumerate(sorted(named.values(), key=lambda r: r.flops / r.bytes)):
         place = row.flops / row.bytes, row.tflop_per_s
-        axes.annotate(
-            row.case, place, (0, -14), textcoords="offset points", fontsize=7, ha="center"
-        )
+        below = (0, -14 - 9 * (i % 3))
+        axes.annotate(row.case, place, below, textcoords="offset points", fontsize=7, ha="center")
     for marker, face, text in (
         (MARKERS[FORWARD], "0.3", f"{OURS}, {FORWARD}"),
         (MARKERS[BOTH], "0.3", f"{OURS}, {BOTH}"),

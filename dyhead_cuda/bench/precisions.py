@@ -16,8 +16,20 @@ PRECISIONS = {
     "float64": torch.float64,
 }
 
-# Relative L2 error allowed to the outputs of one operator of ours; gradients may have twice that.
+# Relative L2 error allowed to the outputs of one operator of ours, and to its gradients.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
+GRADIENT_TOLERANCE = {precision: 2 * error for precision, error in TOLERANCE.items()}
+
+# Of a block or several: a rounded result moves samples of the next step and flips maxima, which
+# is little of an output but makes gradients jump.
+BLOCK_TOLERANCE = {precision: 4 * error for precision, error in TOLERANCE.items()}
+BLOCK_GRADIENT_TOLERANCE = {
+    "float64": 1e-10,
+    "float32": 1e-4,
+    "tf32": 0.15,
+    "float16": 0.15,
+    "bfloat16": 0.3,
+}
 
 # Others round every intermediate result, which moves samples and flips maxima; still, another
 # function than the one they should compute is further away than this.

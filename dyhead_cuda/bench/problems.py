@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_cuda.bench import peers
-from dyhead_cuda.bench.precisions import PRECISIONS
+from dyhead_cuda.bench.precisions import GRADIENT_TOLERANCE, PRECISIONS, TOLERANCE
 from dyhead_cuda.bench.shapes import ShapeSet
 
 Maps = list[Tensor]  # each [N, ...]: one entry of the first dimension for each image
@@ -110,6 +110,7 @@ class Implementation:
         operator: the name in :func:`peers.deform_convs` that decides about precisions.
         backend: what :func:`dyhead_cuda.backend` is set to; "own" for that of the device.
         compiled: its first call compiles, which says nothing about memory.
+        directions: in which it is something of its own.
         bar: not the same function, but work to compare with; its result is not checked.
     """
 
@@ -122,6 +123,7 @@ class Implementation:
     operator: str | None = None
     backend: str = "auto"
     compiled: bool = False
+    directions: tuple[str, ...] = DIRECTIONS
     bar: bool = False
 
     def precision_for(self, precision: str, device: torch.device) -> str:
@@ -156,8 +158,8 @@ class Problem:
     reference: Implementation
     implementations: list[Implementation]
     work: Work
-    slack: float = 1  # the outputs of ours may err by this times the tolerance of an operator,
-    gradient_slack: float = 2  # and the gradients by this times the tolerance
+    tolerance: Mapping[str, float] = field(default_factory=lambda: TOLERANCE)  # of ours
+    gradient_tolerance: Mapping[str, float] = field(default_factory=lambda: GRADIENT_TOLERANCE)
     # Among millions of values a few lie so close to an edge (of a maximum, of a pixel) that
     # rounding decides on which side, and gradients jump there: what they may err by at real sizes.
     jumps: float = 2e-3

@@ -62,7 +62,8 @@ class Runner:
         for precision in entry.precisions:
             for direction in entry.directions:
                 for how in problem.implementations:
-                    if how.family and how.family not in entry.families:
+                    left_out = how.family and how.family not in entry.families
+                    if left_out or direction not in how.directions:
                         continue
                     announce(f"{entry.setting.title}, {precision}, {direction}: {how.name}")
                     yield self._row(problem, entry, how, precision, direction)
