@@ -39,17 +39,9 @@ HEAD_BENCHMARKS = {
 }
 OPERATOR_BENCHMARKS = {
     "operators.json": (
-        *(
-            "--only",
-            "block",
-            "branches",
-            "block_coefficients",
-            "fuse_branches",
-            "offset_conv",
-            "dynamic_relu",
-        ),
-        *("deform_conv", "spatial_attention", "--batch", "8", "--dtype", "bfloat16", *_PEERS),
-        *("--seconds", "40"),
+        *("--only", "block", "branches", "block_coefficients", "fuse_branches", "dynamic_relu"),
+        *("offset_conv", "deform_conv", "spatial_attention", "--batch", "8"),
+        *("--dtype", "bfloat16", *_PEERS, "--seconds", "40"),
     )
 }
 NO_SUCH_TOOL = "compute-sanitizer is not on PATH"
@@ -244,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     archs = sorted({target_of(torch.cuda.get_device_capability(gpu)) for gpu in gpus})
     sanitizer = shutil.which("compute-sanitizer")
-    output = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
+    output = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
     if arguments.dry_run:
         if not archs:
             print("no GPU here; for a compute capability of 9.0 the plan would be:")

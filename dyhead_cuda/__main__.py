@@ -1,8 +1,8 @@
 """The command line: ``python -m dyhead_cuda COMMAND``.
 
-A command is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, whose arguments
-hold the ``command_line`` after its name, too; only the one
-asked for is imported, so that the packages which one command needs do not hold up another.
+A command is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``; the arguments
+also hold the ``command_line`` after its name. Only the one asked for is imported, so that the
+packages which one command needs do not hold up another.
 """
 
 from __future__ import annotations

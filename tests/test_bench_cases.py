@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from dyhead_cuda.bench.heads import CASES, problem_of
 from dyhead_cuda.bench.precisions import PRECISIONS, products
 from dyhead_cuda.bench.problems import BOTH, DIRECTIONS, FORWARD, OURS, Maps, Problem, Setting, Work
 from dyhead_cuda.bench.shapes import SHAPE_SETS, SMALL_LEVELS, ShapeSet
+from dyhead_cuda.ops.common import tf32_allowed
 
 CPU = torch.device("cpu")
 MICRO = ShapeSet("micro", "for this test", ((6, 7), (3, 4), (2, 2)), 2, 16, 4)
@@ -315,19 +315,16 @@ def test_quick_is_tiny_and_compiles_nothing() -> None:
 # --- precisions ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _switches() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-
-
-@pytest.mark.usefixtures("_switches")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_only_tf32_rounds_products(precision: str) -> None:
+    def switches() -> list[bool]:
+        return [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+
+    before = switches()
     with products(precision):
-        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
-        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert switches() == [precision == "tf32"] * 2
+        assert tf32_allowed() == (precision == "tf32")
+    assert switches() == before
 
 
 def test_a_peer_without_bfloat16_runs_in_its_best_precision() -> None:

@@ -52,6 +52,8 @@ def environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
         facts["versions"]["cuda"] = torch.version.cuda
         facts["versions"]["cudnn"] = torch.backends.cudnn.version()
         facts |= _nvidia_smi(device)
+    elif clock := _cpu_field("cpu MHz"):
+        facts["clock"] = f"{clock} MHz"
     return facts
 
 
@@ -62,11 +64,16 @@ def one_line(facts: dict[str, Any]) -> str:
 
 
 def _cpu() -> str:
+    return f"{_cpu_field('model name') or platform.machine()}, {library.cpu_capability()}"
+
+
+def _cpu_field(name: str) -> str | None:
+    """What Linux says of the first processor."""
     try:
-        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+        found = re.search(rf"^{name}\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return f"{found[1].strip() if found else platform.machine()}, {library.cpu_capability()}"
+        return None
+    return found[1].strip() if found else None
 
 
 def _commit() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -46,11 +47,12 @@ PEER_GRADIENT_FACTOR = 8
 @contextmanager
 def products(precision: str) -> Iterator[None]:
     """Whether float32 products on a GPU may use TF32 in this block: only for "tf32"."""
-    allowed = precision == "tf32"
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    # Reading the older switch raises where somebody has set the newer one; setting it sets both.
+    before = [switch.fp32_precision == "tf32" for switch in (matmul, cudnn.conv)]
     try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -235,7 +235,8 @@ def _first_line(error: BaseException) -> str:
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a kernel that failed before
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
