@@ -40,7 +40,7 @@ def environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
         "library_loaded": library.loaded(device.type),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": {
             "dyhead_cuda": __version__,
             "torch": str(torch.__version__),
