@@ -109,7 +109,10 @@ def head(setting: Setting) -> Problem:
             outputs += [block.offset_conv(x) for x in features]
         return outputs
 
-    implementations = [ours(_run), ours(_run, RECOMPUTE, adapt=recomputing, directions=(BOTH,))]
+    implementations = [ours(_run)]
+    if setting.blocks > 1:  # of one block there is nothing to save
+        recompute = ours(_run, RECOMPUTE, adapt=recomputing, directions=(BOTH,))
+        implementations.append(recompute)
     implementations += [reference_of(_run), *on_each_operator(layers)]
     if "torchvision" in peers.deform_convs():
         implementations.append(
