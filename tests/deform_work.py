@@ -1,7 +1,9 @@
-"""A call of deform_conv that uses all it can do, and what it should give, map by map."""
+"""Calls of deform_conv for tests, and what they should give, map by map."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,22 +28,138 @@ from dyhead_cuda.ops.deform_conv import (
 )
 from tests.conftest import leaf
 
+Tensors = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
-class Work:
-    """A call of the operator: jobs of several terms, all read rules, gates, bias and moments.
+class Call(ABC):
+    """A plan, and tensors by name: source, predictions, weights, and where used bias and gates.
+
+    Weights and biases are stacked.
+    """
+
+    images: int = 2
+    moments: bool = False
+    wide_out: bool = False
+
+    @property
+    @abstractmethod
+    def plan(self) -> Plan: ...
+
+    @abstractmethod
+    def values(self) -> Tensors:
+        """In float64, on the CPU."""
+
+    def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensors:
+        compute = compute_dtype(dtype)
+        return {
+            name: leaf(value.to(device), dtype if name == "source" else compute)
+            for name, value in self.values().items()
+        }
+
+    def run(self, tensors: Tensors) -> list[Tensor]:
+        results = deform_conv(
+            tensors["source"],
+            tensors["predictions"],
+            tensors["weights"].unbind(),
+            self.plan,
+            tensors["bias"].unbind() if "bias" in tensors else (),
+            tensors.get("gates"),
+            wide_out=self.wide_out,
+            moments=self.moments,
+        )
+        return list(results if self.moments else results[:1])
+
+    def arguments(self, tensors: Tensors) -> tuple[Any, ...]:
+        """Of ``deform_conv_fwd``."""
+        plan = self.plan
+        return (
+            tensors["source"],
+            tensors["predictions"],
+            list(tensors["weights"].unbind()),
+            list(tensors["bias"].unbind()) if "bias" in tensors else [],
+            tensors.get("gates"),
+            *plan.tables,
+            plan.mask_logits,
+            self.wide_out,
+            self.moments,
+            False,
+        )
+
+    def backward_arguments(self, tensors: Tensors) -> tuple[Any, ...]:
+        """Of ``deform_conv_bwd``, with random gradients."""
+        plain = {name: t.detach() for name, t in tensors.items()}
+        arguments = self.arguments(plain)
+        out, mean, *_ = torch.ops.dyhead.deform_conv_fwd(*arguments)
+        grads = [torch.randn_like(mean) if self.moments else None for _ in range(3)]
+        source, predictions, weights, _, gates, *tables, _, _ = arguments
+        first = [torch.randn_like(out), *grads, source, predictions, weights, gates, out, mean]
+        return (*first, *tables, "bias" in tensors, False, False)
+
+    def reference(self, tensors: Tensors) -> list[Tensor]:
+        """The same in float64: map by map, with the reference's 3x3 convolution."""
+        t = {name: value.double() for name, value in tensors.items()}
+        plan, channels = self.plan, t["weights"].shape[1]
+        maps, statistics = [], []
+        for job in plan.jobs:
+            size, up = (job.out.height, job.out.width), job.upsampled
+            if job.offset_rule == NONE:
+                offset = t["source"].new_zeros(self.images, 18, *size)
+                mask = t["source"].new_ones(self.images, 9, *size)
+            else:
+                predictions = self.map(t["predictions"], job.predictions)
+                offset = read(predictions[:, :18], size, job.offset_rule)
+                mask = read(predictions[:, 18:], size, job.mask_rule)
+                mask = mask.sigmoid() if plan.mask_logits else mask
+            y = t["source"].new_zeros(self.images, channels, *size)
+            for source, weight in job.terms:
+                x = self.map(t["source"], plan.sources[source])
+                if "gates" in t:
+                    x = x * t["gates"][:, source].view(-1, 1, 1, 1)
+                y = y + convolution_of_size(x, offset, t["weights"][weight], mask, job.stride)
+            if "bias" in t:
+                y = y + t["bias"][job.terms[0][1]].view(1, -1, 1, 1)
+            upsampled = interpolate(y, up or size, mode="bilinear", align_corners=True)
+            maps.append(y.permute(0, 2, 3, 1).reshape(-1, channels))
+            mean = y.mean((2, 3))
+            var = (y - mean[:, :, None, None]).square().mean((2, 3))
+            statistics.append((mean, var, upsampled.mean((2, 3))))
+        moments = [torch.stack(values) for values in zip(*statistics, strict=True)]
+        return [torch.cat(maps), *(moments if self.moments else [])]
+
+    def map(self, rows: Tensor, m: Map) -> Tensor:
+        part = rows[m.first_row :][: self.images * m.pixels]
+        return part.view(self.images, m.height, m.width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def normals(seed: int) -> Any:
+    """A function of a shape that gives normal values in float64."""
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source, dtype=torch.float64)
+
+    return normal
+
+
+def off_the_grid(offsets: Tensor, noise: Tensor) -> Tensor:
+    """Away from integer coordinates, where the derivative jumps."""
+    return offsets.floor() + 0.1 + 0.8 * noise.sigmoid()
+
+
+@dataclass(frozen=True)
+class Work(Call):
+    """All that a call can do: jobs of several terms, all read rules, gates, bias and moments.
 
     No job reads source map 2 and weights 3.
     """
 
-    images: int = 2
     channels: int = 2
     out_channels: int = 3
     mask_logits: bool = True
     with_bias: bool = True
     with_gates: bool = True
     moments: bool = True
-    wide_out: bool = False
     scale: int = 1  # of all sizes
     seed: int = 0
 
@@ -61,101 +179,136 @@ class Work:
         ]
         return Plan(n, sources, jobs, mask_logits=self.mask_logits)
 
-    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        source = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=source, dtype=torch.float64)
-
-        n, plan, compute = self.images, self.plan, compute_dtype(dtype)
+    def values(self) -> Tensors:
+        n, plan, normal = self.images, self.plan, normals(self.seed)
         predictions = normal(sum(n * job.predictions.pixels for job in plan.jobs[::3]), 27)
-        # Away from integer coordinates, where the derivative jumps.
-        predictions[:, :18] = (
-            predictions[:, :18].floor() + 0.1 + 0.8 * predictions[:, 18:].repeat(1, 2).sigmoid()
-        )
-        tensors = {
+        predictions[:, :18] = off_the_grid(predictions[:, :18], predictions[:, 18:].repeat(1, 2))
+        values = {
             "source": normal(sum(n * m.pixels for m in plan.sources), self.channels),
             "predictions": predictions,
             "weights": normal(5, self.out_channels, self.channels, 3, 3) / 3,
         }
         if self.with_bias:
-            tensors["bias"] = normal(5, self.out_channels)
+            values["bias"] = normal(5, self.out_channels)
         if self.with_gates:
-            tensors["gates"] = normal(n, len(plan.sources))
-        return {k: leaf(t, dtype if k == "source" else compute) for k, t in tensors.items()}
+            values["gates"] = normal(n, len(plan.sources))
+        return values
 
-    def run(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        results = deform_conv(
-            tensors["source"],
-            tensors["predictions"],
-            tensors["weights"].unbind(),
-            self.plan,
-            tensors["bias"].unbind() if self.with_bias else (),
-            tensors.get("gates"),
-            wide_out=self.wide_out,
-            moments=self.moments,
+
+@dataclass(frozen=True)
+class ManyJobs(Call):
+    """More jobs, terms and sources than the tables of a CUDA launch hold."""
+
+    moments: bool = True
+    count: int = 40
+    channels: int = 8
+
+    @property
+    def plan(self) -> Plan:
+        maps, count = stack_maps([(2, 3)] * self.count, self.images), self.count
+        jobs = [
+            Job(
+                out,
+                maps[i // 2],
+                [(i, 0), ((i * 7) % count, 1), ((i + 1) % count, 0)],
+                upsampled=(4, 5),
+            )
+            for i, out in enumerate(maps)
+        ]
+        return Plan(self.images, maps, jobs)
+
+    def values(self) -> Tensors:
+        normal, channels, rows = normals(3), self.channels, self.images * 6 * self.count
+        predictions = normal(rows // 2, 27)
+        predictions[:, :18] = off_the_grid(predictions[:, :18], normal(rows // 2, 18))
+        return {
+            "source": normal(rows, channels),
+            "predictions": predictions,
+            "weights": normal(2, channels, channels, 3, 3) / 8,
+            "bias": normal(2, channels),
+            "gates": normal(self.images, self.count),
+        }
+
+
+@dataclass(frozen=True)
+class Convolution(Call):
+    """One deformable convolution of any geometry."""
+
+    images: int = 1
+    channels: int = 16
+    out_channels: int = 16
+    size: tuple[int, int] = (9, 10)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    deform_groups: int = 1
+    offset_scale: float = 1.0
+
+    @property
+    def output(self) -> tuple[int, int]:
+        height, width = (
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(
+                self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
         )
-        return list(results if self.moments else results[:1])
+        return height, width
 
-    def arguments(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
-        """Of ``deform_conv_fwd``."""
-        plan = self.plan
-        return (
-            tensors["source"],
-            tensors["predictions"],
-            list(tensors["weights"].unbind()),
-            list(tensors["bias"].unbind()) if self.with_bias else [],
-            tensors.get("gates"),
-            *plan.tables,
-            plan.mask_logits,
-            self.wide_out,
-            self.moments,
-            False,
+    @property
+    def plan(self) -> Plan:
+        out = Map(0, *self.output)
+        return Plan(
+            self.images,
+            [Map(0, *self.size)],
+            [Job(out, out, [(0, 0)], self.stride)],
+            self.kernel,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.deform_groups,
+            mask_logits=False,
         )
 
-    def backward_arguments(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
-        """Of ``deform_conv_bwd``, with random gradients."""
-        plain = {name: t.detach() for name, t in tensors.items()}
-        arguments = self.arguments(plain)
-        out, mean, *_ = torch.ops.dyhead.deform_conv_fwd(*arguments)
-        grads = [torch.randn_like(mean) if self.moments else None for _ in range(3)]
-        source, predictions, weights, _, gates, *tables, _, _ = arguments
-        first = [torch.randn_like(out), *grads, source, predictions, weights, gates, out, mean]
-        return (*first, *tables, self.with_bias, False, False)
+    def values(self) -> Tensors:
+        normal = normals(7)
+        taps = self.kernel[0] * self.kernel[1] * self.deform_groups
+        offsets = self.offset_scale * normal(self.images * math.prod(self.output), 2 * taps)
+        offsets = off_the_grid(offsets, normal(*offsets.shape))
+        masks = normal(offsets.shape[0], taps).sigmoid()
+        shape = (1, self.out_channels, self.channels // self.groups, *self.kernel)
+        return {
+            "source": normal(self.images * math.prod(self.size), self.channels),
+            "predictions": torch.cat([offsets, masks], 1),
+            "weights": normal(*shape) / math.sqrt(self.channels // self.groups * taps),
+            "bias": normal(1, self.out_channels),
+        }
 
-    def reference(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """The same in float64: map by map, with the reference's convolution."""
+    def reference(self, tensors: Tensors) -> list[Tensor]:
         t = {name: value.double() for name, value in tensors.items()}
-        maps, statistics = [], []
-        for job in self.plan.jobs:
-            size, up = (job.out.height, job.out.width), job.upsampled
-            if job.offset_rule == NONE:
-                offset = t["source"].new_zeros(self.images, 18, *size)
-                mask = t["source"].new_ones(self.images, 9, *size)
-            else:
-                predictions = self.map(t["predictions"], job.predictions)
-                offset = read(predictions[:, :18], size, job.offset_rule)
-                mask = read(predictions[:, 18:], size, job.mask_rule)
-                mask = mask.sigmoid() if self.mask_logits else mask
-            y = t["source"].new_zeros(self.images, self.out_channels, *size)
-            for source, weight in job.terms:
-                x = self.map(t["source"], self.plan.sources[source])
-                if self.with_gates:
-                    x = x * t["gates"][:, source].view(-1, 1, 1, 1)
-                y = y + convolution_of_size(x, offset, t["weights"][weight], mask, job.stride)
-            if self.with_bias:
-                y = y + t["bias"][job.terms[0][1]].view(1, -1, 1, 1)
-            upsampled = interpolate(y, up or size, mode="bilinear", align_corners=True)
-            maps.append(y.permute(0, 2, 3, 1).reshape(-1, self.out_channels))
-            mean = y.mean((2, 3))
-            var = (y - mean[:, :, None, None]).square().mean((2, 3))
-            statistics.append((mean, var, upsampled.mean((2, 3))))
-        moments = [torch.stack(values) for values in zip(*statistics, strict=True)]
-        return [torch.cat(maps), *(moments if self.moments else [])]
+        predictions = self.map(t["predictions"], Map(0, *self.output))
+        offsets = predictions.shape[1] // 3 * 2
+        y = reference.modulated_deform_conv2d(
+            self.map(t["source"], Map(0, *self.size)),
+            predictions[:, :offsets],
+            t["weights"][0],
+            t["bias"][0],
+            self.stride,
+            self.padding,
+            self.dilation,
+            predictions[:, offsets:],
+        )
+        return [y.permute(0, 2, 3, 1).reshape(-1, self.out_channels)]
 
-    def map(self, rows: Tensor, m: Map) -> Tensor:
-        part = rows[m.first_row :][: self.images * m.pixels]
-        return part.view(self.images, m.height, m.width, rows.shape[1]).permute(0, 3, 1, 2)
+    def displaced(self, tensors: Tensors, value: float) -> tuple[Tensors, Tensors]:
+        """With offsets of ``value``, beyond every border, and with finite ones there instead."""
+        moved = {name: t.detach().clone() for name, t in tensors.items()}
+        moved["predictions"][::3, :18] = value
+        moved["predictions"][1::3, 4] = value
+        finite = {name: t.clone() for name, t in moved.items()}
+        finite["predictions"][:, :18].nan_to_num_(1e6, 1e6, -1e6)
+        return moved, finite
 
 
 def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
@@ -198,4 +351,21 @@ WORKS = {
     "many channels": Work(channels=70, out_channels=40),
     "several chunks": Work(images=3, channels=5, out_channels=4, scale=9),
     "no images": Work(images=0),
+}
+
+CONVOLUTIONS = {
+    "one pixel": Convolution(channels=1, out_channels=1, size=(1, 1)),
+    "vectors": Convolution(channels=72, out_channels=48, images=2, offset_scale=3),
+    "wide output": Convolution(channels=8, out_channels=264, size=(5, 27)),
+    "middle output": Convolution(channels=136, out_channels=104, size=(8, 17)),
+    "groups": Convolution(channels=32, out_channels=48, groups=2, deform_groups=4),
+    "groups across deformable groups": Convolution(
+        channels=12, out_channels=6, groups=2, deform_groups=3
+    ),
+    "depthwise": Convolution(channels=5, out_channels=10, groups=5, size=(4, 5)),
+    "large kernel": Convolution(
+        channels=72, kernel=(5, 3), padding=(2, 3), dilation=(2, 1), size=(7, 9)
+    ),
+    "strides": Convolution(stride=(2, 3), size=(11, 13), padding=(0, 2)),
+    "far offsets": Convolution(offset_scale=30),
 }

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyhead_cuda import reference
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import Job, Map, Plan, deform_conv, stack_maps
+from dyhead_cuda.ops.deform_conv import Plan
 from tests.conftest import (
     TOLERANCE,
     assert_close,
@@ -22,7 +21,7 @@ from tests.conftest import (
     random_like,
     relative_l2,
 )
-from tests.deform_work import WORKS, Work
+from tests.deform_work import CONVOLUTIONS, WORKS, Call, Convolution, ManyJobs, Work
 
 from .arrays import to_array, to_tensor
 
@@ -112,114 +111,11 @@ class Operator:
         )
         return {name: to_tensor(array, source.dtype) for name, array in gradients.items()}
 
-    def run(self, work: Work | Convolution, tensors: dict[str, Tensor]) -> list[Tensor]:
+    def run(self, work: Call, tensors: dict[str, Tensor]) -> list[Tensor]:
         return self.forward(work.plan, tensors, wide_out=work.wide_out, moments=work.moments)
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """One plain or deformable convolution of any geometry: the interface of Work."""
-
-    channels: int = 16
-    out_channels: int = 16
-    size: tuple[int, int] = (9, 10)
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    deform_groups: int = 1
-    images: int = 1
-    offset_scale: float = 1.0
-    moments: bool = False
-    wide_out: bool = False
-
-    @property
-    def output(self) -> tuple[int, int]:
-        height, width = (
-            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, pad, dilation, kernel, stride in zip(
-                self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
-        return height, width
-
-    @property
-    def plan(self) -> Plan:
-        out = Map(0, *self.output)
-        return Plan(
-            self.images,
-            [Map(0, *self.size)],
-            [Job(out, out, [(0, 0)], self.stride)],
-            self.kernel,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.deform_groups,
-            mask_logits=False,
-        )
-
-    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        source = torch.Generator().manual_seed(7)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=source, dtype=torch.float64)
-
-        taps = self.kernel[0] * self.kernel[1] * self.deform_groups
-        offsets = self.offset_scale * normal(self.images * math.prod(self.output), 2 * taps)
-        # Away from integer coordinates, where the derivative jumps.
-        offsets = offsets.floor() + 0.1 + 0.8 * normal(*offsets.shape).sigmoid()
-        masks = normal(offsets.shape[0], taps).sigmoid()
-        tensors = {
-            "source": normal(self.images * math.prod(self.size), self.channels),
-            "predictions": torch.cat([offsets, masks], 1),
-            "weights": normal(1, self.out_channels, self.channels // self.groups, *self.kernel),
-            "bias": normal(1, self.out_channels),
-        }
-        tensors["weights"] /= math.sqrt(self.channels // self.groups * taps)
-        compute = compute_dtype(dtype)
-        return {k: leaf(t, dtype if k == "source" else compute) for k, t in tensors.items()}
-
-    def reference(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        t = {name: value.double() for name, value in tensors.items()}
-
-        def maps(rows: Tensor, size: tuple[int, int]) -> Tensor:
-            return rows.view(self.images, *size, rows.shape[1]).permute(0, 3, 1, 2)
-
-        predictions = maps(t["predictions"], self.output)
-        offsets = predictions.shape[1] // 3 * 2
-        y = reference.modulated_deform_conv2d(
-            maps(t["source"], self.size),
-            predictions[:, :offsets],
-            t["weights"][0],
-            t["bias"][0],
-            self.stride,
-            self.padding,
-            self.dilation,
-            predictions[:, offsets:],
-        )
-        return [y.permute(0, 2, 3, 1).reshape(-1, self.out_channels)]
-
-
-CONVOLUTIONS = {
-    "one pixel": Convolution(channels=1, out_channels=1, size=(1, 1)),
-    "vectors": Convolution(channels=72, out_channels=48, images=2, offset_scale=3),
-    "wide output": Convolution(channels=8, out_channels=264, size=(5, 27)),
-    "middle output": Convolution(channels=136, out_channels=104, size=(8, 17)),
-    "groups": Convolution(channels=32, out_channels=48, groups=2, deform_groups=4),
-    "groups across deformable groups": Convolution(
-        channels=12, out_channels=6, groups=2, deform_groups=3
-    ),
-    "depthwise": Convolution(channels=5, out_channels=10, groups=5, size=(4, 5)),
-    "large kernel": Convolution(
-        channels=72, kernel=(5, 3), padding=(2, 3), dilation=(2, 1), size=(7, 9)
-    ),
-    "strides": Convolution(stride=(2, 3), size=(11, 13), padding=(0, 2)),
-    "far offsets": Convolution(offset_scale=30),
-}
-
-
-def check(work: Work | Convolution, dtype: torch.dtype, operator: Operator) -> None:
+def check(work: Call, dtype: torch.dtype, operator: Operator) -> None:
     tensors = work.tensors(dtype)
     expected = work.reference(tensors)
     actual = operator.run(work, tensors)
@@ -238,7 +134,7 @@ def test_jobs(simt: Any, name: str, dtype: torch.dtype) -> None:
 
 
 def check_backward(
-    work: Work | Convolution, dtype: torch.dtype, operator: Operator, *, deterministic: bool = False
+    work: Call, dtype: torch.dtype, operator: Operator, *, deterministic: bool = False
 ) -> dict[str, Tensor]:
     tensors = work.tensors(dtype)
     results = [t.detach() for t in operator.run(work, tensors)]
@@ -286,7 +182,7 @@ def test_convolutions(simt: Any, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "work", [WORKS["all"], *(CONVOLUTIONS[n] for n in ("vectors", "groups", "middle output"))]
 )
-def test_tf32(simt: Any, work: Work | Convolution) -> None:
+def test_tf32(simt: Any, work: Call) -> None:
     operator = Operator(simt, allow_tf32=True)
     check(work, torch.float32, operator)
     check_backward(work, torch.float32, operator)
@@ -334,11 +230,7 @@ def test_deterministic_gradients_that_are_not_finite(simt: Any) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1e30, 2.0**31, -(2.0**31)])
 def test_offsets_without_a_place(simt: Any, dtype: torch.dtype, value: float) -> None:
     work = Convolution(channels=8, out_channels=8)
-    tensors = {name: t.detach() for name, t in work.tensors(dtype).items()}
-    tensors["predictions"][::3, :18] = value
-    tensors["predictions"][1::3, 4] = value
-    finite = {name: t.clone() for name, t in tensors.items()}
-    finite["predictions"][:, :18].nan_to_num_(1e6, 1e6, -1e6)
+    tensors, finite = work.displaced(work.tensors(dtype), value)
     expected = work.reference(finite)
     actual = Operator(simt).run(work, tensors)
     assert_close(actual, expected, dtype)
@@ -354,39 +246,7 @@ def test_masks_outside_are_not_read(simt: Any) -> None:
     assert Operator(simt).run(work, tensors)[0].isfinite().all()
 
 
-def test_many_jobs_take_several_launches(simt: Any) -> None:
-    """More jobs, terms and sources than fit the tables of a launch."""
-    images, count = 2, 40
-    sources = stack_maps([(2, 3)] * count, images)
-    outs = stack_maps([(2, 3)] * count, images)
-    jobs = [
-        Job(
-            out,
-            outs[i // 2],
-            [(i, 0), ((i * 7) % count, 1), ((i + 1) % count, 0)],
-            upsampled=(4, 5),
-        )
-        for i, out in enumerate(outs)
-    ]
-    plan = Plan(images, sources, jobs)
-    generator = torch.Generator().manual_seed(3)
-    tensors = {
-        "source": torch.randn(images * 6 * count, 8, generator=generator),
-        "predictions": torch.randn(images * 6 * count // 2, 27, generator=generator),
-        "weights": torch.randn(2, 8, 8, 3, 3, generator=generator) / 8,
-        "bias": torch.randn(2, 8, generator=generator),
-        "gates": torch.rand(images, count, generator=generator),
-    }
-    arguments = [*tensors.values()]
-    actual = Operator(simt).forward(plan, tensors, moments=True)
-    precise = [leaf(t, torch.float64) for t in arguments]
-    source, predictions, weights, bias, gates = precise
-    expected = deform_conv(
-        source, predictions, weights.unbind(), plan, bias.unbind(), gates, moments=True
-    )
-    assert_close(actual, expected, torch.float32)
-    cotangents = random_like(*actual)
-    grads = Operator(simt).backward(plan, tensors, actual, [g.float() for g in cotangents])
-    wanted = dict(zip(tensors, torch.autograd.grad(expected, precise, cotangents), strict=True))
-    del wanted["weights"]
-    assert_gradients_close([grads[n] for n in wanted], [*wanted.values()], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_many_jobs_take_several_launches(simt: Any, dtype: torch.dtype) -> None:
+    check(ManyJobs(), dtype, Operator(simt))
+    check_backward(ManyJobs(), dtype, Operator(simt))
