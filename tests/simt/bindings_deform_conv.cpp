@@ -33,9 +33,9 @@ struct Matrices {
 };
 
 template <class T>
-py::dict forward(const DeformTables& tables, const py::array& source, const py::array& predictions,
-                 const Matrices& matrices, const py::object& gates, bool wide_out, bool moments,
-                 bool allow_tf32, const DeviceLimits& device) {
+py::dict forward(DeformTables tables, int64_t far, const py::array& source,
+                 const py::array& predictions, const Matrices& matrices, const py::object& gates,
+                 bool wide_out, bool moments, bool allow_tf32, const DeviceLimits& device) {
   using F = compute_t<T>;
   const DeformShape& s = tables.shape;
   const auto x = DeviceArray<T>::copy_of("source", source);
@@ -52,14 +52,21 @@ py::dict forward(const DeformTables& tables, const py::array& source, const py::
   DeformFwdParams params{};
   params.tables = &tables;
   params.weights = &matrices.weights;
-  params.source = x.data();
-  params.predictions = offsets.data();
+  // Rows that start at row `far` of a matrix whose first rows nobody may touch.
+  for (MapShape& map : tables.sources) map.first_row += far;
+  for (DeformJob& job : tables.jobs) {
+    job.out.first_row += far;
+    job.predictions.first_row += far;
+  }
+  params.source = x.data() - far * s.channels;
+  params.predictions = offsets.data() - far * s.prediction_columns();
   std::deque<DeviceArray<F>> gate_memory;
   if (!gates.is_none()) {
     gate_memory.push_back(DeviceArray<F>::copy_of("gates", gates));
     params.gates = gate_memory.back().data();
   }
-  params.out = wide_out ? static_cast<void*>(wide.data()) : out.data();
+  const int64_t before = far * s.out_channels;
+  params.out = wide_out ? static_cast<void*>(wide.data() - before) : out.data() - before;
   params.wide_out = wide_out;
   params.moments = moments;
   params.mean = mean.data();
@@ -164,22 +171,22 @@ void bind_deform_conv(py::module_& module) {
          const std::vector<py::array>& weights, const std::vector<py::array>& bias,
          const std::string& weights_dtype, const py::object& gates, const Numbers& geometry,
          const Numbers& sources, const Numbers& terms, const Numbers& jobs, bool mask_logits,
-         bool wide_out, bool moments, bool allow_tf32, const DeviceLimits& device) {
+         bool wide_out, bool moments, bool allow_tf32, int64_t far, const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
         const DeformTables tables =
             read_tables(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
                         weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
         const Matrices matrices(weights, bias, named_dtype(weights_dtype));
         return dispatch_dtype(dtype, [&](auto zero) {
-          return forward<decltype(zero)>(tables, source, predictions, matrices, gates, wide_out,
-                                         moments, allow_tf32, device);
+          return forward<decltype(zero)>(tables, far, source, predictions, matrices, gates,
+                                         wide_out, moments, allow_tf32, device);
         });
       },
       py::arg("dtype"), py::arg("source"), py::arg("predictions"), py::arg("weights"),
       py::arg("bias"), py::arg("weights_dtype"), py::arg("gates"), py::arg("geometry"),
       py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("mask_logits"),
       py::arg("wide_out"), py::arg("moments"), py::kw_only(), py::arg("allow_tf32") = false,
-      py::arg("device"));
+      py::arg("far") = 0, py::arg("device"));
   m.def(
       "backward",
       [](const std::string& dtype_name, const py::array& grad_out, const py::object& grads,

@@ -41,6 +41,7 @@ class Operator:
     allow_tf32: bool = False
     processors: int = 4
     shared_bytes: int = 227 * 1024
+    far: int = 0  # row of all matrices at which the forward's rows start
 
     def device(self) -> Any:
         return self.simt.deform_conv.DeviceLimits(self.processors, self.shared_bytes)
@@ -67,6 +68,7 @@ class Operator:
             wide_out,
             moments,
             allow_tf32=self.allow_tf32,
+            far=self.far,
             device=self.device(),
         )
         out_dtype = compute_dtype(source.dtype) if wide_out else source.dtype
@@ -250,3 +252,36 @@ def test_masks_outside_are_not_read(simt: Any) -> None:
 def test_many_jobs_take_several_launches(simt: Any, dtype: torch.dtype) -> None:
     check(ManyJobs(), dtype, Operator(simt))
     check_backward(ManyJobs(), dtype, Operator(simt))
+
+
+@pytest.mark.parametrize("name", ["all", "vectors", "wide output"])
+def test_elements_beyond_32_bits(simt: Any, name: str) -> None:
+    """As the rows of a matrix of 2^40 rows, of which only those at the end exist."""
+    work = (WORKS | CONVOLUTIONS)[name]
+    tensors = work.tensors(torch.float32)
+    near = Operator(simt).run(work, tensors)
+    far = Operator(simt, far=2**40).run(work, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
+
+
+def test_gradcheck(simt: Any) -> None:
+    """Of the emulated forward and backward in float64, by finite differences."""
+    work = Work(images=1, channels=2, out_channels=2)
+    operator = Operator(simt)
+    tensors = work.tensors()
+    names = [name for name in tensors if name != "weights"]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
+            ctx.inputs = {**tensors, **dict(zip(names, values, strict=True))}
+            ctx.results = operator.run(work, ctx.inputs)
+            return tuple(t.clone() for t in ctx.results)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+            found = operator.backward(work.plan, ctx.inputs, ctx.results, grads)
+            return tuple(found[name] for name in names)
+
+    inputs = tuple(tensors[name] for name in names)
+    assert torch.autograd.gradcheck(Function.apply, inputs, fast_mode=True, nondet_tol=1e-10)
