@@ -39,9 +39,9 @@ HEAD_BENCHMARKS = {
 }
 OPERATOR_BENCHMARKS = {
     "operators.json": (
-        *("--only", "block", "branches", "block_coefficients", "fuse_branches", "dynamic_relu"),
-        *("offset_conv", "deform_conv", "spatial_attention", "--batch", "8"),
-        *("--dtype", "bfloat16", *_PEERS, "--seconds", "40"),
+        *("--only", "block", "branches", "block_coefficients", "fuse_branches", "pack_levels"),
+        *("dynamic_relu", "offset_conv", "deform_conv", "spatial_attention"),
+        *("--batch", "8", "--dtype", "bfloat16", *_PEERS, "--seconds", "40"),
     )
 }
 NO_SUCH_TOOL = "compute-sanitizer is not on PATH"

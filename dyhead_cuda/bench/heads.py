@@ -14,6 +14,7 @@ from dyhead_cuda.bench import operators, peers
 from dyhead_cuda.bench.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
 from dyhead_cuda.bench.problems import (
     BOTH,
+    NCHW,
     OURS,
     Implementation,
     Maps,
@@ -109,9 +110,10 @@ def head(setting: Setting) -> Problem:
             outputs += [block.offset_conv(x) for x in features]
         return outputs
 
-    implementations = [ours(_run)]
+    # Inputs as a feature pyramid network leaves them; ours brings them into rows by itself.
+    implementations = [ours(_run, inputs=NCHW)]
     if setting.blocks > 1:  # of one block there is nothing to save
-        recompute = ours(_run, RECOMPUTE, adapt=recomputing, directions=(BOTH,))
+        recompute = ours(_run, RECOMPUTE, inputs=NCHW, adapt=recomputing, directions=(BOTH,))
         implementations.append(recompute)
     implementations += [reference_of(_run), *on_each_operator(layers)]
     if "torchvision" in peers.deform_convs():
@@ -198,6 +200,7 @@ CASES: dict[str, Callable[[Setting], Problem]] = {
     "block": head,
     "head": head,
     "unified": unified,
+    "pack_levels": operators.pack_levels,
     "branches": operators.branches,
     "deform_conv": operators.deform_conv,
     "block_coefficients": operators.block_coefficients,

@@ -14,6 +14,7 @@ from dyhead_cuda import functional, fused, ops, reference
 from dyhead_cuda.bench import peers
 from dyhead_cuda.bench.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
 from dyhead_cuda.bench.problems import (
+    NCHW,
     Implementation,
     Layout,
     Maps,
@@ -79,6 +80,31 @@ def _between_pixels(maps: Maps) -> Maps:
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(compute_dtype(t.dtype))
+
+
+def pack_levels(setting: Setting) -> Problem:
+    """Bringing a pyramid of NCHW maps into one matrix of rows."""
+    s, n = setting.shapes, setting.batch
+
+    def own(_: nn.Module, levels: Maps) -> Maps:
+        return [ops.pack_levels(levels)]
+
+    def layers(_: nn.Module, levels: Maps) -> Maps:
+        return [torch.cat([x.permute(0, 2, 3, 1).reshape(-1, s.channels) for x in levels])]
+
+    rows = _rows(s.levels, n)
+    values = n * s.pixels * s.channels
+    return Problem(
+        setting,
+        random_maps([(s.channels, *size) for size in s.levels], n, 16),
+        nn.Module(),
+        Implementation("reference", "reference", layers, outputs=rows),
+        [
+            ours(own, inputs=NCHW, outputs=rows),
+            Implementation("layer by layer", "layers", layers, outputs=rows),
+        ],
+        Work(0, values, values),
+    )
 
 
 def offset_conv(setting: Setting) -> Problem:
