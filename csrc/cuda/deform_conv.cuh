@@ -71,7 +71,7 @@ DYHEAD_DEVICE void stage_corners(const DeformTable& table, const TilePlace& plac
                                  const TapSampler<F>& sampler, int deform_group, int first_tap,
                                  int taps, int rows, Corners<F>* corners) {
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < taps * rows; i += kTileThreads) {
+  for (int i = tile_thread(); i < taps * rows; i += kTileThreads) {
     const OutputPixel at = tile_pixel(table, place, i % rows, rows);
     if (at.index < 0) {
       corners[i] = {{F(0), F(0), F(0), F(0)}, {-1, -1, -1, -1}};
@@ -89,6 +89,7 @@ class Gather {
   using T = typename Operand<Op>::Storage;
   using F = typename Operand<Op>::Compute;
   static constexpr int kUnit = Operand<Op>::kUnit;
+  using Values = Vec<T, kUnit>;
 
   // The first `count` channels from `source` on, a channel of the map's first pixel; the others are
   // zero.
@@ -116,6 +117,15 @@ class Gather {
     }
   }
 
+  // Of the values at corner i.
+  DYHEAD_DEVICE F dot(int i, const F (&other)[kUnit]) const {
+    const Values values = __builtin_bit_cast(Values, words_[i]);
+    F sum = F(0);
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) sum += to_compute(values[k]) * other[k];
+    return sum;
+  }
+
   DYHEAD_DEVICE void store(std::byte* to) const {
     F sum[kUnit];
 #pragma unroll
@@ -139,7 +149,6 @@ class Gather {
   }
 
  private:
-  using Values = Vec<T, kUnit>;
   // As words of a register each: of halves, the compiler would touch every one upon loading, and
   // so wait for the loads before the products.
   using Words = Vec<uint32_t, 4>;
@@ -151,7 +160,7 @@ class Gather {
 // Starts the copy of a panel of weights into a tile of shared memory.
 template <int kCols>
 DYHEAD_DEVICE void load_panel(std::byte* to, const std::byte* from) {
-  const int first = static_cast<int>(threadIdx.x) * 16;
+  const int first = tile_thread() * 16;
 #pragma unroll
   for (int i = 0; i < kCols * kRowBytes; i += kTileThreads * 16) {
     cp_async<16>(to + first + i, from + first + i);

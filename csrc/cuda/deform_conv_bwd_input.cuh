@@ -26,7 +26,7 @@ class InputTile {
         at_(shared_place()) {
     if (threadIdx.x == 0) at_.place = find_tile(p.table, static_cast<int32_t>(blockIdx.x));
     __syncthreads();
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = tile_thread();
     if (thread < kBwdRows) {
       at_.pixels[thread] = tile_pixel(table_, at_.place, thread, kBwdRows).index;
     }
@@ -105,7 +105,7 @@ class InputTile {
     const int64_t first_row = job.out.first_row + at_.place.image * job.out.pixels();
     const T* rows = static_cast<const T*>(p_.rows) + first_row * channels + group * group_outputs;
     __syncthreads();  // the products with those before are done
-    for (int i = static_cast<int>(threadIdx.x); i < chunks * kBwdRows * kUnits; i += kTileThreads) {
+    for (int i = tile_thread(); i < chunks * kBwdRows * kUnits; i += kTileThreads) {
       const int unit = i % kUnits;
       const int row = i / kUnits % kBwdRows;
       const int chunk = i / kUnits / kBwdRows;
@@ -133,7 +133,7 @@ class InputTile {
     const DeformShape& s = table_.shape;
     const DeformTableTerm& term = table_.terms[term_index];
     const TapSampler<F> sampler = tap_sampler<F>(table_, p_.predictions, p_.gates, at_.place, term);
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = tile_thread();
     stage_corners(table_, at_.place, sampler, stretch.deform_group, first_tap, taps, kBwdRows,
                   corners_);
     for (int i = thread; i < 4 * taps * kBwdRows; i += kTileThreads) dots_[i] = F(0);
@@ -198,7 +198,7 @@ class InputTile {
 
   // Uses the columns of one tap: `at` is the index of the first channel at the map's first pixel.
   DYHEAD_DEVICE void consume(int64_t at, int channels, int tap) {
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = tile_thread();
     const int unit = thread % kLanes;
     const int left = channels - unit * kUnit;
     const T* source = static_cast<const T*>(p_.source) + at + unit * kUnit;
@@ -206,36 +206,26 @@ class InputTile {
 #pragma unroll 1
     for (int row = thread / kLanes; row < kBwdRows; row += kTileThreads / kLanes) {
       const Corners<F>& corners = corners_[tap * kBwdRows + row];
+      const bool measure = p_.scatter == Scatter::kMeasure;
+      Gather<Op, kVectors> values;
+      if (!measure) values.load(corners, source, stride, left);
       F grad[kUnit];
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) grad[k] = columns_[row * kPitch + unit * kUnit + k];
-      F dots[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        dots[i] = F(0);
         const int32_t pixel = corners.pixel[i];
         if (pixel < 0 || left <= 0) continue;
         const int64_t offset = static_cast<int64_t>(pixel) * stride;
-        if (p_.scatter != Scatter::kMeasure) dots[i] = dot(grad, source + offset, left);
         scatter(at + unit * kUnit + offset, corners.weight[i], grad, left);
       }
-      if (p_.scatter != Scatter::kMeasure) add_dots(dots, tap * kBwdRows + row);
-    }
-  }
-
-  DYHEAD_DEVICE static F dot(const F (&grad)[kUnit], const T* x, int left) {
-    F sum = F(0);
-    if constexpr (kVectors) {
-      const Vec<T, kUnit> values = load_vec_readonly<kUnit>(x);
+      if (measure) continue;
+      // What does not exist was loaded as zeros.
+      F dots[4];
 #pragma unroll
-      for (int k = 0; k < kUnit; ++k) sum += grad[k] * to_compute(values[k]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kUnit; ++k) {
-        if (k < left) sum += grad[k] * to_compute(x[k]);
-      }
+      for (int i = 0; i < 4; ++i) dots[i] = values.dot(i, grad);
+      add_dots(dots, tap * kBwdRows + row);
     }
-    return sum;
   }
 
   DYHEAD_DEVICE void scatter(int64_t at, F weight, const F (&grad)[kUnit], int left) {
@@ -270,7 +260,7 @@ class InputTile {
 
   // Adds over the lanes of a row. Halving: each round, lanes hand over what their partners keep.
   DYHEAD_DEVICE void add_dots(const F (&dots)[4], int sample) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const int lane = tile_thread() % kLanes;
     const bool odd = lane & 1;
     const bool upper = lane & 2;
     F two[2];
@@ -301,7 +291,7 @@ class InputTile {
     const int columns = table_.shape.prediction_columns();
     for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
       F* derivatives = static_cast<F*>(p_.derivatives) + use_row(t) * columns;
-      for (int i = static_cast<int>(threadIdx.x); i < kBwdRows * columns; i += kTileThreads) {
+      for (int i = tile_thread(); i < kBwdRows * columns; i += kTileThreads) {
         const int32_t pixel = at_.pixels[i / columns];
         if (pixel >= 0) derivatives[static_cast<int64_t>(pixel) * columns + i % columns] = F(0);
       }
@@ -320,7 +310,7 @@ class InputTile {
         tap_sampler<F>(table_, p_.predictions, p_.gates, at_.place, table_.terms[term_index]);
     F* derivatives = static_cast<F*>(p_.derivatives) + use_row(term_index) * s.prediction_columns();
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < taps * kBwdRows; i += kTileThreads) {
+    for (int i = tile_thread(); i < taps * kBwdRows; i += kTileThreads) {
       const OutputPixel at = tile_pixel(table_, at_.place, i % kBwdRows, kBwdRows);
       if (at.index < 0) continue;
       const int tap = first_tap + i / kBwdRows;
@@ -346,7 +336,7 @@ class InputTile {
 
   DYHEAD_DEVICE void write_gate_sum(int term, F gate_sum) {
     const F sum = warp_sum(gate_sum);
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = tile_thread();
     if (thread % kWarpSize == 0) columns_[thread / kWarpSize] = sum;
     __syncthreads();
     if (thread == 0) {

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   DYHEAD_SHARED(F, up_weights, kBwdRows);
   const TilePlace place = find_tile(p.table, static_cast<int32_t>(blockIdx.x));
   const DeformJob& job = p.table.jobs[place.job];
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = tile_thread();
   if (thread < kBwdRows) {
     const OutputPixel at = tile_pixel(p.table, place, thread, kBwdRows);
     pixels[thread] = at.index;

@@ -41,7 +41,7 @@ class FwdTile {
       at_.place = find_tile(p.table, at_.tile);
     }
     __syncthreads();
-    for (int row = static_cast<int>(threadIdx.x); row < kRows; row += kTileThreads) {
+    for (int row = tile_thread(); row < kRows; row += kTileThreads) {
       at_.pixels[row] = tile_pixel(table_, at_.place, row, kRows).index;
     }
   }
@@ -111,7 +111,7 @@ class FwdTile {
     // Now the corners are there, and nobody reads the buffers of the stretch before.
     __syncthreads();
 
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = tile_thread();
     const int row = thread / kUnits;  // of this thread's first unit
     const int unit = thread % kUnits;
     const int channels = static_cast<int>(table_.shape.channels);
@@ -296,7 +296,7 @@ class FwdTile {
     constexpr int kWarps = Product::kWarpsM;
     const DeformJob& job = table_.jobs[at_.place.job];
     const int64_t channels = table_.shape.out_channels;
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = tile_thread();
     auto* sums = reinterpret_cast<F*>(work_);  // [2][kWarps][kCols]
     F* means = sums + 2 * kWarps * kCols;      // [kCols]
     F* up_weights = means + kCols;             // [kRows]
@@ -368,7 +368,7 @@ class FwdTile {
     const F* partial = static_cast<const F*>(p_.partial) +
                        (tiles.first + at_.place.image * tiles.per_image) * 3 * channels +
                        columns.first;
-    for (int c = static_cast<int>(threadIdx.x); c < columns.count; c += kTileThreads) {
+    for (int c = tile_thread(); c < columns.count; c += kTileThreads) {
       F mean = F(0), second = F(0), up_mean = F(0), count = F(0);
 #pragma unroll 4
       for (int32_t tile = 0; tile < tiles.per_image; ++tile) {

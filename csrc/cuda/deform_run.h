@@ -7,12 +7,21 @@
 
 namespace dyhead::cuda {
 
+inline int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // Why a call cannot run, or null. Kept apart from cudaError_t, whose names would not help.
 inline const char* deform_problem(const DeformTables& tables) {
   constexpr int64_t kMostTiles = 1 << 30;
   const int64_t channels = tables.shape.channels + tables.shape.out_channels;
   if (channels > (1 << 24)) return "expected at most 2^24 channels";
   if (tables.shape.images > (1 << 24)) return "expected at most 2^24 images";
+  for (const MapShape& map : tables.sources) {
+    if (map.pixels() * tables.shape.channels * element_bytes(tables.shape.dtype) >> 36) {
+      return "expected source maps of less than 64 GiB per image";
+    }
+  }
   if (tables.weights > (1 << 15) - 1) return "expected at most 2^15 - 1 matrices of weights";
   // Tiles have 64 rows or more, panels 32 columns or more.
   const int64_t panels =
@@ -25,10 +34,6 @@ inline const char* deform_problem(const DeformTables& tables) {
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
 
 inline int64_t compute_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 

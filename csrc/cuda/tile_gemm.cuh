@@ -16,6 +16,9 @@ inline constexpr int kRowBytes = 128;
 inline constexpr int kUnits = 8;  // of 16 bytes, per row
 inline constexpr int kSteps = 4;  // that a row's depth is multiplied in
 
+// The thread, by a bound that the compiler knows: otherwise it divides signed numbers.
+DYHEAD_DEVICE int tile_thread() { return static_cast<int>(threadIdx.x % kTileThreads); }
+
 // An operand: how values are held in shared memory, and what they are computed from.
 template <class T>
 struct Operand {
@@ -89,9 +92,7 @@ class TensorTile {
   static constexpr int kPair = 2;
   static_assert(kWarpRows % 16 == 0 && kWarpCols % 32 == 0);
 
-  DYHEAD_DEVICE TensorTile()
-      : warp_(static_cast<int>(threadIdx.x) / kWarpSize),
-        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
+  DYHEAD_DEVICE TensorTile() : warp_(tile_thread() / kWarpSize), lane_(tile_thread() % kWarpSize) {
     clear();
   }
 
@@ -162,9 +163,7 @@ class SimtTile {
   static constexpr int kFirstXor = 8;
   static constexpr int kPair = 1;
 
-  DYHEAD_DEVICE SimtTile()
-      : warp_(static_cast<int>(threadIdx.x) / kWarpSize),
-        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
+  DYHEAD_DEVICE SimtTile() : warp_(tile_thread() / kWarpSize), lane_(tile_thread() % kWarpSize) {
     clear();
   }
 

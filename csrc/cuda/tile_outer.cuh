@@ -12,9 +12,6 @@
 
 namespace dyhead::cuda {
 
-// The thread, by a bound that the compiler knows: otherwise it divides signed numbers.
-DYHEAD_DEVICE int tile_thread() { return static_cast<int>(threadIdx.x % kTileThreads); }
-
 template <class Op>
 inline constexpr int kPanelBytes = Operand<Op>::kDepth * kRowBytes;
 
