@@ -13,7 +13,7 @@ inline int64_t element_bytes(DType dtype) {
 
 // Why a call cannot run, or null. Kept apart from cudaError_t, whose names would not help.
 inline const char* deform_problem(const DeformTables& tables) {
-  constexpr int64_t kMostTiles = 1 << 30;
+  constexpr int64_t kMostTiles = 1 << 29;
   const int64_t channels = tables.shape.channels + tables.shape.out_channels;
   if (channels > (1 << 24)) return "expected at most 2^24 channels";
   if (tables.shape.images > (1 << 24)) return "expected at most 2^24 images";
@@ -26,7 +26,7 @@ inline const char* deform_problem(const DeformTables& tables) {
   // Tiles have 64 rows or more, panels 32 columns or more.
   const int64_t panels =
       tables.shape.groups * ceil_div(tables.shape.out_channels / tables.shape.groups, 32);
-  if (count_tiles(tables, 64) > kMostTiles / panels) return "expected at most 2^30 tiles";
+  if (count_tiles(tables, 64) > kMostTiles / panels) return "expected at most 2^29 tiles";
   if (deform_launches(tables, 64).empty()) {
     return "expected jobs of at most 128 terms on 32 different source maps";
   }

@@ -255,7 +255,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
     def run(count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         plan = Plan(count, [size], [Job(size, size, [(0, 0)])])
-        out, mean, *_ = deform_conv(*tensors, plan, moments=True)  # type: ignore[arg-type, misc]
+        out, mean, *_ = deform_conv(*tensors, plan, moments=True)  # type: ignore[arg-type, call-arg]
         return out, mean
 
     out, mean = run(images, rows, predictions, [weight])  # type: ignore[arg-type]
