@@ -55,7 +55,8 @@ def threads() -> Iterator[None]:
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected|| in float64; NaN if there is one; absolute upon zeros."""
     assert actual.shape == expected.shape, f"expected {expected.shape}, got {actual.shape}"
-    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    a = actual.detach().double()
+    b = expected.detach().to(a.device).double()
     error, size = (a - b).norm(), b.norm()
     return float(error / size) if size > 0 else float(error)
 

@@ -45,8 +45,9 @@ class Fixture:
     def tower(self) -> str:
         return "dyhead_tower." if self.code_base is MICROSOFT else "dyhead_blocks."
 
-    def tensors(self, kind: str, dtype: torch.dtype) -> list[Tensor]:
-        return [torch.tensor(self.arrays[f"{kind}.{i}"], dtype=dtype) for i in range(self.levels)]
+    def tensors(self, kind: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        arrays = [self.arrays[f"{kind}.{i}"] for i in range(self.levels)]
+        return [torch.tensor(array, dtype=dtype, device=device) for array in arrays]
 
     def state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {
@@ -82,13 +83,19 @@ class Fixture:
             for grad in [block.get_parameter(name.ours).grad]
         }
 
-    def run(self, model: nn.Module, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and input gradients of the fixture's loss; fills the parameters' gradients."""
-        inputs = [x.requires_grad_() for x in self.tensors("in", dtype)]
+    def run(
+        self, model: nn.Module, dtype: torch.dtype, device: str = "cpu"
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and input gradients of the fixture's loss; fills the parameters' gradients.
+
+        The model must be on ``device`` already.
+        """
+        inputs = [x.requires_grad_() for x in self.tensors("in", dtype, device)]
         named = {f"p{level}": x for level, x in enumerate(inputs)}
         outs = model(named if self.code_base is MICROSOFT else inputs)
         outs = list(outs.values()) if isinstance(outs, dict) else list(outs)
-        losses = [(o * c).sum() for o, c in zip(outs, self.tensors("cot", dtype), strict=True)]
+        cotangents = self.tensors("cot", dtype, device)
+        losses = [(o * c).sum() for o, c in zip(outs, cotangents, strict=True)]
         torch.stack(losses).sum().backward()
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
         return [o.detach() for o in outs], grads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -54,6 +54,7 @@ class Block:
     eps: float = 1e-5
     offset_scale: float = 1.0
     seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"  # whose backend is compared with the reference
 
     def tensors(
         self, dtype: torch.dtype = torch.float64, parameter_dtype: torch.dtype | None = None
@@ -67,8 +68,8 @@ class Block:
             offset_scale=self.offset_scale,
             seed=self.seed + 1,
         )
-        tensors = [leaf(t) for t in flat_parameters(parameters)]
-        return [leaf(x) for x in features], rebuild_parameters(parameters, tensors)
+        tensors = [leaf(t.to(self.device)) for t in flat_parameters(parameters)]
+        return [leaf(x.to(self.device)) for x in features], rebuild_parameters(parameters, tensors)
 
     def run(
         self, name: Backend, features: Sequence[Tensor], parameters: BlockParameters
@@ -112,7 +113,7 @@ def check_block(
     if smooth:
         make_smooth(parameters)
     exact_features, exact_parameters = in_double(features, parameters)
-    actual = block.run("cpu", features, parameters)
+    actual = block.run(block.device, features, parameters)
     expected = block.run("reference", exact_features, exact_parameters)
     assert [x.dtype for x in actual] == [dtype] * len(features)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in actual)
@@ -283,7 +284,10 @@ def test_extreme_offsets(value: float) -> None:
 
 
 def unified_inputs(
-    shape: Sequence[int], out_channels: int, dtype: torch.dtype = torch.float64
+    shape: Sequence[int],
+    out_channels: int,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> list[Tensor]:
     """features, weight, offset_weight, offset_bias, gates."""
     n, levels, channels, _, _ = shape
@@ -291,7 +295,7 @@ def unified_inputs(
     features = torch.randn(tuple(shape), dtype=torch.float64)
     gates = torch.randn(n, levels, dtype=torch.float64)
     tensors = [features, p.spatial_weight, p.offset_weight, p.offset_bias, gates]
-    return [leaf(t, dtype) for t in tensors]
+    return [leaf(t.to(device), dtype) for t in tensors]
 
 
 def attend(name: Backend, tensors: Sequence[Tensor], **options: Any) -> Tensor:

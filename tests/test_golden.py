@@ -15,7 +15,13 @@ from dyhead_cuda.backends import Backend
 from tests import fixtures
 from tests.fixtures import Array, Fixture
 
-BACKENDS: tuple[Backend, ...] = ("reference", "auto")
+# The backend, and the device that it runs on.
+BACKENDS = [
+    ("reference", "cpu"),
+    ("auto", "cpu"),
+    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
+]
+backends = pytest.mark.parametrize(("name", "device"), BACKENDS)
 DIGEST_TOLERANCE = 1e-10
 FLOAT32_FACTOR = 10
 FLOAT32_OUTPUT_L2 = 1e-5
@@ -32,7 +38,7 @@ def results(fixture: Fixture, outs: list[Tensor], grads: list[Tensor]) -> dict[s
     named = {f"out.{level}": out for level, out in enumerate(outs)}
     if not fixture.crops:
         named |= {f"grad_in.{level}": grad for level, grad in enumerate(grads)}
-    return {key: value.double().numpy() for key, value in named.items()}
+    return {key: value.double().cpu().numpy() for key, value in named.items()}
 
 
 def parameter_results(
@@ -46,7 +52,7 @@ def parameter_results(
     found = {}
     for key, grad in gradients.items():
         if grad is not None and offset not in key.split(".") and not set(but) & set(key.split(".")):
-            found[f"grad_param.{key}"] = grad.double().numpy()
+            found[f"grad_param.{key}"] = grad.double().cpu().numpy()
     return found
 
 
@@ -98,24 +104,26 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("dtype", CHECKS, ids=str)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_converted_head(fixture: Fixture, name: Backend, dtype: torch.dtype) -> None:
-    head = fixture.head(dtype)
+@backends
+def test_converted_head(fixture: Fixture, name: Backend, device: str, dtype: torch.dtype) -> None:
+    head = fixture.head(dtype).to(device)
     with dyhead_cuda.backend(name):
-        found = results(fixture, *fixture.run(head, dtype))
+        found = results(fixture, *fixture.run(head, dtype, device))
     found |= parameter_results(fixture, fixture.head_gradients(head))
     assert set(found) >= expected_keys(fixture)
     CHECKS[dtype](fixture, found)
 
 
 @pytest.mark.parametrize("dtype", CHECKS, ids=str)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_accelerated_model(fixture: Fixture, name: Backend, dtype: torch.dtype) -> None:
-    model = fixture.published(dtype)
+@backends
+def test_accelerated_model(
+    fixture: Fixture, name: Backend, device: str, dtype: torch.dtype
+) -> None:
+    model = fixture.published(dtype).to(device)
     assert dyhead_cuda.accelerate(model) is model
     assert "Accelerated" in repr(model)
     with dyhead_cuda.backend(name):
-        found = results(fixture, *fixture.run(model, dtype))
+        found = results(fixture, *fixture.run(model, dtype, device))
     found |= parameter_results(fixture, gradients_of(model))
     assert set(found) >= expected_keys(fixture)
     CHECKS[dtype](fixture, found)

@@ -21,6 +21,8 @@ from tests.coefficients import (
 )
 from tests.conftest import assert_close, leaf
 
+from .device import captured, launched, on_a_busy_stream
+
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
@@ -177,32 +179,15 @@ def test_runs_give_the_same_bits(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results(), first, strict=True))
 
 
-def launched(profile: torch.profiler.profile) -> list[str]:
-    """The kernels of this package and of torch."""
-    names = [event.name for event in profile.events()]
-    return [name for name in names if "dyhead::" in name or "at::" in name]
-
-
 def test_one_launch_forward_and_two_backward() -> None:
     tensors = SIZED.tensors(torch.float32, device=DEVICE)
-    cotangents = [torch.randn_like(t) for t in run(SIZED, tensors)]
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as forward:
-        outs = run(SIZED, tensors)
-        torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities, acc_events=True) as backward:
-        torch.autograd.grad(outs, tensors, cotangents)
-        torch.cuda.synchronize()
-    assert len(launched(forward)) == 1
-    assert len(launched(backward)) == 2
+    outs = run(SIZED, tensors)
+    cotangents = [torch.randn_like(t) for t in outs]
+    assert len(launched(lambda: run(SIZED, tensors))) == 1
+    assert len(launched(lambda: torch.autograd.grad(outs, tensors, cotangents))) == 2
     mixed = SIZED.tensors(torch.float32, [torch.bfloat16, torch.float16], DEVICE)
-    with (
-        torch.profiler.profile(activities=activities, acc_events=True) as converting,
-        torch.no_grad(),
-    ):
-        run(SIZED, mixed)
-        torch.cuda.synchronize()
-    assert len(launched(converting)) == 1
+    with torch.no_grad():
+        assert len(launched(lambda: run(SIZED, mixed))) == 1
 
 
 # --- streams and graphs -------------------------------------------------------------------------
@@ -212,26 +197,13 @@ def test_runs_on_the_current_stream() -> None:
     tensors = [t.detach() for t in SIZED.tensors(torch.float32, device=DEVICE)]
     expected = run(SIZED, tensors)
     late = torch.full_like(tensors[0], math.nan)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # some 25 ms, so that any other stream reads the NaN
-        late.copy_(tensors[0])
-        outs = run(SIZED, [late, *tensors[1:]])
-    stream.synchronize()
+    outs = on_a_busy_stream(late, tensors[0], lambda: run(SIZED, [late, *tensors[1:]]))
     assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
 
 
 def test_graph_capture() -> None:
     tensors = [t.detach() for t in SIZED.tensors(torch.float32, device=DEVICE)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(SIZED, tensors)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = run(SIZED, tensors)
+    graph, outs = captured(lambda: run(SIZED, tensors))
     for factor in (1.5, -0.5):
         tensors[0].mul_(factor)
         graph.replay()

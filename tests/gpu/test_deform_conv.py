@@ -253,15 +253,17 @@ def test_more_than_2_to_the_31_elements() -> None:
     grad_mean = normal(1, images, channels)
     grad_mean[:, :-1] = 0
 
-    def run(count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def run(count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        rows, predictions, weight = tensors
         plan = Plan(count, [size], [Job(size, size, [(0, 0)])])
-        out, mean, *_ = deform_conv(*tensors, plan, moments=True)  # type: ignore[arg-type, call-arg]
+        out, mean, *_ = deform_conv(rows, predictions, [weight], plan, moments=True)
         return out, mean
 
-    out, mean = run(images, rows, predictions, [weight])  # type: ignore[arg-type]
-    grads = torch.autograd.grad((out, mean), (rows, predictions, weight), (grad_out, grad_mean))
-    one = [leaf(rows[last]), leaf(predictions[last]), leaf(weight)]
-    one_out, one_mean = run(1, *one[:2], one[2:])  # type: ignore[arg-type]
+    every = (rows, predictions, weight)
+    out, mean = run(images, every)
+    grads = torch.autograd.grad((out, mean), every, (grad_out, grad_mean))
+    one = (leaf(rows[last]), leaf(predictions[last]), leaf(weight))
+    one_out, one_mean = run(1, one)
     wanted = torch.autograd.grad(
         (one_out, one_mean), one, (grad_out[last], grad_mean[:, -1:].contiguous())
     )

@@ -23,6 +23,8 @@ from tests.conftest import (
 )
 from tests.fuse_cases import CASES, Case, block_case
 
+from .device import captured, need_memory, need_two_devices, on_a_busy_stream
+
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
@@ -135,10 +137,7 @@ def test_non_finite_values_come_through(dtype: torch.dtype) -> None:
 def test_more_than_2_to_the_31_elements() -> None:
     height, width, channels = 3000, 3000, 256
     assert height * width * channels > 2**31
-    needed = 60 * 2**30
-    free, _ = torch.cuda.mem_get_info()
-    if free < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, got {free >> 30}")
+    need_memory(60)
     source = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -207,13 +206,7 @@ def test_runs_on_the_current_stream() -> None:
     tensors = [t.detach() for t in tensors_of(case, torch.float32)]
     expected = case.run(tensors)
     late = torch.full_like(tensors[0], math.nan)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # some 25 ms, so that any other stream reads the NaN
-        late.copy_(tensors[0])
-        out = case.run([late, *tensors[1:]])
-    stream.synchronize()
+    (out,) = on_a_busy_stream(late, tensors[0], lambda: [case.run([late, *tensors[1:]])])
     assert torch.equal(out, expected)
 
 
@@ -226,24 +219,16 @@ def test_graph_capture_with_the_backward() -> None:
         out = case.run(tensors)
         return [out.detach(), *torch.autograd.grad(out, tensors, grad_out)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     for seed in range(1, 4):
         with torch.no_grad():
             tensors[0].copy_(tensors_of(replace(case, seed=seed), torch.bfloat16)[0])
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
 
 
 def test_runs_on_the_device_of_its_tensors() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    need_two_devices()
     case = block_case(halving_sizes(20, 30, 3), channels=64)
     assert torch.cuda.current_device() == 0
     check(case, torch.float32, tensors_of(case, torch.float32, "cuda:1"))

@@ -10,6 +10,8 @@ from dyhead_cuda import library
 from dyhead_cuda.ops.pack_levels import pack_levels
 from tests.conftest import TOLERANCE, halving_sizes, leaf, random_pyramid
 
+from .device import need_memory
+
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
@@ -70,10 +72,7 @@ def test_unaligned_and_empty_levels() -> None:
 
 
 def test_more_than_2_to_the_31_elements() -> None:
-    needed = 40 * 2**30
-    free, _ = torch.cuda.mem_get_info()
-    if free < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, got {free >> 30}")
+    need_memory(40)
     x = torch.empty(1, 256, 3000, 3000, dtype=torch.bfloat16, device=DEVICE).normal_()
     assert x.numel() > 2**31
     rows = pack_levels([x])
