@@ -97,6 +97,7 @@ def test_small(shape: Sequence[int], dtype: torch.dtype) -> None:
         (1000, 256, 7, 7),  # regions: a block each
         (40_000, 8, 1),  # more images than in flight
         (1, 1024, 9),
+        (2, 640, 9),  # in half precision 48 KB of shared memory, static and dynamic, but not alone
     ],
     ids=str,
 )
