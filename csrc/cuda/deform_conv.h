@@ -39,7 +39,8 @@ struct DeformTiles {
 };
 
 inline constexpr int kPatchWidth = 16;
-inline constexpr int kMostTapsAtOnce = 9;  // whose samples are in shared memory
+inline constexpr int32_t kMostTapsAtOnce = 9;  // whose samples are in shared memory
+inline constexpr int32_t kFewTapsAtOnce = 5;   // where that is too small for nine
 
 // Those jobs of a call that one launch does.
 struct DeformTable {
@@ -158,6 +159,7 @@ struct DeformFwdKernelParams {
   const void* packed_bias;
   void* out;
   bool wide_out, moments;
+  int32_t taps_at_once;
   bool out_vectors;   // whether rows of the output can be stored 16 bytes at a time
   void* partial;      // [tiles, 3, C_out]
   unsigned* arrived;  // [J, N, groups * column_panels], zero
@@ -165,6 +167,12 @@ struct DeformFwdKernelParams {
   void* var;
   void* up_mean;
 };
+
+// Bytes of dynamic shared memory of the forward kernel: two buffers of both operands, and the
+// samples of `taps` taps.
+inline size_t forward_shared_bytes(int rows, int cols, size_t corners_bytes, int taps) {
+  return 2 * 128 * static_cast<size_t>(rows + cols) + corners_bytes * taps * rows;
+}
 
 cudaError_t launch_deform_pack(const DeformPackParams& params, cudaStream_t stream);
 cudaError_t launch_deform_fwd(const DeformFwdKernelParams& params, DeformMath math,

@@ -46,7 +46,8 @@ struct DeformBwdInputParams {
   DeformTable table;
   DeformPanels panels;  // columns are input channels, the depth is output channels
   int32_t chunks;       // of depth that are resident at a time
-  bool row_vectors;     // whether `rows` can be read 16 bytes at a time
+  int32_t taps_at_once;
+  bool row_vectors;  // whether `rows` can be read 16 bytes at a time
   const void* source;
   const void* predictions;
   const void* gates;
@@ -92,12 +93,12 @@ cudaError_t launch_deform_bwd_gather(const DeformBwdGatherParams& params, int32_
 cudaError_t launch_deform_bwd_finish(const DeformBwdFinishParams& params, cudaStream_t stream);
 
 // Bytes of dynamic shared memory of the input kernel.
-inline size_t input_shared_bytes(int chunks, size_t compute_bytes) {
+inline size_t input_shared_bytes(int chunks, size_t compute_bytes, int taps) {
   const size_t a = static_cast<size_t>(chunks) * kBwdRows * 128;
   const size_t b = static_cast<size_t>(kBwdStages) * kBwdCols * 128;
   const size_t columns = compute_bytes * kBwdRows * (kBwdCols + 8);
   // Corners: four weights and four pixels. Dots: one for each corner.
-  const size_t samples = (4 * compute_bytes + 16 + 4 * compute_bytes) * kMostTapsAtOnce * kBwdRows;
+  const size_t samples = (4 * compute_bytes + 16 + 4 * compute_bytes) * taps * kBwdRows;
   return a + b + columns + samples;
 }
 

@@ -21,8 +21,8 @@ class InputTile {
         a_(dynamic_shared<std::byte>(0, a_bytes())),
         b_(dynamic_shared<std::byte>(a_bytes(), kBwdStages * kPanel)),
         columns_(dynamic_shared<F>(columns_at(), kBwdRows * kPitch)),
-        corners_(dynamic_shared<Corners<F>>(corners_at(), kMostTapsAtOnce * kBwdRows)),
-        dots_(dynamic_shared<F>(dots_at(), 4 * kMostTapsAtOnce * kBwdRows)),
+        corners_(dynamic_shared<Corners<F>>(corners_at(), p.taps_at_once * kBwdRows)),
+        dots_(dynamic_shared<F>(dots_at(), 4 * p.taps_at_once * kBwdRows)),
         at_(shared_place()) {
     if (threadIdx.x == 0) at_.place = find_tile(p.table, static_cast<int32_t>(blockIdx.x));
     __syncthreads();
@@ -52,8 +52,8 @@ class InputTile {
             const ChannelStep longest =
                 channel_step(s, group, channel, static_cast<int32_t>(s.channels));
             const int steps = (longest.last - channel + kBwdCols - 1) / kBwdCols;
-            for (int tap = 0; tap < s.taps(); tap += kMostTapsAtOnce) {
-              const int taps = s.taps() - tap < kMostTapsAtOnce ? s.taps() - tap : kMostTapsAtOnce;
+            for (int tap = 0; tap < s.taps(); tap += p_.taps_at_once) {
+              const int taps = s.taps() - tap < p_.taps_at_once ? s.taps() - tap : p_.taps_at_once;
               run_stretch(t, group, {channel, longest.last, longest.deform_group}, panel, tap, taps,
                           chunk, chunks);
               gate_sum += add_derivatives(t, longest.deform_group, tap, taps);
@@ -67,7 +67,10 @@ class InputTile {
         write_gate_sum(t - job.first_term, gate_sum);
       }
     }
-    if (p_.scatter == Scatter::kMeasure) raise_to(p_.largest, largest_);
+    if (p_.scatter == Scatter::kMeasure) {
+      const F largest = warp_largest(largest_);
+      if (tile_thread() % kWarpSize == 0) raise_to(p_.largest, largest);
+    }
   }
 
  private:
@@ -94,7 +97,7 @@ class InputTile {
   DYHEAD_DEVICE size_t columns_at() const { return a_bytes() + kBwdStages * kPanel; }
   DYHEAD_DEVICE size_t corners_at() const { return columns_at() + sizeof(F) * kBwdRows * kPitch; }
   DYHEAD_DEVICE size_t dots_at() const {
-    return corners_at() + sizeof(Corners<F>) * kMostTapsAtOnce * kBwdRows;
+    return corners_at() + sizeof(Corners<F>) * p_.taps_at_once * kBwdRows;
   }
 
   // Starts to read the gradients of `chunks` chunks of a group's outputs.
@@ -220,10 +223,9 @@ class InputTile {
         scatter(at + unit * kUnit + offset, corners.weight[i], grad, left);
       }
       if (measure) continue;
-      // What does not exist was loaded as zeros.
       F dots[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dots[i] = values.dot(i, grad);
+      for (int i = 0; i < 4; ++i) dots[i] = corners.pixel[i] < 0 ? F(0) : values.dot(i, grad);
       add_dots(dots, tap * kBwdRows + row);
     }
   }
@@ -288,6 +290,7 @@ class InputTile {
 
   DYHEAD_DEVICE void clear_derivatives() const {
     const DeformJob& job = table_.jobs[at_.place.job];
+    if (job.plain()) return;
     const int columns = table_.shape.prediction_columns();
     for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
       F* derivatives = static_cast<F*>(p_.derivatives) + use_row(t) * columns;
@@ -372,7 +375,8 @@ cudaError_t launch_deform_bwd_input_op(const DeformBwdInputParams& params, bool 
   const LaunchConfig config{
       .grid = dim3(static_cast<unsigned>(params.table.tiles)),
       .block = dim3(kTileThreads),
-      .shared_bytes = input_shared_bytes(params.chunks, sizeof(typename Operand<Op>::Compute)),
+      .shared_bytes = input_shared_bytes(params.chunks, sizeof(typename Operand<Op>::Compute),
+                                         params.taps_at_once),
       .stream = stream,
   };
   return vectors ? launch(deform_bwd_input_kernel<Op, true>, config, params)

@@ -13,9 +13,6 @@ struct FwdShared {
   using F = typename Operand<Op>::Compute;
   static constexpr size_t kA = static_cast<size_t>(kRows) * kRowBytes;
   static constexpr size_t kB = static_cast<size_t>(kCols) * kRowBytes;
-  // The corners of the main loop, and what the moments need after it.
-  static constexpr size_t kWork = sizeof(Corners<F>) * kMostTapsAtOnce * kRows;
-  static constexpr size_t kBytes = 2 * (kA + kB) + kWork;
 };
 
 // One tile of the forward, and the group and panel of columns that it computes.
@@ -32,7 +29,8 @@ class FwdTile {
         table_(p.table),
         a_(dynamic_shared<std::byte>(0, 2 * Shared::kA)),
         b_(dynamic_shared<std::byte>(2 * Shared::kA, 2 * Shared::kB)),
-        work_(dynamic_shared<std::byte>(2 * (Shared::kA + Shared::kB), Shared::kWork)),
+        work_(dynamic_shared<std::byte>(2 * (Shared::kA + Shared::kB),
+                                        sizeof(Corners<F>) * kRows * p.taps_at_once)),
         at_(shared_place()) {
     const int all_columns = p.table.shape.groups * p.panels.column_panels;
     if (threadIdx.x == 0) {
@@ -56,8 +54,8 @@ class FwdTile {
       int channel = group * group_channels;
       while (channel < (group + 1) * group_channels) {
         const Stretch stretch = stretch_from(group, channel);
-        for (int tap = 0; tap < s.taps(); tap += kMostTapsAtOnce) {
-          const int taps = s.taps() - tap < kMostTapsAtOnce ? s.taps() - tap : kMostTapsAtOnce;
+        for (int tap = 0; tap < s.taps(); tap += p_.taps_at_once) {
+          const int taps = s.taps() - tap < p_.taps_at_once ? s.taps() - tap : p_.taps_at_once;
           multiply_stretch(table_.terms[t], stretch, step, tap, taps);
         }
         step += stretch.steps;
@@ -301,7 +299,8 @@ class FwdTile {
     F* means = sums + 2 * kWarps * kCols;      // [kCols]
     F* up_weights = means + kCols;             // [kRows]
     F* valid = up_weights + kRows;             // [kRows]: 1 for pixels, else 0
-    static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <= Shared::kWork);
+    static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
+                  sizeof(Corners<F>) * kRows * kFewTapsAtOnce);
     for (int row = thread; row < kRows; row += kTileThreads) {
       const OutputPixel at = tile_pixel(table_, at_.place, row, kRows);
       valid[row] = at.index < 0 ? F(0) : F(1);
@@ -390,7 +389,8 @@ class FwdTile {
 
   const DeformFwdKernelParams& p_;
   const DeformTable& table_;
-  std::byte *a_, *b_, *work_;
+  std::byte *a_, *b_;
+  std::byte* work_;  // the corners of the main loop, and what the moments need after it
   Place& at_;
   Product product_;
 };
@@ -406,10 +406,11 @@ cudaError_t launch_deform_fwd_tiles(const DeformFwdKernelParams& params, cudaStr
   const int32_t tiles =
       params.table.tiles * params.table.shape.groups * params.panels.column_panels;
   if (tiles == 0) return cudaSuccess;
+  using F = typename Operand<Op>::Compute;
   const LaunchConfig config{
       .grid = dim3(static_cast<unsigned>(tiles)),
       .block = dim3(kTileThreads),
-      .shared_bytes = FwdShared<Op, kRows, kCols>::kBytes,
+      .shared_bytes = forward_shared_bytes(kRows, kCols, sizeof(Corners<F>), params.taps_at_once),
       .stream = stream,
   };
   return launch(deform_fwd_kernel<Op, kRows, kCols, kVectors>, config, params);

@@ -113,7 +113,12 @@ cudaError_t launch_pack(const DeformPackParams& params, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 4096;
   const int64_t items = pack_items(params);
   if (items > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
-  const int64_t blocks = (items * kWarpSize + kPackThreads - 1) / kPackThreads;
+  int64_t work = items * kWarpSize;
+  constexpr int64_t kZerosPerThread = 8;
+  for (const DeformZeros& zeros : params.zeros) {
+    work = zeros.count / kZerosPerThread > work ? zeros.count / kZerosPerThread : work;
+  }
+  const int64_t blocks = (work + kPackThreads - 1) / kPackThreads;
   return launch(deform_pack_kernel<Op>,
                 {.grid = dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
                  .block = dim3(kPackThreads),

@@ -15,10 +15,11 @@ struct DeviceLimits {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bytes of dynamic shared memory of the forward kernel: two buffers of both operands, and the
-// samples of kMostTapsAtOnce taps.
-inline size_t forward_shared_bytes(int rows, int cols, size_t corners_bytes) {
-  return 2 * 128 * static_cast<size_t>(rows + cols) + corners_bytes * kMostTapsAtOnce * rows;
+// Whether a block may have so much dynamic shared memory, beside the little static memory that the
+// kernels have.
+inline bool fits(size_t shared_bytes, const DeviceLimits& device) {
+  constexpr size_t kStatic = 1024;
+  return shared_bytes + kStatic <= device.shared_bytes;
 }
 
 inline DeformTiles tiles_of(const DeformJob& job, int rows) {
@@ -56,8 +57,9 @@ inline DeformTiling forward_tiling(const DeformTables& tables, DeformMath math, 
   const auto rounds = [&](int rows) {
     return static_cast<double>(ceil_div(count_tiles(tables, rows), device.processors));
   };
-  const bool fits = forward_shared_bytes(128, 256, sizeof(Corners<float>)) <= device.shared_bytes;
-  return {fits && rounds(128) <= kCostOf64Rows * rounds(64) ? 128 : 64, 256, true};
+  const bool large =
+      fits(forward_shared_bytes(128, 256, sizeof(Corners<float>), kMostTapsAtOnce), device);
+  return {large && rounds(128) <= kCostOf64Rows * rounds(64) ? 128 : 64, 256, true};
 }
 
 // The most steps of `most` channels that a group has.

@@ -78,6 +78,15 @@ inline cudaError_t pack_weights(const DeformShape& s, const DeformWeights& weigh
   return cudaSuccess;
 }
 
+// How many taps a kernel of `shared_bytes(taps)` has samples of at a time, 0 if it does not fit.
+template <class SharedBytes>
+int32_t taps_at_once(SharedBytes&& shared_bytes, const DeviceLimits& device) {
+  for (int32_t taps : {kMostTapsAtOnce, kFewTapsAtOnce}) {
+    if (fits(shared_bytes(taps), device)) return taps;
+  }
+  return 0;
+}
+
 // `allocate(bytes)` returns device memory, aligned to 256 bytes, that lasts until the launches are
 // through.
 template <class Allocate>
@@ -99,6 +108,12 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   params.out = p.out;
   params.wide_out = p.wide_out;
   params.out_vectors = has_vector_outputs(s, p.out);
+  const size_t corners =
+      s.dtype == DType::kFloat64 ? sizeof(Corners<double>) : sizeof(Corners<float>);
+  params.taps_at_once = taps_at_once(
+      [&](int taps) { return forward_shared_bytes(tiling.rows, tiling.cols, corners, taps); },
+      device);
+  if (params.taps_at_once == 0) return cudaErrorInvalidConfiguration;
   params.moments = p.moments;
   params.mean = p.mean;
   params.var = p.var;
@@ -142,21 +157,19 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
 
 // Chunks of output channels that the input kernel keeps: all of a group, or equal parts of what
 // fits. Example: 256 outputs in float32 are 8 chunks of 32; where 5 fit shared memory, 4 and 4.
-inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, const DeviceLimits& device) {
-  const auto fits = [&](int32_t n) {
-    // The kernel has a little static shared memory of its own.
-    return input_shared_bytes(n, compute_bytes(s.dtype)) + 1024 <= device.shared_bytes;
-  };
+inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, int32_t taps,
+                               const DeviceLimits& device) {
   int32_t most = chunks;
-  while (most > 1 && !fits(most)) --most;
+  while (most > 1 && !fits(input_shared_bytes(most, compute_bytes(s.dtype), taps), device)) --most;
   return static_cast<int32_t>(ceil_div(chunks, ceil_div(chunks, most)));
 }
 
-// Rows of derivatives: one for each output pixel of each term.
+// Rows of derivatives: one for each output pixel of each term that has predictions.
 inline int64_t use_rows(const DeformTable& table, int64_t (&first)[kMostJobs]) {
   int64_t rows = 0;
   for (int32_t j = 0; j < table.job_count; ++j) {
     first[j] = rows;
+    if (table.jobs[j].plain()) continue;
     rows += table.jobs[j].terms * table.shape.images * table.jobs[j].out.pixels();
   }
   return rows;
@@ -224,7 +237,10 @@ cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allo
 
   DeformBwdInputParams input{};
   input.panels = panels;
-  input.chunks = resident_chunks(s, panels.steps, device);
+  input.taps_at_once = taps_at_once(
+      [&](int taps) { return input_shared_bytes(1, static_cast<size_t>(wide), taps); }, device);
+  if (input.taps_at_once == 0) return cudaErrorInvalidConfiguration;
+  input.chunks = resident_chunks(s, panels.steps, input.taps_at_once, device);
   input.row_vectors =
       aligned(rows) && s.out_channels / s.groups % (16 / element_bytes(s.dtype)) == 0;
   input.source = p.source;

@@ -68,6 +68,16 @@ DYHEAD_DEVICE F larger(F a, F b) {
   return a > b || a != a ? a : b;
 }
 
+// The largest magnitude of a warp, in every lane.
+template <class F>
+DYHEAD_DEVICE F warp_largest(F magnitude) {
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    magnitude = larger(magnitude, __shfl_xor_sync(kFullMask, magnitude, distance));
+  }
+  return magnitude;
+}
+
 DYHEAD_DEVICE void add_float(float* p, float value) { red_add(p, value); }
 DYHEAD_DEVICE void add_float(double* p, double value) { atomicAdd(p, value); }
 

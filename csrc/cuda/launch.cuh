@@ -97,13 +97,23 @@ int max_active_blocks(void (*)(Params), int /*threads*/, size_t /*shared_bytes*/
 
 namespace detail {
 
-// More than 48 KB of dynamic shared memory must be asked for, kernel by kernel.
+// More than 48 KB of shared memory, dynamic and static together, must be asked for, kernel by
+// kernel. All the device offers is: launches of several threads then never lower it for each other.
 template <class Params>
 cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
-  constexpr size_t kDefaultLimit = 48 * 1024;
-  if (shared_bytes <= kDefaultLimit) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shared_bytes));
+  constexpr size_t kSurelyAllowed = 32 * 1024;
+  if (shared_bytes <= kSurelyAllowed) return cudaSuccess;
+  cudaFuncAttributes attributes{};
+  int device = 0;
+  int most = 0;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  if (error != cudaSuccess || attributes.maxDynamicSharedSizeBytes >= most) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 }  // namespace detail
@@ -141,6 +151,7 @@ int max_active_blocks(void (*kernel)(Params), int threads, size_t shared_bytes) 
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads,
                                                     shared_bytes) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // the caller reports it; nobody else should
     return 0;
   }
   return processors * per_processor;

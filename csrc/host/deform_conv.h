@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd_with(
   params.out = out.const_data_ptr();
   params.wide_out = wide_out;
   params.moments = moments;
-  params.mean = mean.const_data_ptr();
+  params.mean = moments ? mean.const_data_ptr() : nullptr;
   const auto statistics = {job_count, s.images, s.out_channels};
   params.grad_mean = optional_data("grad_mean", grad_mean, statistics, source);
   params.grad_var = optional_data("grad_var", grad_var, statistics, source);

@@ -206,6 +206,15 @@ def test_orders_of_threads(simt: Any, dtype: torch.dtype) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("name", ["vectors", "middle output", "wide output", "large kernel"])
+def test_small_shared_memory(simt: Any, name: str, dtype: torch.dtype) -> None:
+    """What consumer GPUs have: launches that would not fit return an error."""
+    operator = Operator(simt, shared_bytes=99 * 1024)
+    check(CONVOLUTIONS[name], dtype, operator)
+    check_backward(CONVOLUTIONS[name], dtype, operator)
+
+
+@dtypes
 def test_deterministic(simt: Any, dtype: torch.dtype) -> None:
     work = Work(channels=24, out_channels=16)
     grads = []
