@@ -110,7 +110,7 @@ def plan(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step
         ),
         Step("info", [sys.executable, "-m", "dyhead_cuda", "info"], 60, "build.log"),
         *_benchmarks(HEAD_BENCHMARKS, output),
-        Step("tests", [*pytest, "tests", "-m", "gpu"], 150, "tests.log"),
+        Step("tests", [*pytest, "tests", "-m", "gpu"], 210, "tests.log"),
     ]
     for tool in SANITIZERS:
         # Tensors that torch packs into one allocation would hide a read past the end of one.
