@@ -131,6 +131,7 @@ py::dict backward(const DeformTables& tables, const py::array& grad_out, const p
   check_launch("run_deform_bwd_input",
                run_deform_bwd_input(params, rows.data(), allow_tf32, device, workspaces, nullptr));
   py::dict result;
+  result["rows"] = rows.to_numpy();
   result["source"] = grad_source.to_numpy();
   result["predictions"] = grad_predictions.to_numpy();
   if (with_bias) result["bias"] = grad_bias.to_numpy();

@@ -111,6 +111,7 @@ class Operator:
             deterministic=deterministic,
             device=self.device(),
         )
+        del gradients["rows"]  # what the gradient of the weights starts from
         return {name: to_tensor(array, source.dtype) for name, array in gradients.items()}
 
     def run(self, work: Call, tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -247,6 +248,22 @@ def test_offsets_without_a_place(simt: Any, dtype: torch.dtype, value: float) ->
     assert_close(actual, expected, dtype)
     grads = Operator(simt).backward(work.plan, tensors, actual, [torch.ones_like(actual[0])])
     assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_weights_are_read_as_they_are(simt: Any, dtype: torch.dtype) -> None:
+    work = CONVOLUTIONS["vectors"]
+    tensors = {name: t.detach() for name, t in work.tensors(dtype).items()}
+    for name in ("weights", "bias"):
+        tensors[name] = tensors[name].to(dtype)
+    wide = {name: t.float() if name in ("weights", "bias") else t for name, t in tensors.items()}
+    operator = Operator(simt)
+    out = operator.run(work, tensors)
+    assert torch.equal(out[0], operator.run(work, wide)[0])
+    cotangent = [random_like(out[0])[0].to(dtype)]
+    grads = operator.backward(work.plan, tensors, out, cotangent, deterministic=True)
+    same = operator.backward(work.plan, wide, out, cotangent, deterministic=True)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
 
 
 def test_masks_outside_are_not_read(simt: Any) -> None:

@@ -25,6 +25,7 @@ REPORTS = {
 # What is left out of the long ones are the same kernels in other types or orders.
 SUITES = {
     "test_emulator.py": "",
+    "test_block.py": "",
     "test_dtypes.py": "",
     "test_dynamic_relu.py": "",
     "test_fuse_branches.py": "",

@@ -1,0 +1,172 @@
+"""Runs all operators, forward and backward, on the emulated CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dyhead_cuda.ops.common import compute_dtype
+
+from .arrays import to_array, to_tensor
+
+
+def _name(t: Tensor) -> str:
+    return str(t.dtype)[6:]
+
+
+def _array(t: Tensor | None) -> Any:
+    return None if t is None else to_array(t)
+
+
+class Emulated(TorchDispatchMode):
+    """Calls of ``torch.ops.dyhead`` inside go to the kernels of csrc/cuda, compiled for the host.
+
+    It stands below autograd: the backward operators are emulated like the others, and the autograd
+    formulas around them are the package's own.
+    """
+
+    def __init__(self, simt: Any) -> None:
+        super().__init__()
+        self.simt = simt
+        self.device = simt.deform_conv.DeviceLimits(4, 227 * 1024)
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function.namespace != "dyhead" or "pack_levels" in function._opname:
+            return function(*args, **(kwargs or {}))
+        self.calls.append(function._opname)
+        emulated: Callable[..., Any] = getattr(self, f"_{function._opname}")
+        return emulated(*args)
+
+    def _deform_conv_fwd(
+        self,
+        source: Tensor,
+        predictions: Tensor,
+        weights: list[Tensor],
+        bias: list[Tensor],
+        gates: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        *tables, mask_logits, wide_out, moments, allow_tf32 = rest
+        results = self.simt.deform_conv.forward(
+            _name(source),
+            to_array(source),
+            to_array(predictions),
+            [to_array(w) for w in weights],
+            [to_array(b) for b in bias],
+            _name(weights[0]),
+            _array(gates),
+            *tables,
+            mask_logits,
+            wide_out,
+            moments,
+            allow_tf32=allow_tf32,
+            device=self.device,
+        )
+        wide = compute_dtype(source.dtype)
+        out = to_tensor(results["out"], wide if wide_out else source.dtype)
+        return out, *(to_tensor(results[name], wide) for name in ("mean", "var", "up_mean"))
+
+    def _deform_conv_bwd(
+        self,
+        grad_out: Tensor,
+        grad_mean: Tensor | None,
+        grad_var: Tensor | None,
+        grad_up_mean: Tensor | None,
+        source: Tensor,
+        predictions: Tensor,
+        weights: list[Tensor],
+        gates: Tensor | None,
+        out: Tensor,
+        mean: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        *tables, mask_logits, wide_out, with_bias, allow_tf32, deterministic = rest
+        moments = None if grad_mean is None else [grad_mean, grad_var, grad_up_mean]
+        results = self.simt.deform_conv.backward(
+            _name(source),
+            to_array(grad_out),
+            None if moments is None else [_array(g) for g in moments],
+            to_array(source),
+            to_array(predictions),
+            [to_array(w) for w in weights],
+            _name(weights[0]),
+            _array(gates),
+            to_array(out),
+            to_array(mean),
+            *tables,
+            mask_logits,
+            wide_out,
+            with_bias=with_bias,
+            allow_tf32=allow_tf32,
+            deterministic=deterministic,
+            device=self.device,
+        )
+        grad_weights = self.simt.deform_weights.gradient(
+            _name(source),
+            to_array(source),
+            to_array(predictions),
+            _array(gates),
+            results["rows"],
+            len(weights),
+            *tables,
+            mask_logits,
+            allow_tf32=allow_tf32,
+            device=self.device,
+        )
+        wide = compute_dtype(source.dtype)
+        none = predictions.new_empty(0)
+        return (
+            to_tensor(results["source"], source.dtype),
+            to_tensor(results["predictions"], wide),
+            to_tensor(grad_weights, wide),
+            to_tensor(results["bias"], wide) if with_bias else none,
+            none if gates is None else to_tensor(results["gates"], wide),
+        )
+
+    def _fuse_call(self, y: Tensor, *rest: Any) -> Any:
+        scale, shift, coefficients, images, maps, levels = rest
+        return self.simt.fuse_branches.Call(
+            _name(y),
+            images,
+            y.shape[1],
+            maps,
+            levels,
+            to_array(y).ravel(),
+            to_array(scale),
+            to_array(shift),
+            to_array(coefficients),
+        )
+
+    def _fuse_branches_fwd(self, y: Tensor, *rest: Any) -> Tensor:
+        return to_tensor(self._fuse_call(y, *rest).forward(), y.dtype).view(-1, y.shape[1])
+
+    def _fuse_branches_bwd(self, grad_out: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        results = self._fuse_call(y, *rest).backward(to_array(grad_out).ravel())
+        grad_y, *others = (to_tensor(array, y.dtype) for array in results.values())
+        return grad_y.view(y.shape), *others
+
+    def _coefficients(self, function: Callable[..., Any], plain: int, args: Sequence[Any]) -> Any:
+        def named(p: Any) -> Any:
+            if isinstance(p, list) and isinstance(p[0], Tensor):
+                return [named(t) for t in p]
+            return (_name(p), to_array(p)) if isinstance(p, Tensor) else p
+
+        return function(*(to_array(t) for t in args[:plain]), *(named(p) for p in args[plain:]))
+
+    def _block_coefficients_fwd(self, *args: Any) -> tuple[Tensor, ...]:
+        arrays = self._coefficients(self.simt.block_coefficients.forward, 3, args)
+        return tuple(to_tensor(array, args[0].dtype) for array in arrays)
+
+    def _block_coefficients_bwd(self, *args: Any) -> tuple[Tensor, ...]:
+        arrays = self._coefficients(self.simt.block_coefficients.backward, 7, args)
+        return tuple(to_tensor(array, args[0].dtype) for array in arrays)
