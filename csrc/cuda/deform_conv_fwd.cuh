@@ -94,6 +94,9 @@ class FwdTile {
             longest.deform_group};
   }
 
+  // The main loop, and all that a kernel of producer and consumer warps (wgmma on sm_90a) would
+  // replace: corners, panels and what follows stay as they are. A panel is an image of shared
+  // memory, permuted as wgmma reads it, so one bulk copy can bring it.
   DYHEAD_DEVICE void multiply_stretch(const DeformTableTerm& term, const Stretch& stretch,
                                       int first_step, int first_tap, int taps) {
     using Gathered = Gather<Op, kVectors>;
