@@ -164,6 +164,13 @@ def block_plan(sizes: tuple[Size, ...], images: int, high_offset: str) -> BlockP
     return make(sizes, images, high_offset)
 
 
+def with_resized(rows: Tensor, plan: BlockPlan, images: int) -> Tensor:
+    """The rows of the levels, and behind them those of the maps that the plan resizes."""
+    levels = unpack_rows(rows, plan.sizes, images)
+    extra = [upsample(levels[level], size) for level, size in plan.resized]
+    return torch.cat([rows, pack(extra)])
+
+
 def pyramid_block(
     features: Sequence[Tensor],
     parameters: BlockParameters,
@@ -182,10 +189,7 @@ def pyramid_block(
             rows = pack(features)
         p = parameters
         if plan.resized:
-            levels = unpack_rows(rows, sizes, images)
-            extra = [upsample(levels[level], size) for level, size in plan.resized]
-            rows = torch.cat([rows, pack(extra)])
-            del levels
+            rows = with_resized(rows, plan, images)
         predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
         branches = (p.low, p.mid, p.high)
         y, mean, var, up_mean = ops.deform_conv(

@@ -280,6 +280,7 @@ def test_many_jobs_take_several_launches(simt: Any, dtype: torch.dtype) -> None:
     check_backward(ManyJobs(), dtype, Operator(simt))
 
 
+@pytest.mark.guards  # pointers to rows that do not exist
 @pytest.mark.parametrize("name", ["all", "vectors", "wide output"])
 def test_elements_beyond_32_bits(simt: Any, name: str) -> None:
     """As the rows of a matrix of 2^40 rows, of which only those at the end exist."""
