@@ -75,26 +75,41 @@ DYHEAD_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint3
   }
 }
 
-// What a thread holds of the product: rows row(i), columns column(j). Lanes that differ in bits
-// kFirstXor and above of their number hold the same columns; kPair neighbouring j are neighbouring
-// columns.
-template <class Op, int kRows, int kCols>
-class TensorTile {
+// Which part of a tile a warp multiplies: 64 columns where there are many, else 32.
+template <int kRows, int kCols>
+class TileWarps {
  public:
-  using F = float;
   static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : kCols / 32;
   static constexpr int kWarpsM = kTileWarps / kWarpsN;
   static constexpr int kWarpRows = kRows / kWarpsM;
   static constexpr int kWarpCols = kCols / kWarpsN;
-  static constexpr int kI = kWarpRows / 8;
-  static constexpr int kJ = kWarpCols / 4;
+
+  DYHEAD_DEVICE int warp_row() const { return warp_ / kWarpsN; }
+  DYHEAD_DEVICE int first_row() const { return warp_row() * kWarpRows; }
+  DYHEAD_DEVICE int first_column() const { return warp_ % kWarpsN * kWarpCols; }
+  DYHEAD_DEVICE int lane() const { return lane_; }
+
+ private:
+  int warp_ = tile_thread() / kWarpSize;
+  int lane_ = tile_thread() % kWarpSize;
+};
+
+// What a thread holds of the product: rows row(i), columns column(j). Lanes that differ in bits
+// kFirstXor and above of their number hold the same columns; kPair neighbouring j are neighbouring
+// columns.
+template <class Op, int kRows, int kCols>
+class TensorTile : public TileWarps<kRows, kCols> {
+ public:
+  using F = float;
+  using Warps = TileWarps<kRows, kCols>;
+  using Warps::first_column, Warps::first_row, Warps::lane, Warps::warp_row;
+  static constexpr int kI = Warps::kWarpRows / 8;
+  static constexpr int kJ = Warps::kWarpCols / 4;
   static constexpr int kFirstXor = 4;
   static constexpr int kPair = 2;
-  static_assert(kWarpRows % 16 == 0 && kWarpCols % 32 == 0);
+  static_assert(Warps::kWarpRows % 16 == 0 && Warps::kWarpCols % 32 == 0);
 
-  DYHEAD_DEVICE TensorTile() : warp_(tile_thread() / kWarpSize), lane_(tile_thread() % kWarpSize) {
-    clear();
-  }
+  DYHEAD_DEVICE TensorTile() { clear(); }
 
   DYHEAD_DEVICE void clear() {
 #pragma unroll
@@ -111,9 +126,9 @@ class TensorTile {
   DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
     // The lanes' rows of the first fragments; those of the others are a multiple of eight further.
     const std::byte* a_row =
-        a + first_row() * kRowBytes + unit_offset(lane_ % 16, 2 * step + lane_ / 16);
+        a + first_row() * kRowBytes + unit_offset(lane() % 16, 2 * step + lane() / 16);
     const std::byte* b_row = b + first_column() * kRowBytes +
-                             unit_offset(lane_ / 16 * 8 + lane_ % 8, 2 * step + lane_ / 8 % 2);
+                             unit_offset(lane() / 16 * 8 + lane() % 8, 2 * step + lane() / 8 % 2);
     uint32_t left[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) ldmatrix(left[m], a_row + 16 * m * kRowBytes);
@@ -131,41 +146,31 @@ class TensorTile {
     }
   }
 
-  DYHEAD_DEVICE int row(int i) const { return first_row() + 16 * (i / 2) + i % 2 * 8 + lane_ / 4; }
+  DYHEAD_DEVICE int row(int i) const { return first_row() + 16 * (i / 2) + i % 2 * 8 + lane() / 4; }
   DYHEAD_DEVICE int column(int j) const {
-    return first_column() + 8 * (j / 2) + lane_ % 4 * 2 + j % 2;
+    return first_column() + 8 * (j / 2) + lane() % 4 * 2 + j % 2;
   }
   DYHEAD_DEVICE float& at(int i, int j) { return acc_[i / 2][j / 2][i % 2 * 2 + j % 2]; }
-  DYHEAD_DEVICE int warp_row() const { return warp_ / kWarpsN; }
-  DYHEAD_DEVICE int first_column() const { return warp_ % kWarpsN * kWarpCols; }
-  DYHEAD_DEVICE int lane() const { return lane_; }
 
  private:
-  static constexpr int kM = kWarpRows / 16;
-  static constexpr int kN = kWarpCols / 8;
+  static constexpr int kM = Warps::kWarpRows / 16;
+  static constexpr int kN = Warps::kWarpCols / 8;
 
-  DYHEAD_DEVICE int first_row() const { return warp_row() * kWarpRows; }
-
-  int warp_, lane_;
   float acc_[kM][kN][4];
 };
 
 template <class T, int kRows, int kCols>
-class SimtTile {
+class SimtTile : public TileWarps<kRows, kCols> {
  public:
   using F = T;
-  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : kCols / 32;
-  static constexpr int kWarpsM = kTileWarps / kWarpsN;
-  static constexpr int kWarpRows = kRows / kWarpsM;
-  static constexpr int kWarpCols = kCols / kWarpsN;
-  static constexpr int kI = kWarpRows / 4;
-  static constexpr int kJ = kWarpCols / 8;
+  using Warps = TileWarps<kRows, kCols>;
+  using Warps::first_column, Warps::first_row, Warps::lane, Warps::warp_row;
+  static constexpr int kI = Warps::kWarpRows / 4;
+  static constexpr int kJ = Warps::kWarpCols / 8;
   static constexpr int kFirstXor = 8;
   static constexpr int kPair = 1;
 
-  DYHEAD_DEVICE SimtTile() : warp_(tile_thread() / kWarpSize), lane_(tile_thread() % kWarpSize) {
-    clear();
-  }
+  DYHEAD_DEVICE SimtTile() { clear(); }
 
   DYHEAD_DEVICE void clear() {
 #pragma unroll
@@ -198,15 +203,11 @@ class SimtTile {
     }
   }
 
-  DYHEAD_DEVICE int row(int i) const { return warp_row() * kWarpRows + 4 * i + lane_ / 8; }
-  DYHEAD_DEVICE int column(int j) const { return first_column() + 8 * j + lane_ % 8; }
+  DYHEAD_DEVICE int row(int i) const { return first_row() + 4 * i + lane() / 8; }
+  DYHEAD_DEVICE int column(int j) const { return first_column() + 8 * j + lane() % 8; }
   DYHEAD_DEVICE T& at(int i, int j) { return acc_[i][j]; }
-  DYHEAD_DEVICE int warp_row() const { return warp_ / kWarpsN; }
-  DYHEAD_DEVICE int first_column() const { return warp_ % kWarpsN * kWarpCols; }
-  DYHEAD_DEVICE int lane() const { return lane_; }
 
  private:
-  int warp_, lane_;
   T acc_[kI][kJ];
 };
 

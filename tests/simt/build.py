@@ -62,6 +62,12 @@ class Kernels:
         options = ["-q", "-m", marks, "-p", "no:cacheprovider", "--capture=sys"]
         return self._run([sys.executable, "-m", "pytest", *options, *arguments])
 
+    def assert_noticed(self, *arguments: str) -> None:
+        """One of the tests fails with these kernels, and fails as a test."""
+        run = self.run_pytest("-x", *arguments)
+        assert run.returncode == 1, run.stdout
+        assert "1 failed" in run.stdout
+
     def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         environment = dict(os.environ)
         environment[MODULE_DIRECTORY] = str(_build_module())
