@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 from typing import Literal, cast, get_args
 
@@ -24,6 +25,10 @@ from dyhead_cuda.recompute import recomputed
 from dyhead_cuda.reference import Activation, ResizeMode, Targets, UnifiedParameters
 
 Init = Literal["microsoft", "mmdet"]
+Attention = Literal["scale", "spatial", "task"]
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+
+_SATURATED = 40.0  # whose sigmoid is 1 in every type, exactly
 
 
 def _reset_deform_weight(weight: Tensor) -> None:
@@ -35,6 +40,14 @@ def _normal(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.normal_(layer.weight, 0, 0.01)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def _fix(layer: nn.Linear | nn.Conv2d, bias: Tensor) -> None:
+    """Makes ``layer`` give ``bias`` whatever it reads, without parameters and in no state dict."""
+    weight = torch.zeros_like(layer.weight)
+    del layer.weight, layer.bias
+    layer.register_buffer("weight", weight, persistent=False)
+    layer.register_buffer("bias", bias.to(weight), persistent=False)
 
 
 class ModulatedDeformConv2d(nn.Module):
@@ -175,9 +188,12 @@ class DyHeadBlock(nn.Module):
         init: Init = "microsoft",
         eps: float = 1e-5,
         recompute: bool = False,
+        attentions: Collection[Attention] = ATTENTIONS,
     ) -> None:
         super().__init__()
         checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
+        for attention in attentions:
+            checks.one_of("attentions", attention, ATTENTIONS)
         checks.one_of("init", init, get_args(Init))
         checks.positive(in_channels=in_channels, out_channels=out_channels, num_groups=num_groups)
         if out_channels % num_groups:
@@ -188,6 +204,7 @@ class DyHeadBlock(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.high_offset, self.num_groups, self.eps = high_offset, num_groups, eps
         self.recompute = recompute
+        self.attentions = tuple(name for name in ATTENTIONS if name in attentions)
         self.offset_conv = nn.Conv2d(in_channels, 3 * TAPS, 3, padding=1)
         self.low = DeformBranch(in_channels, out_channels, deform_bias)
         self.mid = DeformBranch(in_channels, out_channels, deform_bias)
@@ -200,6 +217,18 @@ class DyHeadBlock(nn.Module):
                 nn.init.zeros_(parameter)
             _normal(self.dynamic_relu.fc1)
             _normal(self.dynamic_relu.fc2)
+        self._fix_absent_attentions()
+
+    def _fix_absent_attentions(self) -> None:
+        if "scale" not in self.attentions:
+            _fix(self.scale_gate, torch.tensor([3.0]))  # hsigmoid(3) = 1
+        if "spatial" not in self.attentions:
+            _fix(self.offset_conv, torch.tensor([0.0] * 2 * TAPS + [_SATURATED] * TAPS))
+        if "task" not in self.attentions:
+            relu = self.dynamic_relu
+            _fix(relu.fc1, torch.zeros(relu.fc1.out_features))
+            # Logits of a1, b1, a2, b2 for max(1 x + 0, 1 x + 0).
+            _fix(relu.fc2, torch.tensor([0.0, 0.0, 3.0, 0.0]).repeat_interleave(self.out_channels))
 
     def parameters_tuple(self) -> BlockParameters:
         """The parameters as :func:`dyhead_cuda.functional.pyramid_block` takes them."""
@@ -233,7 +262,7 @@ class DyHeadBlock(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, high_offset={self.high_offset!r}, "
             f"num_groups={self.num_groups}, deform_bias={self.mid.bias is not None}, "
-            f"eps={self.eps}, recompute={self.recompute}"
+            f"eps={self.eps}, recompute={self.recompute}, attentions={self.attentions}"
         )
 
 
@@ -258,6 +287,10 @@ class DyHead(nn.Module):
             is between (predictions and branches, about three times as much), and compute that
             again there. Costs one more forward; results and gradients are the same bits. It is an
             attribute of every block and can be changed at any time.
+        attentions: those in use. One that is left out is the identity and has no parameters:
+            without "scale" the gates are 1, without "spatial" the offsets 0 and the mask 1 (plain
+            3x3 convolutions of three levels), without "task" there is no dynamic ReLU. Detectors
+            of two stages leave out the last before the RoI pooling.
 
     ``forward`` takes a list, tuple or dict of levels [N, C, H_l, W_l], finest first, and returns
     the same kind of container with levels [N, out_channels, H_l, W_l].
@@ -282,6 +315,7 @@ class DyHead(nn.Module):
         init: Init = "microsoft",
         eps: float = 1e-5,
         recompute: bool = False,
+        attentions: Collection[Attention] = ATTENTIONS,
     ) -> None:
         super().__init__()
         checks.positive(num_blocks=num_blocks)
@@ -297,6 +331,7 @@ class DyHead(nn.Module):
                 init=init,
                 eps=eps,
                 recompute=recompute,
+                attentions=attentions,
             )
             for i in range(num_blocks)
         )

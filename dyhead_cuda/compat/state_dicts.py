@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyhead_cuda.compat.names import GLIP, MICROSOFT, MMDET, CodeBase
 from dyhead_cuda.compat.towers import find_blocks, unnest
-from dyhead_cuda.modules import DyHead, DyHeadBlock
+from dyhead_cuda.modules import ATTENTIONS, DyHead, DyHeadBlock
 from dyhead_cuda.pyramid import HighOffset
 
 # What the public blocks fix and a state dict does not tell.
@@ -208,6 +208,7 @@ def _check_representable(head: DyHead, code_base: CodeBase, any_groups: bool) ->
         settings: list[tuple[str, object, tuple[object, ...]]] = [
             ("high_offset", block.high_offset, code_base.high_offsets),
             ("eps", block.eps, (_EPS,)),
+            ("attentions", block.attentions, (ATTENTIONS,)),
             ("hidden values of the dynamic ReLU", hidden, (block.out_channels // _REDUCTION,)),
         ]
         if not any_groups:
