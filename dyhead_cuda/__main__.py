@@ -11,13 +11,42 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dyhead_cuda.version import __version__
 
+
+class Command(NamedTuple):
+    module: str
+    extra: str | None  # what to install for it: pip install dyhead_cuda[extra]
+    summary: str
+
+
+def _detection(name: str, summary: str) -> Command:
+    return Command(f"dyhead_cuda.detection.commands.{name}", "detection", summary)
+
+
 COMMANDS = {
-    "info": "what runs here and why: versions, libraries, processors, operators",
-    "bench": "measure speed and memory against what people run, and what to do with the results",
-    "demo": "run the head on a photograph, compare with the reference, and draw what it attends to",
+    "info": Command(
+        "dyhead_cuda.info",
+        None,
+        "what runs here and why: versions, libraries, processors, operators",
+    ),
+    "bench": Command(
+        "dyhead_cuda.bench",
+        "bench",
+        "measure speed and memory against what people run, and what to do with the results",
+    ),
+    "demo": Command(
+        "dyhead_cuda.demo",
+        "demo",
+        "run the head on a photograph, compare with the reference, and draw what it attends to",
+    ),
+    "train": _detection("train", "train a detector with a Dynamic Head, or go on with a run"),
+    "eval": _detection("eval", "COCO average precision of a trained detector"),
+    "predict": _detection("predict", "detect on pictures: a drawing and a JSON file of each"),
+    "attend": _detection("attend", "draw what the head of a trained detector attends to"),
+    "study": _detection("study", "measure what the head is worth: many trainings, one table"),
 }
 
 
@@ -33,15 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = argv[0] if argv and argv[0] in COMMANDS else None
     module = None
-    for name, summary in COMMANDS.items():
+    for name, (path, extra, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name == command:
             try:
-                module = importlib.import_module(f"dyhead_cuda.{name}")
+                module = importlib.import_module(path)
             except ModuleNotFoundError as error:
-                if (error.name or "").partition(".")[0] == "dyhead_cuda":
+                if extra is None or (error.name or "").partition(".")[0] == "dyhead_cuda":
                     raise
-                parser.error(f"{name} needs {error.name}: run pip install 'dyhead_cuda[{name}]'")
+                parser.error(f"{name} needs {error.name}: run pip install 'dyhead_cuda[{extra}]'")
             module.add_arguments(subparser)
     arguments = parser.parse_args(argv)
     arguments.command_line = argv[1:]

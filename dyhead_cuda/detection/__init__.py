@@ -1,0 +1,1 @@
+"""Detectors with a Dynamic Head on torchvision: models, data, training, evaluation, pictures."""
