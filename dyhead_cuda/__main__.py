@@ -1,7 +1,7 @@
 """The command line: ``python -m dyhead_cuda COMMAND``.
 
 A command is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``; the arguments
-also hold the ``command_line`` after its name. Only the one asked for is imported, so that the
+also hold the whole ``command_line``. Only the one asked for is imported, so that the
 packages which one command needs do not hold up another.
 """
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 parser.error(f"{name} needs {error.name}: run pip install 'dyhead_cuda[{extra}]'")
             module.add_arguments(subparser)
     arguments = parser.parse_args(argv)
-    arguments.command_line = argv[1:]
+    arguments.command_line = argv
     assert module is not None
     return int(module.run(arguments))
 

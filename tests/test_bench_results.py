@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from dyhead_cuda import readme
 from dyhead_cuda.__main__ import main
 from dyhead_cuda.bench import compare, plots, report, results, targets
 from dyhead_cuda.bench.heads import RECOMPUTE
 from dyhead_cuda.bench.problems import BOTH, FORWARD, OURS
 from dyhead_cuda.bench.results import Results, ResultsError, Row
 from dyhead_cuda.bench.timing import COLD, GRAPH, WARM, Timing
+
+BEGIN, END = readme.markers(report.SECTION)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -330,24 +333,24 @@ def test_report_is_written_between_the_markers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = _write(tmp_path / "gpu.json", [row(), row("torchvision", 0.1)])
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert main(["bench", "report", path, "--write", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\na processor")
-    assert text.endswith(f"(gpu.json)\n{report.END}\nafter\n")
-    assert main(["bench", "report", path, "--write", str(readme)]) == 0
-    assert readme.read_text() == text
-    readme.write_text("no markers")
-    assert main(["bench", "report", path, "--write", str(readme)]) == 2
+    target = tmp_path / "README.md"
+    target.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main(["bench", "report", path, "--write", str(target)]) == 0
+    text = target.read_text()
+    assert text.startswith(f"before\n{BEGIN}\na processor")
+    assert text.endswith(f"(gpu.json)\n{END}\nafter\n")
+    assert main(["bench", "report", path, "--write", str(target)]) == 0
+    assert target.read_text() == text
+    target.write_text("no markers")
+    assert main(["bench", "report", path, "--write", str(target)]) == 2
     assert "expected the lines" in capsys.readouterr().err
-    assert readme.read_text() == "no markers"
+    assert target.read_text() == "no markers"
 
 
 def test_the_readme_shows_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert COMMITTED
-    assert report.replace_section(text, report.section(COMMITTED, ROOT)) == text, (
+    assert readme.replace_section(text, report.SECTION, report.section(COMMITTED, ROOT)) == text, (
         "run python -m dyhead_cuda bench report benchmarks/results/*.json --write README.md"
     )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dyhead_cuda import library
+from dyhead_cuda import library, readme
 from dyhead_cuda.bench import compare, machine, peers, plans, report, results, tables, targets
 from dyhead_cuda.bench.heads import CASES
 from dyhead_cuda.bench.plans import Entry, Selection
@@ -68,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     markdown.set_defaults(action=_report)
     markdown.add_argument("files", nargs="+", type=Path)
     markdown.add_argument(
-        "--write", type=Path, metavar="FILE", help=f"between {report.BEGIN} and {report.END} there"
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help=f"between {' and '.join(readme.markers(report.SECTION))} there",
     )
 
     drawing = actions.add_parser("plot", help="the plots of results, beside the file")
@@ -103,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     action: Callable[[argparse.Namespace], int] = arguments.action
     try:
         return action(arguments)
-    except ResultsError as error:
+    except (ResultsError, readme.SectionError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
@@ -123,7 +126,7 @@ def _report(arguments: argparse.Namespace) -> int:
         print(report.section(arguments.files, Path.cwd()))
         return 0
     new = report.section(arguments.files, target.resolve().parent)
-    target.write_text(report.replace_section(target.read_text(), new))
+    readme.write_section(target, report.SECTION, new)
     return 0
 
 

@@ -31,9 +31,14 @@ _SMI_FIELDS = {
 
 
 def environment(command: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Where and how a benchmark runs, as data that json can write."""
+    """Where and how something is measured, as data that json can write.
+
+    Args:
+        command: the arguments of ``python -m dyhead_cuda``.
+        device: what is measured.
+    """
     facts: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "dyhead_cuda", "bench", *command]),
+        "command": shlex.join(["python", "-m", "dyhead_cuda", *command]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": device.type,

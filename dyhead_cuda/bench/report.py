@@ -9,10 +9,11 @@ from pathlib import Path
 from dyhead_cuda.bench.machine import one_line
 from dyhead_cuda.bench.plots import PLOTS
 from dyhead_cuda.bench.problems import OURS
-from dyhead_cuda.bench.results import OK, ResultsError, Row, ratio, read
+from dyhead_cuda.bench.results import OK, Row, ratio, read
 from dyhead_cuda.bench.tables import mebibytes, milliseconds
+from dyhead_cuda.readme import table
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+SECTION = "bench"
 
 NOTE = " \\*"  # another precision
 
@@ -35,19 +36,6 @@ def section(paths: Sequence[Path], base: Path) -> str:
     return "\n\n".join(_report(path, base) for path in paths)
 
 
-def replace_section(text: str, new: str) -> str:
-    """``text`` with what stands between the two markers replaced.
-
-    Raises:
-        ResultsError: the markers are not there, once each and in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ResultsError(f"expected the lines {BEGIN} and {END} once each, in this order")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{new}\n{END}{tail}"
-
-
 def _report(path: Path, base: Path) -> str:
     results = read(path)
     facts = results.environment
@@ -66,8 +54,7 @@ def _report(path: Path, base: Path) -> str:
     ]
     rated = results.ceilings is not None
     header = ["case", "precision", "direction", OURS, *columns, *["roofline"] * rated, "memory"]
-    lines.append(_line(header))
-    lines.append(_line([*["---"] * 3, *["---:"] * (len(header) - 3)]))
+    rows = []
     noted = False
     for group in groups:
         own = group[OURS]
@@ -82,13 +69,10 @@ def _report(path: Path, base: Path) -> str:
         share = results.of_roofline(own)
         cells += ["" if share is None else f"{share:.0%}"] * rated
         cells.append(_memory(group))
-        lines.append(_line(cells))
+        rows.append(cells)
+    lines.append(table(header, rows, text_columns=3))
     lines += ["", _legend(rated, noted), "", _links(path, base)]
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _case(row: Row) -> str:
