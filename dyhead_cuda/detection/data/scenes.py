@@ -1,0 +1,309 @@
+"""Scenes composed of scanned glyphs: paper, clutter, glyphs of many scales, blur and noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+INK = 128  # an opacity from which a pixel counts as ink, of 255
+
+_PAD = 2  # empty pixels around a scan, so that its strokes fade out before the border
+_MOST_ANGLE = math.radians(15)
+_MOST_SHEAR = 0.2
+_STRETCHES = (0.65, 2.6)  # of the width; the scans are narrower than high
+_ASPECTS = (0.5, 2.0)  # width over height
+_MOST_OF_SIDE = 0.8  # of the scene's side that one glyph may fill
+_MOST_COVER = 0.15  # of the smaller of two boxes that the other may cover
+_TRIES = 20  # places tried before a glyph is left out
+_LEAST_CONTRAST = 0.3  # of luminance, between ink and what lies below it
+_LUMINANCE = np.array((0.299, 0.587, 0.114))
+_SUPERSAMPLING = 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One composed picture with its objects, in drawing order.
+
+    Attributes:
+        image: uint8 [H, W, 3], RGB.
+        boxes: float32 [n, 4], x1, y1, x2, y2 in pixels, tight around the ink.
+        labels: int64 [n], the glyphs' classes from 0.
+        keypoints: float32 [n, 4, 3], the topmost, rightmost, bottommost and leftmost pixel of the
+            ink: x and y of its centre, and COCO's visibility (2, or 1 where another glyph's ink
+            lies over it).
+    """
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    keypoints: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SceneStyle:
+    """What scenes contain.
+
+    Attributes:
+        glyphs: least and most glyphs that are tried; those without a free place are left out.
+        heights: least and most height of a glyph in pixels; log-uniform between.
+        clutter: most things that are no glyph.
+    """
+
+    glyphs: tuple[int, int] = (1, 8)
+    heights: tuple[float, float] = (10, 100)
+    clutter: int = 8
+
+    def __post_init__(self) -> None:
+        least, most = self.glyphs
+        if not 1 <= least <= most:
+            raise ValueError(f"expected glyphs (least, most) with 1 <= least <= most, got {self}")
+        if not 8 <= self.heights[0] <= self.heights[1]:
+            raise ValueError(f"expected heights (least, most), 8 <= least <= most, got {self}")
+        if self.clutter < 0:
+            raise ValueError(f"expected clutter of at least 0, got {self}")
+
+
+@dataclass(frozen=True)
+class _Glyph:
+    alpha: Image.Image  # "L", opacity with its soft edge
+    box: tuple[int, int, int, int]  # of the ink within alpha, right and bottom exclusive
+
+    @property
+    def size(self) -> tuple[int, int]:
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+    def ink(self) -> NDArray[np.bool_]:
+        return np.asarray(self.alpha.crop(self.box)) >= INK
+
+
+def compose(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    scans: Sequence[NDArray[np.uint8]],
+    style: SceneStyle,
+) -> Scene:
+    """One scene, the same for a generator in the same state.
+
+    Args:
+        rng: all that is random.
+        size: height and width in pixels.
+        scans: per class uint8 [n, h, w], opacity 0..255, each with some ink.
+        style: what to draw.
+    """
+    canvas = _paper(rng, size)
+    for _ in range(rng.integers(style.clutter + 1)):
+        _add_clutter(rng, canvas, scans, style)
+    boxes: list[tuple[int, int, int, int]] = []
+    labels: list[int] = []
+    inks: list[NDArray[np.bool_]] = []
+    owner = np.zeros(size, np.int16)  # 1 + index of the glyph on top
+    for _ in range(rng.integers(style.glyphs[0], style.glyphs[1], endpoint=True)):
+        label = int(rng.integers(len(scans)))
+        glyph = _draw_glyph(rng, scans[label][rng.integers(len(scans[label]))], size, style)
+        box = _free_place(rng, glyph.size, size, boxes)
+        if box is None:
+            continue
+        left, top, right, bottom = box
+        corner = (left - glyph.box[0], top - glyph.box[1])
+        canvas.paste(_ink_colour(rng, canvas.crop(box)), corner, glyph.alpha)
+        boxes.append(box)
+        labels.append(label)
+        inks.append(glyph.ink())
+        owner[top:bottom, left:right][inks[-1]] = len(boxes)
+    keypoints = np.zeros((len(boxes), 4, 3), np.float32)
+    for index, (box, ink) in enumerate(zip(boxes, inks, strict=True)):
+        points = _extremes(ink) + np.array(box[:2])
+        keypoints[index, :, :2] = points + 0.5
+        on_top = owner[points[:, 1], points[:, 0]] == index + 1
+        keypoints[index, :, 2] = np.where(on_top, 2, 1)
+    return Scene(
+        _photograph(rng, canvas),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        keypoints,
+    )
+
+
+def _log_uniform(rng: np.random.Generator, least: float, most: float) -> float:
+    return math.exp(rng.uniform(math.log(least), math.log(max(least, most))))
+
+
+def _paper(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """A colour with a smooth texture: a few random values per side, interpolated."""
+    cells = rng.integers(2, 7, size=2)
+    colour = rng.uniform(40, 215, size=3)
+    shade = rng.normal(0, rng.uniform(0, 40), size=(*cells, 1))
+    tint = rng.normal(0, rng.uniform(0, 12), size=(*cells, 3))
+    grid = np.clip(colour + shade + tint, 0, 255).astype(np.uint8)
+    return Image.fromarray(grid).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def _photograph(rng: np.random.Generator, canvas: Image.Image) -> NDArray[np.uint8]:
+    """Slight blur, for half of the scenes, and noise."""
+    if rng.random() < 0.5:
+        canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+    pixels = np.asarray(canvas).astype(np.float32)
+    noise = rng.standard_normal(pixels.shape, dtype=np.float32)
+    pixels += np.float32(rng.uniform(0, 12)) * noise
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def _draw_glyph(
+    rng: np.random.Generator, scan: NDArray[np.uint8], size: tuple[int, int], style: SceneStyle
+) -> _Glyph:
+    """The scan at a random height, aspect ratio, angle, shear and stroke width.
+
+    The scan is interpolated (bicubic) and its smooth values made steep around the stroke's edge:
+    a large glyph then has an edge of about a pixel instead of a wide blur.
+    """
+    edge = rng.uniform(0.45, 0.65)
+    turn = rng.uniform(-_MOST_ANGLE, _MOST_ANGLE)
+    shear = rng.uniform(-_MOST_SHEAR, _MOST_SHEAR)
+    cos, sin = math.cos(turn), math.sin(turn)
+    linear = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
+
+    rows, columns = np.nonzero(scan >= edge * int(scan.max()))
+    corners = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
+    outline = (np.stack((columns, rows))[:, :, None] + corners[:, None, :]).reshape(2, -1) + _PAD
+    turned = linear @ outline
+    low, high = turned.min(axis=1), turned.max(axis=1)
+    extent = high - low
+
+    most = _MOST_OF_SIDE * np.array((size[1], size[0]))  # x, y like all below
+    height = _log_uniform(rng, style.heights[0], min(style.heights[1], most[1]))
+    stretch = _log_uniform(rng, *_STRETCHES)
+    aspect = float(np.clip(stretch * extent[0] / extent[1], *_ASPECTS))
+    target = np.array((min(height * aspect, most[0]), height))
+    scale = target / extent
+
+    margin = 3
+    forward = scale[:, None] * linear
+    back = np.linalg.inv(forward)
+    shift = -back @ (margin - scale * low)
+    coefficients = (*back[0], shift[0], *back[1], shift[1])
+    padded = Image.fromarray(np.pad(scan, _PAD))
+    columns_out, rows_out = (math.ceil(side) + 2 * margin for side in target)
+    smooth = padded.transform(
+        (columns_out, rows_out), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC
+    )
+    ramp = min(0.25, 0.6 / float(scale.min()))  # half the edge's width, in the scan's values
+    values = np.linspace(0, 255 / int(scan.max()), 256)
+    opacity = np.clip(0.5 + (values - edge) / (2 * ramp), 0, 1)
+    alpha = np.rint(255 * opacity).astype(np.uint8)[np.asarray(smooth)]
+    ink = alpha >= INK
+    if not ink.any():  # a thin piece of a scan may fall between the pixels
+        return _draw_glyph(rng, scan, size, style)
+    (ys,), (xs,) = np.nonzero(ink.any(axis=1)), np.nonzero(ink.any(axis=0))
+    box = (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
+    return _Glyph(Image.fromarray(alpha), box)
+
+
+def _free_place(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    scene: tuple[int, int],
+    others: list[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int] | None:
+    width, height = size
+    taken = np.array(others, np.int64).reshape(-1, 4)
+    areas = (taken[:, 2] - taken[:, 0]) * (taken[:, 3] - taken[:, 1])
+    for _ in range(_TRIES):
+        left = int(rng.integers(scene[1] - width, endpoint=True))
+        top = int(rng.integers(scene[0] - height, endpoint=True))
+        box = (left, top, left + width, top + height)
+        over = np.minimum(taken[:, 2:], box[2:]) - np.maximum(taken[:, :2], box[:2])
+        common = over.clip(0).prod(axis=1)
+        if (common <= _MOST_COVER * np.minimum(areas, width * height)).all():
+            return box
+    return None
+
+
+def _ink_colour(rng: np.random.Generator, below: Image.Image) -> tuple[int, int, int]:
+    background = np.asarray(below).mean(axis=(0, 1)) @ _LUMINANCE
+    while True:
+        colour = rng.integers(256, size=3)
+        if abs(float(colour @ _LUMINANCE - background)) >= 255 * _LEAST_CONTRAST:
+            return int(colour[0]), int(colour[1]), int(colour[2])
+
+
+def _extremes(ink: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The topmost, rightmost, bottommost and leftmost pixel, the middle one of several: [4, 2]."""
+
+    def middle(line: NDArray[np.bool_]) -> int:
+        (places,) = np.nonzero(line)
+        return int(places[len(places) // 2])
+
+    bottom, right = ink.shape[0] - 1, ink.shape[1] - 1
+    return np.array(
+        [
+            (middle(ink[0]), 0),
+            (right, middle(ink[:, right])),
+            (middle(ink[bottom]), bottom),
+            (0, middle(ink[:, 0])),
+        ]
+    )
+
+
+def _add_clutter(
+    rng: np.random.Generator,
+    canvas: Image.Image,
+    scans: Sequence[NDArray[np.uint8]],
+    style: SceneStyle,
+) -> None:
+    """One line, arc, blob, rectangle or piece of a scan, of a glyph's size, anywhere."""
+    scene = (canvas.height, canvas.width)
+    kind = rng.integers(5)
+    if kind == 4:
+        mask = _draw_glyph(rng, _piece(rng, scans), scene, style).alpha
+    else:
+        height = _log_uniform(rng, style.heights[0], min(style.heights[1], scene[0]))
+        width = height * _log_uniform(rng, *_ASPECTS)
+        mask = _shape(rng, int(kind), (math.ceil(width), math.ceil(height)))
+    faded = np.asarray(mask) * np.float32(rng.uniform(0.4, 1))
+    mask = Image.fromarray(faded.astype(np.uint8))
+    red, green, blue = (int(value) for value in rng.integers(256, size=3))
+    left = int(rng.integers(-mask.width // 2, scene[1] - mask.width // 2))
+    top = int(rng.integers(-mask.height // 2, scene[0] - mask.height // 2))
+    canvas.paste((red, green, blue), (left, top), mask)
+
+
+def _shape(rng: np.random.Generator, kind: int, size: tuple[int, int]) -> Image.Image:
+    width, height = (_SUPERSAMPLING * side for side in size)
+    mask = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(mask)
+    box = (0, 0, width - 1, height - 1)
+    stroke = max(_SUPERSAMPLING, int(rng.uniform(0.06, 0.2) * min(width, height)))
+    if kind == 0:  # a diagonal: an upright line would be a one
+        ends = (0, 0, width, height) if rng.random() < 0.5 else (0, height, width, 0)
+        draw.line(ends, 255, stroke)
+    elif kind == 1:  # at most half a ring: a whole one would be a zero
+        start = rng.uniform(0, 360)
+        draw.arc(box, start, start + rng.uniform(60, 180), 255, stroke)
+    elif kind == 2:
+        draw.ellipse(box, 255)
+    elif rng.random() < 0.5:
+        draw.rectangle(box, 255)
+    else:
+        draw.rectangle(box, None, 255, stroke)
+    return mask.reduce(_SUPERSAMPLING)
+
+
+def _piece(rng: np.random.Generator, scans: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Half or a quarter of a scan, with some ink."""
+    while True:
+        of_class = scans[int(rng.integers(len(scans)))]
+        scan = of_class[rng.integers(len(of_class))]
+        height, width = scan.shape
+        top, left = int(rng.integers(2)) * (height // 2), int(rng.integers(2)) * (width // 2)
+        cut = rng.integers(3)
+        rows = slice(top, top + height // 2) if cut != 0 else slice(None)
+        columns = slice(left, left + width // 2) if cut != 1 else slice(None)
+        piece = scan[rows, columns]
+        if piece.max() >= INK:
+            return piece
