@@ -5,17 +5,29 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from dyhead_cuda import checks
+from dyhead_cuda import backend, checks
 from dyhead_cuda.detection.atss import ATSS
-from dyhead_cuda.detection.backbones import Pyramid, check_levels
+from dyhead_cuda.detection.backbones import Extra, Pyramid, check_levels
+from dyhead_cuda.detection.one_stage import FCOS, RetinaNet
+from dyhead_cuda.detection.two_stage import BoxHead, FasterRCNN
 from dyhead_cuda.modules import ATTENTIONS, Attention
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
 ONE_STAGE = ("atss", "retinanet", "fcos")
 TWO_STAGE = ("faster_rcnn", "faster_rcnn_task")
 DETECTORS = ONE_STAGE + TWO_STAGE
+# How each one's publication makes the levels beyond the backbone.
+EXTRA_LEVELS: dict[str, Extra] = {
+    "atss": "conv",
+    "retinanet": "conv_relu",
+    "fcos": "conv_relu",
+    "faster_rcnn": "pool",
+    "faster_rcnn_task": "pool",
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +85,7 @@ class ModelConfig:
             raise ValueError(
                 f"expected min_size <= max_size, got {self.min_size} and {self.max_size}"
             )
-        # JSON has lists; a single name would be a sequence of letters.
-        names: Any = self.attentions
-        object.__setattr__(self, "attentions", (names,) if isinstance(names, str) else tuple(names))
+        object.__setattr__(self, "attentions", tuple(self.attentions))  # JSON has lists
         for attention in self.attentions:
             checks.one_of("attentions", attention, ATTENTIONS)
         checks.one_of("high_offset", self.high_offset, HIGH_OFFSETS)
@@ -142,6 +152,7 @@ def build_empty(config: ModelConfig) -> nn.Module:
 
 
 def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
+    task_head = config.detector == "faster_rcnn_task"
     pyramid = Pyramid(
         config.backbone,
         weights=config.weights,
@@ -149,14 +160,45 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         last_level=config.last_level,
         channels=config.channels,
         blocks=config.blocks,
-        attentions=config.attentions,
+        # There, the task attention comes after RoI pooling.
+        attentions=[a for a in config.attentions if not (task_head and a == "task")],
         high_offset=config.high_offset,
+        extra=EXTRA_LEVELS[config.detector],
         load_weights=load_weights,
     )
-    return ATSS(
-        pyramid,
-        config.num_classes,
-        min_size=config.min_size,
-        max_size=config.max_size,
-        convs=config.tower_convs,
+    sizes = {"min_size": config.min_size, "max_size": config.max_size}
+    if config.detector in ONE_STAGE:
+        detector = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS}[config.detector]
+        return detector(pyramid, config.num_classes, convs=config.tower_convs, **sizes)
+    box_head: BoxHead = "mlp"
+    if task_head:
+        box_head = "task" if "task" in config.attentions else "linear"
+    return FasterRCNN(
+        pyramid, config.num_classes, box_head=box_head, keypoints=config.keypoints, **sizes
     )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Values in all parameters of ``model``, frozen ones among them."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gflops(model: nn.Module, height: int, width: int) -> float:
+    """Floating-point operations of one image [3, height, width] in evaluation, in 1e9.
+
+    A multiply-add counts as two. Convolutions and matrix products count, as torch's
+    ``FlopCounterMode`` has them: those of deformable convolutions, too, but not their
+    interpolation. The image is resized as the model does it; for a two-stage detector the number
+    depends on how many proposals it makes.
+    """
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    image = image.to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        # In plain PyTorch the head's products are ones that torch can count.
+        with torch.no_grad(), backend("reference"), FlopCounterMode(display=False) as counter:
+            model([image])
+    finally:
+        model.train(training)
+    return counter.get_total_flops() / 1e9
