@@ -1,0 +1,108 @@
+"""The processes of one training: one, or those that torchrun has started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DEVICES = ("auto", "cpu", "cuda")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: its rank, their number, and the device that this one computes on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` (any shape, on the device) over all processes."""
+        if self.count > 1:
+            dist.all_reduce(values)
+            values = values / self.count
+        return values
+
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true in any process."""
+        return float(self.mean(torch.tensor(float(value), device=self.device))) > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; they are pickled."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Runs ``action`` in the first process; all get its result, or raise its exception."""
+        if self.count == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+
+@contextmanager
+def join(device: str) -> Iterator[Processes]:
+    """The processes that torchrun's environment names (RANK, WORLD_SIZE, LOCAL_RANK), or one.
+
+    A process group is made (nccl on GPUs, gloo on CPUs), and destroyed at the end, unless there
+    is one already.
+
+    Args:
+        device: "cpu", "cuda", or "auto": GPUs where torch sees any.
+
+    Raises:
+        ValueError: no such device, or fewer GPUs than processes on this machine.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"expected device in {', '.join(DEVICES)}, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device cuda needs a GPU, but torch {torch.__version__} sees none; use device cpu"
+        )
+    local = torch.device("cpu")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"expected at most {torch.cuda.device_count()} processes on this machine, one per "
+                f"GPU, got local rank {index}; lower --nproc-per-node of torchrun or use device cpu"
+            )
+        local = torch.device("cuda", index)
+        torch.cuda.set_device(local)
+    made = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if made:
+        dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
+    try:
+        if dist.is_initialized():
+            yield Processes(dist.get_rank(), dist.get_world_size(), local)
+        else:
+            yield Processes(0, 1, local)
+    finally:
+        if made:
+            dist.destroy_process_group()

@@ -1,0 +1,212 @@
+"""How a detector is trained: the settings, and what follows from them alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from dyhead_cuda import checks
+from dyhead_cuda.detection.data import DetectionDataset, Split, open_dataset
+from dyhead_cuda.detection.parallel import DEVICES
+
+Optimizer = Literal["adamw", "sgd"]
+Schedule = Literal["cosine", "step"]
+Amp = Literal["off", "bf16", "fp16"]
+
+# Of the published "1x" schedule of 12 epochs: lower after the 8th and after the 11th.
+DROPS, DROP_FACTOR = (8 / 12, 11 / 12), 0.1
+
+WARMUP_START = 0.001  # of the learning rate, at the first step
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; JSON-able.
+
+    Args:
+        steps: optimizer steps in all.
+        batch_size: images per step and process.
+        optimizer: "adamw", or "sgd" with a momentum of 0.9.
+        lr: the highest learning rate.
+        weight_decay: of weights; biases and normalisations have none.
+        schedule: after the warmup "cosine", to 0, or "step", a tenth after 8/12 and 11/12 of the
+            steps.
+        warmup_steps: in which the learning rate grows linearly.
+        clip_norm: gradients of a larger L2 norm are scaled down to it; None: never.
+        amp: autocast: "off", "bf16", or "fp16" with a loss scale.
+        seed: of the weights, of the order of the images and of what models draw.
+        eval_every: steps between evaluations; None: only after the last.
+        checkpoint_every: steps between checkpoints; also before each evaluation.
+        workers: processes that load images; 0: none of their own.
+        device: "auto" (GPUs where there are any), "cpu" or "cuda".
+        deterministic: have torch refuse operations whose result varies from run to run.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    steps: int
+    batch_size: int = 8
+    optimizer: Optimizer = "adamw"
+    lr: float = 2e-4
+    weight_decay: float = 0.05
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 100
+    clip_norm: float | None = 10.0
+    amp: Amp = "off"
+    seed: int = 0
+    eval_every: int | None = None
+    checkpoint_every: int = 100
+    workers: int = 0
+    device: str = "auto"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("optimizer", get_args(Optimizer)),
+            ("schedule", get_args(Schedule)),
+            ("amp", get_args(Amp)),
+            ("device", DEVICES),
+        ):
+            checks.one_of(name, getattr(self, name), allowed)
+        for name in ("steps", "batch_size", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} of at least 1, got {value}")
+        for name in ("weight_decay", "warmup_steps", "seed", "workers"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"expected {name} of at least 0, got {value}")
+        for name in ("lr", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"expected a positive {name}, got {value}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: settings that there are not, or no steps.
+        """
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"expected settings of TrainConfig, got {', '.join(sorted(unknown))}")
+        if "steps" not in values:
+            raise ValueError("expected the setting steps, got none")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data sets of a run; JSON-able.
+
+    Args:
+        spec: "digits" or a folder, for :func:`dyhead_cuda.detection.data.open_dataset`.
+        options: its options, for both splits.
+        train, val: more options for one split.
+    """
+
+    spec: str
+    options: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    val: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, split: Split) -> DetectionDataset:
+        """The data set of one split."""
+        return open_dataset(self.spec, split, **self.options, **getattr(self, split))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DataConfig:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**values)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, the first being 0."""
+    if step < config.warmup_steps:
+        grown = (step + 1) / config.warmup_steps
+        return config.lr * (WARMUP_START + (1 - WARMUP_START) * grown)
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    drops = sum(step >= drop * config.steps for drop in DROPS)
+    return config.lr * DROP_FACTOR**drops
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("expected a model with parameters to train, got one that is all frozen")
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, config.lr)
+
+
+class Batches:
+    """The indices of the images of each step of one process.
+
+    The images come in one stream, which is a permutation of all of them for each epoch, drawn
+    from the seed and the epoch alone. Each step takes the next ``processes * batch_size``, of
+    which each process gets its share: what all of them see together is what one process would see
+    with a batch of that size.
+
+    Args:
+        images: in the data set.
+        batch_size: per process.
+        seed: of the permutations.
+        start, stop: steps, from 0.
+        rank, processes: this one among how many.
+
+    Raises:
+        ValueError: there are no images.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        if images < 1:
+            raise ValueError("expected at least one training image, got none")
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.start, self.stop, self.rank, self.processes = start, stop, rank, processes
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, np.int64)
+        for step in range(self.start, self.stop):
+            first = (step * self.processes + self.rank) * self.batch_size
+            batch = []
+            for position in range(first, first + self.batch_size):
+                if position // self.images != epoch:
+                    epoch = position // self.images
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+                batch.append(int(order[position % self.images]))
+            yield batch

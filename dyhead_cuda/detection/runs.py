@@ -1,0 +1,220 @@
+"""The folder of a training run: its configuration, log and checkpoints.
+
+``config.json``: what is trained, on what and how. ``log.jsonl``: one line per step and evaluation.
+``last.pt``: all that a resumed run needs. ``best.pt``: the weights of the highest AP so far. Each
+file is replaced as a whole, so that a kill at any time leaves one that can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+LAST, BEST, CONFIG, LOG = "last.pt", "best.pt", "config.json", "log.jsonl"
+
+# Where and how often, not what: a run may be resumed with others.
+_FREE = ("training.device", "training.workers", "training.checkpoint_every")
+
+_logger = logging.getLogger("dyhead_cuda.detection")
+
+
+class RunError(Exception):
+    """A run folder or checkpoint that cannot be used: what is wrong, and how to fix it."""
+
+
+class RunFolder:
+    """The files of one run; made if it does not exist.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        RunError: it cannot be written to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
+        except OSError as error:
+            raise RunError(
+                f"cannot write to the run folder {self.path}: {error.strerror}"
+            ) from None
+
+    def begin(self, config: Mapping[str, Any], restart: bool = False) -> dict[str, Any] | None:
+        """Starts a run here or continues the one that is here, whose log ends at its checkpoint.
+
+        Args:
+            config: JSON-able, by section.
+            restart: delete the run that is here.
+
+        Returns:
+            The last checkpoint, on the CPU; None before the first.
+
+        Raises:
+            RunError: the run here has another configuration, or its files are damaged.
+        """
+        if restart:
+            for name in (LAST, BEST, CONFIG, LOG):
+                (self.path / name).unlink(missing_ok=True)
+        path = self.path / CONFIG
+        if path.exists():
+            differing = differences(read_json(path), config)
+            if differing:
+                raise RunError(
+                    f"{self.path} holds a run of another configuration: {'; '.join(differing)}; "
+                    "use the same options, another folder, or restart (--restart), which deletes it"
+                )
+        elif (self.path / LAST).exists():
+            raise RunError(f"{self.path} holds {LAST} but no {CONFIG}; restart, or another folder")
+        write_json(path, config)
+        checkpoint = read_checkpoint(self.path / LAST) if (self.path / LAST).exists() else None
+        step = checkpoint["step"] if checkpoint else 0
+        kept = [record for record in self.records() if record["step"] <= step]
+        text = "".join(_line(record) for record in kept)
+        write_atomically(self.path / LOG, lambda file: file.write(text.encode()))
+        _logger.info("%s: %s at step %d", self.path, "resumed" if checkpoint else "new run", step)
+        return checkpoint
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the log; one that a kill has cut off is left out."""
+        try:
+            lines = (self.path / LOG).read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        try:
+            return [_from_json(line) for line in lines if line.endswith(b"\n")]
+        except ValueError as error:
+            raise RunError(
+                f"{self.path / LOG} is damaged ({error}): remove the bad line, or restart"
+            ) from None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends a line; nan and inf are written as null."""
+        with (self.path / LOG).open("ab") as file:
+            file.write(_line(record).encode())
+
+    def save_last(self, checkpoint: Mapping[str, Any]) -> None:
+        """Replaces the checkpoint to resume from; the log up to it is on the disk before it is."""
+        with (self.path / LOG).open("ab") as file:
+            os.fsync(file.fileno())
+        write_atomically(self.path / LAST, lambda file: torch.save(checkpoint, file))
+
+    def save_best(self, checkpoint: Mapping[str, Any]) -> None:
+        """Replaces the best weights; ``checkpoint["ap"]`` is their AP."""
+        write_atomically(self.path / BEST, lambda file: torch.save(checkpoint, file))
+
+    def best_ap(self) -> float:
+        """The AP of best.pt, -inf without one.
+
+        It is kept nowhere else: with a second place a kill could come between the two.
+        """
+        path = self.path / BEST
+        return float(read_checkpoint(path)["ap"]) if path.exists() else -math.inf
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two configurations, as "training.lr is 0.1, got 0.2"."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        name = f"{prefix}{key}"
+        old, new = before.get(key), _plain(now.get(key))
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{name}.")
+        elif old != new and name not in _FREE:
+            found.append(f"{name} is {old!r}, got {new!r}")
+    return found
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        RunError: there is none, or it is damaged or of something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"expected a checkpoint, but {path} does not exist") from None
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"cannot read the checkpoint {path}: {reason}") from None
+    if not (isinstance(checkpoint, dict) and {"step", "config", "model"} <= checkpoint.keys()):
+        raise RunError(f"expected a checkpoint of python -m dyhead_cuda train, got {path}")
+    return checkpoint
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        RunError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise RunError(f"expected a JSON object in {path}, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replaces a file of readable JSON."""
+    text = json.dumps(_plain(value), indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replaces ``path`` by what ``write`` writes, on the disk at return; never half of it.
+
+    Raises:
+        OSError: it could not be written; what was there is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: lists for tuples, and null for nan and inf, which it does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(record)) + "\n"
+
+
+def _from_json(line: bytes) -> dict[str, Any]:
+    record = json.loads(line)
+    if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+        raise ValueError(f"expected an object with a step, got {line[:60]!r}")
+    return record
