@@ -33,7 +33,7 @@ from dyhead_cuda.detection.recipe import (
     learning_rate,
     make_optimizer,
 )
-from dyhead_cuda.detection.runs import RunError, RunFolder
+from dyhead_cuda.detection.runs import BEST, RunError, RunFolder, read_checkpoint
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,6 +113,33 @@ def train(
         return trainer.run(description, checkpoint, listeners)
 
 
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained detector, in evaluation mode.
+
+    Args:
+        path: a run folder, of which the best weights are taken, or a checkpoint in it.
+        device: where to put it.
+
+    Returns:
+        The model, and the run's configuration: "model", "data", "training", "classes" (the name of
+        label i + 1) and "processes".
+
+    Raises:
+        RunError: there is no such checkpoint, or it is damaged.
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path / BEST if path.is_dir() else path)
+    config = checkpoint["config"]
+    try:
+        model = models.build_empty(ModelConfig.from_dict(config["model"]))
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise RunError(f"cannot make a model from the checkpoint {path}: {error}") from error
+    return model.to(device).eval(), config
+
+
 class Trainer:
     """The training loop.
 
@@ -170,8 +197,8 @@ class Trainer:
         with _determinism(config.deterministic), signals.remembered() as request:
             if metrics is None and self._evaluation_due():
                 metrics = self._evaluate(description, listeners)
+            started = time.perf_counter()
             for batch in self._loader():
-                started = time.perf_counter()
                 record = self._train_step(*batch)
                 seconds = time.perf_counter() - started
                 images = config.batch_size * self.processes.count
@@ -190,6 +217,7 @@ class Trainer:
                     )
                 if due:
                     metrics = self._evaluate(description, listeners)
+                started = time.perf_counter()
         assert metrics is not None, "the last step is always followed by an evaluation"
         return metrics
 
@@ -270,7 +298,6 @@ class Trainer:
         )
 
     def _evaluate(self, description: Mapping[str, Any], listeners: Sequence[Listener]) -> Metrics:
-        self.model.eval()
         with random_state.kept():
             metrics = evaluate(
                 self.model,
@@ -298,7 +325,7 @@ class Trainer:
         """Those of an evaluation after the present step, if it is in the log."""
         for record in reversed(self.folder.records()):
             if "evaluation" in record and record["step"] == self.step:
-                return Metrics(**_with_nan(record["evaluation"]), detections=[])
+                return _metrics(record["evaluation"])
         return None
 
     def _log(self, record: Record, listeners: Sequence[Listener]) -> None:
@@ -335,11 +362,13 @@ class Trainer:
         self.step = checkpoint["step"]
 
 
-def _with_nan(values: Any) -> Any:
-    """What a log has as null is nan in metrics."""
-    if isinstance(values, dict):
-        return {name: _with_nan(value) for name, value in values.items()}
-    return math.nan if values is None else values
+def _metrics(sections: Mapping[str, Mapping[str, float | None] | None]) -> Metrics:
+    """Metrics from a log, which has null where they have nan."""
+    values: dict[str, Any] = {
+        section: scores and {k: math.nan if v is None else v for k, v in scores.items()}
+        for section, scores in sections.items()
+    }
+    return Metrics(**values, detections=[])
 
 
 @contextmanager

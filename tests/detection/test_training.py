@@ -100,6 +100,7 @@ def test_a_finished_run_returns_its_metrics_again(whole: Path) -> None:
     metrics = run(whole, recipe())
     assert metrics.summary["AP"] == curve(whole)[-1]["evaluation"]["summary"]["AP"]
     assert math.isnan(metrics.summary["AP50"])
+    assert (metrics.keypoints, metrics.detections) == (None, [])
     assert (whole / runs.LOG).read_bytes() == before
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -76,12 +77,12 @@ class Detector(nn.Module):
 def evaluate(model: Any, dataset: Pictures, **_: Any) -> Metrics:
     """The "AP" is highest where the boxes are right; it draws random numbers too."""
     torch.rand(3)
-    assert not model.training
+    model.eval()
     with torch.no_grad():
         found = torch.stack([d["boxes"][0] for d in model(list(dataset.images))])
     wanted = torch.cat([dataset[i][1]["boxes"] for i in range(len(dataset))])
     ap = float(torch.exp(-(found - wanted).abs().mean()))
-    return Metrics(summary={"AP": ap, "AP50": float("nan")}, per_class={"thing": ap})
+    return Metrics({"AP": ap, "AP50": math.nan}, {"thing": ap}, None, [{"score": ap}])
 
 
 def make_trainer(
