@@ -9,20 +9,22 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from skimage import data
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from dyhead_cuda import backends, images, info, library, plots, tracing
-from dyhead_cuda.modules import DyHead, DyHeadBlock
+from dyhead_cuda.modules import DyHead
 
 CHANNELS = 256
 LEVELS = ("P3", "P4", "P5", "P6", "P7")
@@ -114,16 +116,18 @@ def build_head(blocks: int, seed: int) -> DyHead:
     torch.manual_seed(seed + 1)
     head = DyHead(CHANNELS, CHANNELS, blocks, init="microsoft").eval()
     with torch.no_grad():
-        for i, block in enumerate(blocks_of(head)):
+        for i, block in enumerate(tracing.blocks_of(head)):
             block.offset_conv.weight.mul_(OFFSET_GAIN_LATER if i else OFFSET_GAIN_FIRST)
             block.scale_gate.weight.mul_(GATE_GAIN)
             block.dynamic_relu.fc2.weight.mul_(SLOPE_GAIN)
     return head.requires_grad_(False)
 
 
-def blocks_of(head: DyHead) -> list[DyHeadBlock]:
-    """The blocks, first to last."""
-    return cast(list[DyHeadBlock], list(head.blocks))
+def load_photograph(path: Path | None) -> tuple[Image.Image, str]:
+    """A photograph and its name; without a path scikit-image's cup of coffee."""
+    if path is None:
+        return Image.fromarray(data.coffee()), "coffee"
+    return images.load_photograph(path)
 
 
 def _device(wanted: str) -> torch.device:
@@ -177,7 +181,7 @@ def _timed(action: Callable[[], T], device: torch.device) -> tuple[T, float]:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     device = _device(arguments.device)
     directory = _make_directory(arguments.output)
-    original, name = images.load_photograph(arguments.image)
+    original, name = load_photograph(arguments.image)
     photograph = images.resize(original, arguments.size)
     pixels = images.to_tensor(photograph)
     best = backends.select(torch.empty(0, device=device))
@@ -210,14 +214,14 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
         progress.start_task(best_task)
         fast, fast_seconds = features, []
-        for block in blocks_of(head):
+        for block in tracing.blocks_of(head):
             fast, seconds = _timed(partial(block, fast), device)
             fast_seconds.append(seconds)
             progress.advance(best_task)
 
         progress.start_task(reference_task)
         slow, slow_seconds, traces = features, [], []
-        for block in blocks_of(head):
+        for block in tracing.blocks_of(head):
             traced, seconds = _timed(partial(tracing.run_block, block, slow), device)
             slow = traced.outputs
             slow_seconds.append(seconds)

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from skimage import data
 from torch import Tensor
 
-DEFAULT = "coffee"
 SMALLEST_SIDE = 32
 MOST_PIXELS = 100_000_000
 WIDEST_RATIO = 8
@@ -25,13 +23,13 @@ class ImageError(Exception):
     """A file that cannot serve as the photograph: what is wrong with it, in one line."""
 
 
-def load_photograph(path: str | Path | None) -> tuple[Image.Image, str]:
+def load_photograph(path: str | Path) -> tuple[Image.Image, str]:
     """A photograph and its name.
 
     Args:
         path: an image file that PIL opens, of any mode: grey, palette, with transparency (laid on
             white), 16-bit, 32-bit or float (stretched to the full range), turned by EXIF (turned
-            back); of several frames the first. None: scikit-image's photograph of a cup of coffee.
+            back); of several frames the first.
 
     Returns:
         An RGB image and the file's name without its suffix.
@@ -39,8 +37,6 @@ def load_photograph(path: str | Path | None) -> tuple[Image.Image, str]:
     Raises:
         ImageError: no such file, not an image, damaged, too small, too large or too narrow.
     """
-    if path is None:
-        return Image.fromarray(data.coffee()), DEFAULT
     path = Path(path)
     if path.is_dir():
         raise ImageError(f"expected an image file, got the directory {path}")

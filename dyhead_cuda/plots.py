@@ -11,10 +11,10 @@ import numpy as np
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +26,8 @@ POINTS = 4
 WINDOW = 4.2  # half the side of a close-up, in pixels of P3
 LARGEST_DOT = 240.0  # square points, for a modulation of 1
 ENERGY_LEVELS = 3
+ENERGY_RANGE = (0.4, 2.5)
+ENERGY_TICKS = (0.4, 0.6, 1, 1.6, 2.5)
 ENERGY_TITLES = ("input", "after spatial and scale", "after task attention")
 BRANCH_SOURCES = {"low": "the finer level", "mid": "its own level", "high": "the coarser level"}
 MOST_ANNOTATED_BLOCKS = 8
@@ -117,7 +119,8 @@ def _box_mean(values: np.ndarray, radius: int) -> np.ndarray:
     return (sums + padded[:-side, :-side]) / side**2
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
+    """No ticks."""
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -134,7 +137,7 @@ def _draw_photograph(
     axes = figure.subplots()
     axes.imshow(photograph)
     axes.set_anchor("N")
-    _bare(axes)
+    bare(axes)
     half = WINDOW * FINEST_STRIDE
     for i, ((x, y), colour) in enumerate(zip(points, POINT_COLOURS, strict=False), 1):
         corner = (x - half, y - half)
@@ -167,7 +170,7 @@ def _draw_samples(
         for i, (axes, point) in enumerate(zip(row, points, strict=True)):
             axes.imshow(photograph)
             _draw_taps(axes, blocks[block][0], point)
-            _bare(axes)
+            bare(axes)
             for spine in axes.spines.values():
                 spine.set(color=POINT_COLOURS[i], linewidth=3)
             axes.set_title(f"{i + 1}, block {block + 1}")
@@ -215,30 +218,39 @@ def _draw_energies(
         maps = (level.energy_input, level.energy_combined, level.energy_output)
         for axes, energy, title in zip(row, maps, ENERGY_TITLES, strict=True):
             shown = axes.imshow(
-                _over_photograph(energy, photograph, FINEST_STRIDE * 2**index),
+                energy_at_pixels(energy, FINEST_STRIDE * 2**index, photograph.size),
                 cmap="viridis",
-                norm=LogNorm(1 / 2.5, 2.5, clip=True),
+                norm=LogNorm(*ENERGY_RANGE, clip=True),
             )
-            _bare(axes)
+            bare(axes)
             # Beside a tall photograph room is left, so that its titles keep apart.
             room = max(0.0, 1.1 * photograph.height - photograph.width) / 2
             axes.set_xlim(-room, photograph.width + room)
             axes.spines[:].set_visible(room == 0)
             axes.set_title(f"P{index + 3}, {title}", loc="center")
-    ticks = (0.4, 0.6, 1, 1.6, 2.5)
-    bar = figure.colorbar(shown, ax=grid, shrink=0.6, extend="both", pad=0.01)
-    bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
-    bar.ax.yaxis.set_minor_locator(NullLocator())
+    mark_energies(figure.colorbar(shown, ax=grid, shrink=0.6, extend="both", pad=0.01))
 
 
-def _over_photograph(energy: Tensor, photograph: Image.Image, stride: int) -> np.ndarray:
-    """The map [H, W] at the photograph's pixels, relative to its median there."""
+def mark_energies(bar: Colorbar) -> None:
+    """Plain numbers beside a colour bar of energies."""
+    bar.set_ticks(ENERGY_TICKS, labels=[f"{t:g}" for t in ENERGY_TICKS])
+    bar.minorticks_off()
+
+
+def energy_at_pixels(energy: Tensor, stride: int, image: tuple[int, int]) -> np.ndarray:
+    """A level's energy at the pixels of what the backbone read, relative to its median there.
+
+    Args:
+        energy: [H, W].
+        stride: of the level.
+        image: (width, height) in pixels, without the padding.
+    """
     height, width = energy.shape
     # With align_corners the pixels i * stride keep their values; beyond the last the edge repeats.
     size = ((height - 1) * stride + 1, (width - 1) * stride + 1)
     large = F.interpolate(energy[None, None], size, mode="bilinear", align_corners=True)
     large = F.pad(large, (0, stride - 1, 0, stride - 1), mode="replicate")[0, 0]
-    values = large[: photograph.height, : photograph.width].double().numpy()
+    values = large[: image[1], : image[0]].double().numpy()
     median = np.median(values)
     return values / median if median > 0 else np.ones_like(values)
 
@@ -262,12 +274,17 @@ def _draw_gates(figure: SubFigure, blocks: Sequence[Sequence[LevelTrace]]) -> No
         ticks = range(0, len(blocks), -(-len(blocks) // 10))
         axes.set_xticks(ticks, [str(block + 1) for block in ticks])
         if len(blocks) <= MOST_ANNOTATED_BLOCKS:
-            for (i, j), value in np.ndenumerate(values):
-                if np.isfinite(value):
-                    colour = "white" if value < (low + high) / 2 else "black"
-                    text = f"{value:.2f}".removeprefix("0")
-                    axes.text(j, i, text, ha="center", va="center", fontsize=10, color=colour)
+            write_values(axes, values, (low + high) / 2)
     figure.colorbar(shown, ax=grid, pad=0.01)
+
+
+def write_values(axes: Axes, values: np.ndarray, middle: float) -> None:
+    """Writes the numbers of a cividis heat map [rows, columns] into it; none for NaN."""
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white" if value < middle else "black"
+            text = f"{value:.2f}".removeprefix("0")
+            axes.text(j, i, text, ha="center", va="center", fontsize=10, color=colour)
 
 
 def _draw_slopes(figure: SubFigure, blocks: Sequence[Sequence[LevelTrace]]) -> None:
@@ -281,7 +298,9 @@ def _draw_slopes(figure: SubFigure, blocks: Sequence[Sequence[LevelTrace]]) -> N
     edges = np.linspace(-1, 2, 121)
     for i, level in enumerate(levels):
         base = len(levels) - 1 - i
-        for values, colour, name in zip(level.slopes, (ORANGE, BLUE), ("a1", "a2"), strict=True):
+        for values, colour, name in zip(
+            level.coefficients[::2], (ORANGE, BLUE), ("a1", "a2"), strict=True
+        ):
             counts, _ = np.histogram(values.double().numpy(), edges)
             axes.stairs(
                 base + 0.85 * counts / max(counts.max(), 1),

@@ -15,9 +15,7 @@ from skimage import data
 from torch import Tensor
 
 from dyhead_cuda import __main__ as command_line
-from dyhead_cuda import backend, demo, functional, images, plots, tracing
-from dyhead_cuda.modules import DyHead, DyHeadBlock
-from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
+from dyhead_cuda import demo, functional, images, plots
 
 SMALL = ["--size", "96", "--blocks", "2", "--device", "cpu"]
 
@@ -307,7 +305,7 @@ def test_numbers_out_of_range_are_usage_errors(
 
 
 def test_default_photograph_and_weights_are_the_same_every_time() -> None:
-    first, second = (images.load_photograph(None)[0] for _ in range(2))
+    first, second = (demo.load_photograph(None)[0] for _ in range(2))
     assert np.array_equal(np.asarray(first), np.asarray(second))
     for build in (lambda seed: demo.build_head(1, seed), demo.build_backbone):
         states = [build(seed).state_dict() for seed in (3, 3, 4)]
@@ -324,71 +322,6 @@ def test_sizes_and_padding(astronaut: Image.Image) -> None:
     assert not tensor[..., 117:, :].any()
     assert not tensor[..., 200:].any()
     assert tensor[..., :117, :200].std() > 0.5
-
-
-def _features(channels: int, dtype: torch.dtype) -> list[Tensor]:
-    torch.manual_seed(0)
-    sizes = [(15, 18), (8, 9), (4, 5)]
-    return [torch.randn(2, channels, *size, dtype=dtype) for size in sizes]
-
-
-def _block(head: DyHead) -> DyHeadBlock:
-    (block,) = demo.blocks_of(head)
-    return block
-
-
-@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_traced_block_is_the_reference(high_offset: HighOffset, dtype: torch.dtype) -> None:
-    torch.manual_seed(1)
-    head = DyHead(24, 32, 1, high_offset=high_offset, deform_bias=False).to(dtype)
-    features = _features(24, dtype)
-    with torch.no_grad(), backend("reference"):
-        expected = head(features)
-        run = tracing.run_block(_block(head), features)
-    for ours, theirs in zip(run.outputs, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
-
-
-def test_the_trace_tells_what_the_block_did() -> None:
-    torch.manual_seed(1)
-    head = DyHead(32, 32, 1).double()
-    block = _block(head)
-    features = _features(32, torch.float64)
-    with torch.no_grad():
-        run = tracing.run_block(block, features)
-        levels = tracing.describe(block, run)
-    branch_names = [{"mid", "high"}, {"low", "mid", "high"}, {"low", "mid"}]
-    assert [set(level.gates) for level in levels] == branch_names
-    for level, x, combined, output in zip(levels, features, run.combined, run.outputs, strict=True):
-        height, width = x.shape[-2:]
-        assert all(0.5 <= gate <= 1 for gate in level.gates.values())
-        assert level.offset.shape == (9, 2, height, width)
-        assert level.modulation.shape == (9, height, width)
-        torch.testing.assert_close(level.energy_input, x[0].norm(dim=0).float())
-        torch.testing.assert_close(level.energy_combined, combined[0].norm(dim=0).float())
-        torch.testing.assert_close(level.energy_output, output[0].norm(dim=0).float())
-        assert not torch.equal(level.slopes[0], level.slopes[1])
-        assert ((level.slopes[0] >= 0) & (level.slopes[0] <= 2)).all()
-        assert (level.slopes[1].abs() <= 1).all()
-
-
-def test_slopes_are_those_of_the_dynamic_relu() -> None:
-    torch.manual_seed(2)
-    block = _block(DyHead(32, 32, 1).double())
-    features = _features(32, torch.float64)
-    with torch.no_grad():
-        run = tracing.run_block(block, features)
-        levels = tracing.describe(block, run)
-    for level, combined, output in zip(levels, run.combined, run.outputs, strict=True):
-        x, y = combined[0].flatten(1), output[0].flatten(1)
-        order = x.argsort(dim=1)
-        x, y = x.gather(1, order), y.gather(1, order)
-        slopes = (y[:, 1:] - y[:, :-1]) / (x[:, 1:] - x[:, :-1])
-        steepest, flattest = slopes[:, -1], slopes[:, 0]
-        torch.testing.assert_close(steepest, level.slopes.amax(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(flattest, level.slopes.amin(0), rtol=1e-4, atol=1e-4)
 
 
 def test_interest_points_are_apart_and_inside() -> None:
