@@ -14,9 +14,8 @@ from sklearn.datasets import load_digits
 
 from dyhead_cuda.detection.data import DigitScenes
 from dyhead_cuda.detection.data.digits import _scans
-from dyhead_cuda.detection.data.scenes import SceneStyle
 
-SMALL: dict[str, Any] = {"num_images": 12, "size": (64, 96), "style": SceneStyle(heights=(10, 40))}
+SMALL: dict[str, Any] = {"num_images": 12, "size": (64, 96), "heights": (10, 40)}
 
 
 def pixels(dataset: DigitScenes, order: list[int]) -> dict[int, NDArray[np.uint8]]:

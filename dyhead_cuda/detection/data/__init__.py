@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
+from dyhead_cuda.detection.data.base import DetectionDataset, HorizontalFlip, Target, collate
+from dyhead_cuda.detection.data.coco import CocoFolder
 from dyhead_cuda.detection.data.digits import DigitScenes, Split, write_coco
 
-__all__ = ["DetectionDataset", "DigitScenes", "Split", "collate", "open_dataset", "write_coco"]
+__all__ = [
+    "CocoFolder",
+    "DetectionDataset",
+    "DigitScenes",
+    "HorizontalFlip",
+    "Split",
+    "Target",
+    "collate",
+    "open_dataset",
+    "write_coco",
+]
 
-Target = dict[str, Tensor]
 
+def open_dataset(spec: str | Path, split: Split, **options: Any) -> DetectionDataset:
+    """A dataset by name.
 
-class DetectionDataset(Protocol):
-    """What training and evaluation need of a dataset; item i is always the same.
+    Args:
+        spec: "digits", or a folder in COCO's format.
+        split: "train" or "val".
+        options: :class:`DigitScenes`'s or :class:`CocoFolder`'s.
 
-    Attributes:
-        classes: the name of label i + 1.
-        category_ids: the COCO id of label i + 1.
-        coco: ground truth in COCO's format (images, annotations, categories).
-        num_keypoints: per object; 0 for none.
+    Raises:
+        ValueError: neither; or what the dataset raises.
     """
-
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    num_keypoints: int
-
-    @property
-    def coco(self) -> dict[str, Any]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]: ...
-
-
-def open_dataset(spec: str, split: Split, **options: Any) -> DetectionDataset:
-    """The dataset "digits"; ``options`` are :class:`DigitScenes`'s."""
     if spec == "digits":
         return DigitScenes(split, **options)
-    raise ValueError(f'expected "digits", got {spec!r}')
-
-
-def collate(batch: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Images (of any sizes) and targets as two lists."""
-    return [image for image, _ in batch], [target for _, target in batch]
+    if not Path(spec).is_dir():
+        raise ValueError(f'expected "digits" or a folder in COCO\'s format, got {str(spec)!r}')
+    return CocoFolder(spec, split, **options)

@@ -49,7 +49,9 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         seed: of the scenes.
         keypoints: give the keypoints too.
         cache: keep scenes in memory (3 bytes per pixel) once they are drawn.
-        style: what the scenes contain.
+        glyphs: least and most digits tried per scene; those without a free place are left out.
+        heights: least and most height of a digit in pixels; log-uniform between.
+        clutter: most things per scene that are no digit.
 
     Raises:
         ValueError: unknown split, or options out of range.
@@ -69,7 +71,9 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         seed: int = 0,
         keypoints: bool = False,
         cache: bool = False,
-        style: SceneStyle | None = None,
+        glyphs: tuple[int, int] = (1, 8),
+        heights: tuple[float, float] = (10, 100),
+        clutter: int = 8,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f'expected split "train" or "val", got {split!r}')
@@ -91,7 +95,7 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.num_keypoints = len(KEYPOINT_NAMES) if keypoints else 0
         self._sides, self._one_size = (sides[0], sides[1]), max_size is None
         self._seed = seed
-        self._style = style or SceneStyle()
+        self._style = SceneStyle(glyphs, heights, clutter)
         self._scans = _scans(split)
         self._cache: dict[int, Scene] | None = {} if cache else None
 

@@ -54,9 +54,9 @@ class SceneStyle:
         clutter: most things that are no glyph.
     """
 
-    glyphs: tuple[int, int] = (1, 8)
-    heights: tuple[float, float] = (10, 100)
-    clutter: int = 8
+    glyphs: tuple[int, int]
+    heights: tuple[float, float]
+    clutter: int
 
     def __post_init__(self) -> None:
         least, most = self.glyphs

@@ -1,0 +1,92 @@
+"""What every detection dataset gives, and what works on any of them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Target = dict[str, Tensor]
+
+
+class DetectionDataset(Protocol):
+    """What training and evaluation need of a dataset; item i is always the same.
+
+    An item is an image, float32 [3, H, W], RGB in 0..1, and its target: boxes float32 [n, 4] (x1,
+    y1, x2, y2 in pixels), labels int64 [n] from 1, image_id int64 [], area float32 [n], iscrowd
+    int64 [n], and keypoints float32 [n, K, 3] (x, y, visibility) where num_keypoints is not 0.
+
+    Attributes:
+        classes: the name of label i + 1.
+        category_ids: the COCO id of label i + 1.
+        coco: ground truth in COCO's format (images, annotations, categories).
+        num_keypoints: K, 0 for none.
+    """
+
+    num_keypoints: int
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def category_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def coco(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]: ...
+
+
+class HorizontalFlip(Dataset[tuple[Tensor, Target]]):
+    """A dataset whose images and boxes are mirrored at random, for training only.
+
+    Whether an item is mirrored is drawn from torch's random state each time it is read. Not for
+    classes whose mirror image is another class or none, such as digits.
+
+    Args:
+        dataset: any detection dataset without keypoints.
+        probability: of the mirror image.
+
+    Raises:
+        ValueError: a dataset with keypoints, or a probability outside 0..1.
+    """
+
+    def __init__(self, dataset: DetectionDataset, probability: float = 0.5) -> None:
+        if dataset.num_keypoints:
+            raise ValueError(
+                "expected a dataset without keypoints (mirrored, a left elbow is a right one), "
+                f"got one with {dataset.num_keypoints}; turn flipping off"
+            )
+        if not 0 <= probability <= 1:
+            raise ValueError(f"expected a probability of 0 to 1, got {probability}")
+        self.dataset = dataset
+        self.probability = probability
+        self.classes = dataset.classes
+        self.category_ids = dataset.category_ids
+        self.num_keypoints = 0
+
+    @property
+    def coco(self) -> dict[str, Any]:
+        """Of the images as they are, not mirrored."""
+        return self.dataset.coco
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image, target = self.dataset[index]
+        if float(torch.rand(())) >= self.probability:
+            return image, target
+        left, top, right, bottom = target["boxes"].unbind(1)
+        width = image.shape[-1]
+        mirrored = torch.stack((width - right, top, width - left, bottom), dim=1)
+        return image.flip(-1), {**target, "boxes": mirrored}
+
+
+def collate(batch: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Images (of any sizes) and targets as two lists."""
+    return [image for image, _ in batch], [target for _, target in batch]
