@@ -150,4 +150,6 @@ def _read_image(entry: ImageEntry) -> Tensor:
         if shown.mode.startswith("I;16"):  # PIL would cut values above 255
             shown = Image.fromarray((np.asarray(shown) >> 8).astype(np.uint8))
         pixels = np.array(shown.convert("RGB"))
+    if pixels.shape[:2] != (entry.height, entry.width):
+        raise ValueError(f"it is no longer {entry.width} x {entry.height} pixels, but {shown.size}")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)

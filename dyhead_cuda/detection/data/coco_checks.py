@@ -142,7 +142,8 @@ def _open_header(entry: dict[str, Any], path: Path, problems: Problems) -> Image
     try:
         with Image.open(path) as image:
             raw = image.size
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+            # PNG's own getexif would decode the whole picture.
+            sideways = Image.Image.getexif(image).get(_ORIENTATION) in _SIDEWAYS
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         problems.add("unreadable image", f"{path} ({error})")
         return None
