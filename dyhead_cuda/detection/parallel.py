@@ -66,6 +66,29 @@ class Processes:
         return result
 
 
+def choose_device(name: str) -> torch.device:
+    """The device that "auto" (a GPU if torch sees one), "cpu" or "cuda" means in this process.
+
+    Raises:
+        ValueError: no such device, or fewer GPUs than processes on this machine.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"expected device in {', '.join(DEVICES)}, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device cuda needs a GPU, but torch {torch.__version__} sees none; use device cpu"
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"expected at most {torch.cuda.device_count()} processes on this machine, one per GPU, "
+            f"got local rank {index}; lower --nproc-per-node of torchrun or use device cpu"
+        )
+    return torch.device("cuda", index)
+
+
 @contextmanager
 def join(device: str) -> Iterator[Processes]:
     """The processes that torchrun's environment names (RANK, WORLD_SIZE, LOCAL_RANK), or one.
@@ -74,26 +97,10 @@ def join(device: str) -> Iterator[Processes]:
     is one already.
 
     Args:
-        device: "cpu", "cuda", or "auto": GPUs where torch sees any.
-
-    Raises:
-        ValueError: no such device, or fewer GPUs than processes on this machine.
+        device: see :func:`choose_device`, which also says what is raised.
     """
-    if device not in DEVICES:
-        raise ValueError(f"expected device in {', '.join(DEVICES)}, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device cuda needs a GPU, but torch {torch.__version__} sees none; use device cpu"
-        )
-    local = torch.device("cpu")
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        index = int(os.environ.get("LOCAL_RANK", 0))
-        if index >= torch.cuda.device_count():
-            raise ValueError(
-                f"expected at most {torch.cuda.device_count()} processes on this machine, one per "
-                f"GPU, got local rank {index}; lower --nproc-per-node of torchrun or use device cpu"
-            )
-        local = torch.device("cuda", index)
+    local = choose_device(device)
+    if local.type == "cuda":
         torch.cuda.set_device(local)
     made = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if made:

@@ -9,10 +9,18 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.data import DetectionDataset, Split, open_dataset
+from dyhead_cuda.detection import random_state
+from dyhead_cuda.detection.data import (
+    DetectionDataset,
+    HorizontalFlip,
+    Split,
+    Target,
+    open_dataset,
+)
 from dyhead_cuda.detection.parallel import DEVICES
 
 Optimizer = Literal["adamw", "sgd"]
@@ -115,16 +123,23 @@ class DataConfig:
         spec: "digits" or a folder, for :func:`dyhead_cuda.detection.data.open_dataset`.
         options: its options, for both splits.
         train, val: more options for one split.
+        flip: mirror half of the training images, at random.
     """
 
     spec: str
     options: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     val: dict[str, Any] = field(default_factory=dict)
+    flip: bool = False
 
     def open(self, split: Split) -> DetectionDataset:
-        """The data set of one split."""
-        return open_dataset(self.spec, split, **self.options, **getattr(self, split))
+        """The data set of one split.
+
+        Raises:
+            ValueError: it cannot be read, or cannot be mirrored.
+        """
+        dataset = open_dataset(self.spec, split, **self.options, **getattr(self, split))
+        return HorizontalFlip(dataset) if self.flip and split == "train" else dataset
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
@@ -162,51 +177,53 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, config.lr)
 
 
-class Batches:
-    """The indices of the images of each step of one process.
+class Stream(Dataset[tuple[Tensor, Target]]):
+    """A data set without an end: one permutation of its images after another.
 
-    The images come in one stream, which is a permutation of all of them for each epoch, drawn
-    from the seed and the epoch alone. Each step takes the next ``processes * batch_size``, of
-    which each process gets its share: what all of them see together is what one process would see
-    with a batch of that size.
+    Item ``position`` depends on the seed and the position alone, even where reading it draws random
+    numbers (mirrored or not), in whatever process and order it is read.
 
     Args:
-        images: in the data set.
-        batch_size: per process.
-        seed: of the permutations.
-        start, stop: steps, from 0.
-        rank, processes: this one among how many.
+        dataset: what to permute.
+        seed: of the permutations, one per epoch, and of what items draw.
 
     Raises:
         ValueError: there are no images.
     """
 
-    def __init__(
-        self,
-        images: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        if images < 1:
-            raise ValueError("expected at least one training image, got none")
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.start, self.stop, self.rank, self.processes = start, stop, rank, processes
+    def __init__(self, dataset: DetectionDataset, seed: int) -> None:
+        if not len(dataset):
+            raise ValueError("expected at least one image to train on, got none")
+        self.dataset, self.seed = dataset, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def __len__(self) -> int:
-        return self.stop - self.start
+    def index(self, position: int) -> int:
+        """Which item of the data set is at ``position``."""
+        epoch, place = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._epoch, self._order = epoch, rng.permutation(len(self.dataset))
+        return int(self._order[place])
 
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, np.empty(0, np.int64)
-        for step in range(self.start, self.stop):
-            first = (step * self.processes + self.rank) * self.batch_size
-            batch = []
-            for position in range(first, first + self.batch_size):
-                if position // self.images != epoch:
-                    epoch = position // self.images
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-                batch.append(int(order[position % self.images]))
-            yield batch
+    def __getitem__(self, position: int) -> tuple[Tensor, Target]:
+        draws = np.random.SeedSequence((self.seed, position), spawn_key=(1,))
+        with random_state.kept():
+            random_state.seed(int(draws.generate_state(1)[0]))
+            return self.dataset[self.index(position)]
+
+
+def batches(
+    config: TrainConfig, start: int, rank: int = 0, processes: int = 1
+) -> Iterator[list[int]]:
+    """The positions in the :class:`Stream` that one process takes in each step.
+
+    What all processes take together is what one would take with a batch of that size.
+
+    Args:
+        config: its batch size and steps.
+        start: the first step.
+        rank, processes: this process among how many.
+    """
+    for step in range(start, config.steps):
+        first = (step * processes + rank) * config.batch_size
+        yield list(range(first, first + config.batch_size))

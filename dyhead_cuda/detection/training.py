@@ -27,13 +27,14 @@ from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models import ModelConfig
 from dyhead_cuda.detection.parallel import Processes
 from dyhead_cuda.detection.recipe import (
-    Batches,
     DataConfig,
+    Stream,
     TrainConfig,
+    batches,
     learning_rate,
     make_optimizer,
 )
-from dyhead_cuda.detection.runs import BEST, RunError, RunFolder, read_checkpoint
+from dyhead_cuda.detection.runs import BEST, LAST, RunError, RunFolder, read_checkpoint
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,6 +65,7 @@ def train(
     folder: str | Path,
     *,
     restart: bool = False,
+    sets: tuple[DetectionDataset, DetectionDataset] | None = None,
     listeners: Sequence[Listener] = (),
 ) -> Metrics:
     """Trains a detector, or goes on with the run that ``folder`` holds.
@@ -76,9 +78,11 @@ def train(
         data: on what.
         folder: of the run, see :mod:`dyhead_cuda.detection.runs`.
         restart: delete the run in ``folder`` first.
+        sets: what ``data`` opens, for training and validation, where it is open already.
         listeners: called in the first process with each record that is logged: of a step "step",
             "epoch", "loss", "losses" (by name), "lr", "grad_norm", "seconds",
-            "images_per_second"; of an evaluation "step" and "evaluation", the metrics.
+            "images_per_second"; of an evaluation "step" and "evaluation", the metrics. During an
+            evaluation also with "step", "evaluated" and "to_evaluate", in images.
 
     Returns:
         The metrics after the last step, without detections.
@@ -90,7 +94,7 @@ def train(
         ValueError: the data do not fit the model, or there is no such device.
     """
     with parallel.join(config.device) as processes:
-        training_set, validation_set = data.open("train"), data.open("val")
+        training_set, validation_set = sets or (data.open("train"), data.open("val"))
         for which, dataset in (("train", training_set), ("val", validation_set)):
             if len(dataset.classes) != model.num_classes:
                 raise ValueError(
@@ -119,7 +123,8 @@ def load_model(
     """A trained detector, in evaluation mode.
 
     Args:
-        path: a run folder, of which the best weights are taken, or a checkpoint in it.
+        path: a checkpoint, or a run folder, of which the best weights are taken; the last before
+            its first evaluation.
         device: where to put it.
 
     Returns:
@@ -130,7 +135,9 @@ def load_model(
         RunError: there is no such checkpoint, or it is damaged.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path / BEST if path.is_dir() else path)
+    if path.is_dir():
+        path = path / (BEST if (path / BEST).exists() else LAST)
+    checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
     try:
         model = models.build_empty(ModelConfig.from_dict(config["model"]))
@@ -224,16 +231,8 @@ class Trainer:
     def _loader(self) -> DataLoader[Any]:
         config, processes = self.config, self.processes
         return DataLoader(
-            self.training_set,  # type: ignore[arg-type]
-            batch_sampler=Batches(
-                len(self.training_set),
-                config.batch_size,
-                config.seed,
-                self.step,
-                config.steps,
-                processes.rank,
-                processes.count,
-            ),
+            Stream(self.training_set, config.seed),
+            batch_sampler=batches(config, self.step, processes.rank, processes.count),
             collate_fn=collate,
             num_workers=config.workers,
             pin_memory=processes.device.type == "cuda",
@@ -298,6 +297,12 @@ class Trainer:
         )
 
     def _evaluate(self, description: Mapping[str, Any], listeners: Sequence[Listener]) -> Metrics:
+
+        def show(done: int, total: int) -> None:
+            if self.processes.first:
+                for listener in listeners:
+                    listener({"step": self.step, "evaluated": done, "to_evaluate": total})
+
         with random_state.kept():
             metrics = evaluate(
                 self.model,
@@ -305,6 +310,7 @@ class Trainer:
                 device=self.processes.device,
                 batch_size=self.config.batch_size,
                 workers=self.config.workers,
+                progress=show,
             )
         metrics = replace(metrics, detections=[])
         self.processes.on_first(lambda: self._keep_if_best(metrics, description))

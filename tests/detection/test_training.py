@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_cuda.detection import runs, training
-from dyhead_cuda.detection.recipe import Batches, TrainConfig, learning_rate, make_optimizer
+from dyhead_cuda.detection.data import HorizontalFlip
+from dyhead_cuda.detection.recipe import Stream, TrainConfig, batches, learning_rate, make_optimizer
 from tests.detection import trainees
-from tests.detection.trainees import IMAGES, Detector, recipe, run
+from tests.detection.trainees import IMAGES, Detector, Pictures, recipe, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("seconds", "images_per_second")
@@ -143,7 +144,9 @@ def test_nothing_is_lost_when_killed_at_any_time(tmp_path: Path) -> None:
     run(tmp_path / "whole", config)
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "tests.detection.trainees", str(folder), "40", "10"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # With another number of threads sums are rounded otherwise.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **threads}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
     assert 20 < runs.read_checkpoint(folder / runs.LAST)["step"] <= 40
     run(folder, config)
@@ -255,18 +258,37 @@ def test_a_loss_scale_does_not_fall_for_ever(
 
 
 def test_every_epoch_has_each_image_once() -> None:
-    stream = [i for batch in Batches(5, 2, seed=1, start=0, stop=10) for i in batch]
-    epochs = [stream[i : i + 5] for i in range(0, 20, 5)]
-    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    streams = [[Stream(Pictures(), seed).index(i) for i in range(4 * IMAGES)] for seed in (1, 1, 2)]
+    assert streams[0] == streams[1] != streams[2]
+    epochs = [streams[0][i : i + IMAGES] for i in range(0, 4 * IMAGES, IMAGES)]
+    assert all(sorted(epoch) == list(range(IMAGES)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert stream != [i for batch in Batches(5, 2, seed=2, start=0, stop=10) for i in batch]
+
+
+def test_what_items_draw_depends_on_their_position_alone() -> None:
+    """Mirrored or not: the same in any order; and what steps draw is not touched."""
+    before = torch.get_rng_state()
+    forwards, backwards = (Stream(HorizontalFlip(Pictures()), 1) for _ in range(2))
+    items = [forwards[i][1]["boxes"] for i in range(30)]
+    assert all(torch.equal(backwards[i][1]["boxes"], items[i]) for i in reversed(range(30)))
+    mirrored = [not torch.equal(items[i], Stream(Pictures(), 1)[i][1]["boxes"]) for i in range(30)]
+    assert 5 < sum(mirrored) < 25
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_processes_share_the_batch_of_one() -> None:
-    alone = list(Batches(7, 6, seed=0, start=2, stop=9))
-    shares = [list(Batches(7, 2, 0, 2, 9, rank, 3)) for rank in range(3)]
+    alone = list(batches(TrainConfig(9, batch_size=6), start=2))
+    shares = [batches(TrainConfig(9, batch_size=2), 2, rank, 3) for rank in range(3)]
     assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == alone
-    assert alone == list(Batches(7, 6, seed=0, start=0, stop=9))[2:]
+    assert alone == list(batches(TrainConfig(9, batch_size=6), start=0))[2:]
+    assert [i for batch in alone for i in batch] == list(range(12, 54))
+
+
+def test_workers_change_nothing(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(training.Interrupted):
+        run(tmp_path, recipe(workers=2), listeners=[stop_at(5)])
+    run(tmp_path, recipe(workers=1))
+    assert_same_run(tmp_path, whole)
 
 
 def test_learning_rates() -> None:
