@@ -26,24 +26,34 @@ class PyramidAnchors(AnchorGenerator):
         strides: of each level, in pixels.
         scales: sides of the anchors, in strides.
         ratios: height over width; the area is kept.
+        center_offset: an anchor's centre is (x + center_offset, y + center_offset) strides.
 
     ``forward`` returns for each image float32 anchors [A, 4], xyxy in pixels.
     """
 
     def __init__(
-        self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float] = (1.0,)
+        self,
+        strides: Sequence[int],
+        scales: Sequence[float],
+        ratios: Sequence[float] = (1.0,),
+        center_offset: float = 0.0,
     ) -> None:
         sizes = tuple(tuple(stride * scale for scale in scales) for stride in strides)
         super().__init__(sizes, (tuple(ratios),) * len(sizes))
-        self.strides = tuple(strides)
+        self.strides, self.center_offset = tuple(strides), center_offset
+
+    def levels(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The anchors of each level [N, C, H_l, W_l]: float32 [A_l, 4], xyxy in pixels."""
+        self.set_cell_anchors(torch.float32, features[0].device)
+        grids = [list(feature.shape[-2:]) for feature in features]
+        levels = self.grid_anchors(grids, [[stride, stride] for stride in self.strides])
+        return [
+            level + self.center_offset * stride
+            for level, stride in zip(levels, self.strides, strict=True)
+        ]
 
     def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
-        self.set_cell_anchors(torch.float32, feature_maps[0].device)
-        levels = self.grid_anchors(
-            [feature.shape[-2:] for feature in feature_maps],
-            [[stride, stride] for stride in self.strides],
-        )
-        return [torch.cat(levels)] * len(image_list.image_sizes)
+        return [torch.cat(self.levels(feature_maps))] * len(image_list.image_sizes)
 
 
 def _widened(values: Any) -> Any:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import (
     batched_nms,
@@ -20,6 +19,7 @@ from torchvision.ops import (
 )
 
 from dyhead_cuda import checks
+from dyhead_cuda.detection.adapters import PyramidAnchors, check_images, check_targets
 from dyhead_cuda.detection.atss_assigner import assign, centers, margins
 
 Postprocess = Literal["mmdet", "microsoft"]
@@ -60,7 +60,7 @@ class ATSSHead(nn.Module):
                 *(
                     nn.Sequential(
                         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                        nn.GroupNorm(math.gcd(32, channels), channels),
+                        nn.GroupNorm(math.gcd(32, channels, channels // 2), channels),
                         nn.ReLU(inplace=True),
                     )
                     for _ in range(convs)
@@ -101,52 +101,6 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
     value = value.clone()
     distributed.all_reduce(value)
     return value / distributed.get_world_size()
-
-
-def _check_images(images: Sequence[Tensor]) -> None:
-    for i, image in enumerate(images):
-        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-            raise ValueError(
-                f"expected images as floating-point tensors [3, H, W] in 0..1, got image {i} as "
-                f"{image.dtype} {list(image.shape)}"
-            )
-
-
-def _check_targets(images: Sequence[Tensor], targets: Any, num_classes: int) -> None:
-    if targets is None or len(targets) != len(images):
-        got = None if targets is None else len(targets)
-        raise ValueError(f"expected {len(images)} targets, one per image, in training, got {got}")
-    for i, target in enumerate(targets):
-        missing = {"boxes", "labels"} - set(target)
-        if missing:
-            raise ValueError(
-                f"expected boxes and labels in target {i}, found no {' and no '.join(missing)}"
-            )
-        boxes, labels = target["boxes"], target["labels"]
-        if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
-            raise ValueError(
-                f"expected floating-point boxes [n, 4] in target {i}, got {boxes.dtype} "
-                f"{list(boxes.shape)}; an image without objects has boxes [0, 4]"
-            )
-        if labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"expected int64 labels [{len(boxes)}] in target {i}, got {labels.dtype} "
-                f"{list(labels.shape)}"
-            )
-        # Written so that a NaN is wrong, too.
-        wrong = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1))
-        outside = (labels < 1) | (labels > num_classes)
-        if not bool((wrong | outside).any()):
-            continue
-        if bool(wrong.any()):
-            raise ValueError(
-                "expected finite boxes (x1, y1, x2, y2) with x1 < x2 and y1 < y2, got "
-                f"{boxes[wrong][0].tolist()} in target {i}; drop such boxes"
-            )
-        raise ValueError(
-            f"expected labels in 1..{num_classes} (0 is background), got "
-            f"{int(labels[outside][0])} in target {i}"
-        )
 
 
 def _clip(
@@ -230,45 +184,30 @@ class ATSS(nn.Module):
         if kernel_size is None:
             kernel_size = 3 if convs else 1
         self.backbone = backbone
-        self.strides = tuple(cast(Sequence[int], backbone.strides))
+        strides = tuple(cast(Sequence[int], backbone.strides))
         self.num_classes, self.topk = num_classes, topk
-        self.center_offset, self.postprocess = center_offset, postprocess
+        self.postprocess = postprocess
         self.score_threshold, self.candidates = score_threshold, candidates
         self.nms_threshold, self.detections = nms_threshold, detections
         channels = cast(int, backbone.out_channels)
-        self.head = ATSSHead(channels, num_classes, len(self.strides), convs, kernel_size)
-        sizes = tuple((_ANCHOR_STRIDES * stride,) for stride in self.strides)
-        self.anchor_generator = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
+        self.head = ATSSHead(channels, num_classes, len(strides), convs, kernel_size)
+        self.anchors = PyramidAnchors(strides, (_ANCHOR_STRIDES,), center_offset=center_offset)
         self.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
         self.transform = GeneralizedRCNNTransform(
             min_size, max_size, list(image_mean), list(image_std), size_divisible
         )
 
-    def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The anchors of each level [N, C, H_l, W_l]: float32 [H_l * W_l, 4], xyxy."""
-        # Not the generator's forward: it takes strides from the rounded sizes of the levels.
-        generator, strides = self.anchor_generator, self.strides
-        generator.set_cell_anchors(torch.float32, features[0].device)
-        grids = [list(feature.shape[-2:]) for feature in features]
-        levels = generator.grid_anchors(grids, [[stride, stride] for stride in strides])
-        return [
-            level + self.center_offset * stride
-            for level, stride in zip(levels, strides, strict=True)
-        ]
-
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        _check_images(images)
+        check_images(images)
         if self.training:
-            _check_targets(images, targets, self.num_classes)
-        if not len(images):
-            if self.training:
-                raise ValueError("expected at least one image in training, got none")
+            check_targets(images, targets, self.num_classes)
+        elif not len(images):
             return []
         batch, resized = self.transform(images, targets if self.training else None)
         features = list(self.backbone(batch.tensors).values())
-        predictions, anchors = self.head(features), self.anchors(features)
+        predictions, anchors = self.head(features), self.anchors.levels(features)
         with torch.autocast(batch.tensors.device.type, enabled=False):
             if self.training:
                 return self._losses(predictions, anchors, resized)

@@ -62,7 +62,9 @@ def test_anchors(offset: float) -> None:
     model = detector(center_offset=offset)
     # 5 / 3 positions on a level: the strides must not be derived from these sizes.
     features = [torch.zeros(1, 16, 5, 7), torch.zeros(1, 16, 3, 4), torch.zeros(1, 16, 2, 2)]
-    for level, feature, stride in zip(model.anchors(features), features, (8, 16, 32), strict=True):
+    for level, feature, stride in zip(
+        model.anchors.levels(features), features, (8, 16, 32), strict=True
+    ):
         height, width = feature.shape[-2:]
         assert level.shape == (height * width, 4)
         y, x = height - 1, 1
@@ -73,7 +75,7 @@ def test_anchors(offset: float) -> None:
 
 def test_decoding_undoes_encoding() -> None:
     model = detector()
-    anchors = torch.cat(model.anchors([torch.zeros(1, 16, 6, 6)] * 3))[: len(BOXES)]
+    anchors = torch.cat(model.anchors.levels([torch.zeros(1, 16, 6, 6)] * 3))[: len(BOXES)]
     deltas = model.box_coder.encode_single(BOXES, anchors)
     torch.testing.assert_close(model.box_coder.decode_single(deltas, anchors), BOXES)
     # (x - xa) / wa / 0.1 and log(w / wa) / 0.2
@@ -137,7 +139,7 @@ def plain_losses(
 @pytest.mark.parametrize("empty", ["none", "one", "all"])
 def test_losses_are_the_published_sums(empty: str) -> None:
     model = detector()
-    anchors = model.anchors([torch.zeros(1, 16, 12 // 2**i, 12 // 2**i) for i in range(3)])
+    anchors = model.anchors.levels([torch.zeros(1, 16, 12 // 2**i, 12 // 2**i) for i in range(3)])
     predictions = random_predictions(anchors, 2, 3)
     boxes = BOXES + torch.tensor([0.3, 0.9, 1.1, 0.2])  # no two centres equally near
     full = {"boxes": boxes, "labels": LABELS}
@@ -230,7 +232,7 @@ def told(size: int, says: list[tuple[int, int, float, float, list[float]]], **op
     and all other anchors nothing.
     """
     model = detector(min_size=size, max_size=size, **options).eval()
-    anchors = model.anchors([torch.zeros(1, 16, size // s, size // s) for s in (8, 16, 32)])
+    anchors = model.anchors.levels([torch.zeros(1, 16, size // s, size // s) for s in (8, 16, 32)])
     predictions = Predictions(
         [torch.full((1, len(a), 3), -9.0) for a in anchors],
         [torch.zeros(1, len(a), 4) for a in anchors],
@@ -334,9 +336,9 @@ GOOD = {"boxes": BOXES, "labels": LABELS}
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (None, "expected 1 targets, one per image"),
-        ([GOOD, GOOD], "expected 1 targets, one per image, in training, got 2"),
-        ([{"boxes": BOXES}], "found no labels"),
+        (None, "expected a target for each of 1 images, got none"),
+        ([GOOD, GOOD], "each of 1 images, got 2"),
+        ([{"boxes": BOXES}], r"\['labels'\] missing"),
         ([GOOD | {"boxes": BOXES[0]}], r"boxes \[n, 4\] in target 0, got torch.float32 \[4\]"),
         ([GOOD | {"boxes": BOXES.long()}], "floating-point boxes"),
         ([GOOD | {"labels": LABELS[:1]}], r"int64 labels \[2\] in target 0"),

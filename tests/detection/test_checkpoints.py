@@ -368,7 +368,11 @@ def test_mmdet(mmdet_r18: State) -> None:
     model = atss_from_mmdet(mmdet_r18, recipe=recipe)
     image = random_image()
     assert_same(model, image, run_mmdet(mmdet_r18, prepared(image, recipe)))
-    assert (model.center_offset, model.postprocess, model.num_classes) == (0, "mmdet", CLASSES)
+    assert (model.anchors.center_offset, model.postprocess, model.num_classes) == (
+        0,
+        "mmdet",
+        CLASSES,
+    )
     assert {"boxes", "scores", "labels"} == set(model([image])[0])
 
 
@@ -389,7 +393,7 @@ def test_microsoft(microsoft_r50: State) -> None:
     model = atss_from_microsoft(as_saved, recipe=recipe)
     image = random_image()
     assert_same(model, image, run_microsoft(microsoft_r50, prepared(image, recipe), swin=False))
-    assert (model.center_offset, model.postprocess) == (0.5, "microsoft")
+    assert (model.anchors.center_offset, model.postprocess) == (0.5, "microsoft")
 
 
 @torch.no_grad()

@@ -1,0 +1,111 @@
+"""``python -m dyhead_cuda study``: trains what the study compares, and writes its tables."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from dyhead_cuda import readme
+from dyhead_cuda.bench import machine
+from dyhead_cuda.detection.parallel import DEVICES
+from dyhead_cuda.detection.runs import RunError
+from dyhead_cuda.detection.study import plots, report, results, runner
+from dyhead_cuda.detection.study.plan import QUICK, TABLES, Plan, variants_of
+from dyhead_cuda.detection.training import Interrupted, TrainingError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/study"),
+        help="of the runs; finished ones are kept, others resumed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default: all"
+    )
+    parser.add_argument("--seeds", type=_positive, default=3, help="runs of each (default: 3)")
+    parser.add_argument(
+        "--jobs", type=_positive, default=1, help="runs at a time (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument(
+        "--json", type=Path, help="results, with plots beside it (default: FOLDER/study.json)"
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help=f"write the tables between {' and '.join(readme.markers(report.SECTION))} there",
+    )
+    parser.add_argument("--quick", action="store_true", help="two steps each: to try the command")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: tables and plots of --json as it is"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the study.
+
+    Returns:
+        0; 1 if a training failed; 2 if files cannot be used; 130 if it was interrupted.
+    """
+    target: Path = arguments.json or arguments.folder / "study.json"
+    try:
+        if not arguments.report:
+            results.write(target, _study(arguments))
+        study = results.read(target)
+        text = report.section(study, target, (arguments.write or target).resolve().parent)
+        if arguments.write:
+            readme.write_section(arguments.write, report.SECTION, text)
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except TrainingError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+    except (RunError, OSError, ValueError, readme.SectionError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    for path in plots.draw_all(study, target.with_suffix("")):
+        print(f"wrote {path}")
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> results.Study:
+    logging.getLogger("dyhead_cuda").setLevel(logging.WARNING)
+    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if cuda else "cpu")
+    plan = QUICK if arguments.quick else Plan()
+    names, seeds = variants_of(arguments.tables), range(arguments.seeds)
+    environment = machine.environment(arguments.command_line, device)
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    runner.train_all(plan, names, seeds, arguments.folder, arguments.jobs, device.type, tell)
+    tell("measuring what each detector costs")
+    costs = runner.costs(plan, names, device, rounds=1 if arguments.quick else 10)
+    runs = runner.read_runs(arguments.folder, names, seeds)
+    variants = {
+        name: {"label": runner.VARIANTS[name].label, **costs[name], "runs": runs[name]}
+        for name in names
+    }
+    return {
+        "environment": environment,
+        "plan": plan.to_dict(),
+        "tables": arguments.tables,
+        "variants": variants,
+    }
