@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -39,17 +36,20 @@ def test_a_scene_depends_on_its_index_alone(cache: bool) -> None:
     assert len({image.tobytes() for image in there.values()}) == 12
 
 
-def test_another_process_draws_the_same() -> None:
-    code = (
-        "import hashlib\n"
-        "from dyhead_cuda.detection.data import DigitScenes\n"
-        "d = DigitScenes('val', 3, size=(64, 64))\n"
-        "print(hashlib.sha256(d.scene(2).image.tobytes() + d.scene(0).image.tobytes()).hexdigest())"
-    )
-    there = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    here = DigitScenes("val", 3, size=(64, 64))
-    joined = here.scene(2).image.tobytes() + here.scene(0).image.tobytes()
-    assert there.stdout.strip() == hashlib.sha256(joined).hexdigest()
+def test_scenes_are_the_same_everywhere() -> None:
+    """Results on the digits compare across machines and versions only as long as this passes."""
+    scene = DigitScenes("val").scene(7)
+    assert scene.labels.tolist() == [2, 5, 4, 6, 6, 4]
+    expected = [
+        [70, 9, 85, 29],
+        [17, 63, 46, 118],
+        [70, 65, 99, 122],
+        [46, 23, 77, 84],
+        [110, 99, 126, 116],
+        [22, 19, 49, 59],
+    ]
+    assert scene.boxes.tolist() == expected
+    np.testing.assert_allclose(scene.image.mean((0, 1)), (55.2492, 185.5217, 68.3233), atol=0.02)
 
 
 def test_split_and_seed_change_the_scene() -> None:
@@ -59,6 +59,16 @@ def test_split_and_seed_change_the_scene() -> None:
         for seed in (0, 1)
     }
     assert len(images) == 4
+    # Not only other scans in the same places: the size is drawn first.
+    sizes = {
+        tuple(
+            DigitScenes(split, 3, min_size=32, max_size=200, seed=seed).scene(index).image.shape
+            for index in range(3)
+        )
+        for split in ("train", "val")
+        for seed in (0, 1)
+    }
+    assert len(sizes) == 4
 
 
 def test_no_scan_is_in_both_splits() -> None:

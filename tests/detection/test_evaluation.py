@@ -165,6 +165,17 @@ def test_the_wrong_class_counts_nothing(animals: Boxes) -> None:
     assert metrics.summary["AP"] == metrics.summary["AR100"] == 0
 
 
+def test_sizes_of_objects() -> None:
+    dataset = Boxes([[([0, 0, 100, 100], 1), ([0, 0, 40, 40], 2)]])
+    outputs = [truth_as_output(dataset, 0)]
+    outputs[0]["boxes"][1] += 200
+    metrics = run(dataset, outputs)
+    assert metrics.summary["APl"] == pytest.approx(1)
+    assert metrics.summary["APm"] == 0
+    assert math.isnan(metrics.summary["APs"])
+    assert metrics.per_class == pytest.approx({"cat": 1, "dog": 0, "owl": math.nan}, nan_ok=True)
+
+
 def test_a_confident_mistake_halves_the_precision() -> None:
     dataset = Boxes([[([0, 0, 10, 10], 2)]])
     found = output([[20, 20, 30, 30], [0, 0, 10, 10]], [2, 2], [0.9, 0.8])
