@@ -1,0 +1,1 @@
+"""The commands about detectors: ``python -m dyhead_cuda train``, ``eval``, ``predict``, ..."""

@@ -1,0 +1,113 @@
+"""What the commands share: numbers as options, errors, tables."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from dyhead_cuda.detection.evaluation import Metrics
+
+MEANINGS = {
+    "AP": "average precision, mean over IoU 0.50 to 0.95",
+    "AP50": "at IoU 0.50",
+    "AP75": "at IoU 0.75",
+    "APs": "small objects, up to 32 x 32 pixels",
+    "APm": "medium objects, up to 96 x 96 pixels",
+    "APl": "large objects",
+    "AR1": "average recall with 1 detection per image",
+    "AR10": "with 10",
+    "AR100": "with 100",
+}
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A type of options: an integer in a range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            limits = f"of at least {least}" if most == 2**31 - 1 else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
+        return value
+
+    return parse
+
+
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A type of options: a finite number in a range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            limits = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
+        return value
+
+    return parse
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that torchrun has started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def fail(error: Exception | str, status: int = 2) -> int:
+    """Prints one error line; returns the exit status."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"[bold red]error:[/] {escape(str(error))}"
+    )
+    return status
+
+
+@contextmanager
+def warnings_shown(console: Console) -> Iterator[None]:
+    """What the library logs as a warning goes to the console, which a progress bar may use."""
+    logger = logging.getLogger("dyhead_cuda.detection")
+    handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def print_metrics(console: Console, metrics: Metrics, title: str) -> None:
+    """Prints the tables of the summary, of each class, and of keypoints if there are any."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("%", justify="right")
+    table.add_column("meaning")
+    for name, value in metrics.summary.items():
+        table.add_row(name, _percent(value), MEANINGS.get(name, ""))
+    console.print(table)
+    _print_column(console, metrics.per_class, "class", "AP of each class, %")
+    if metrics.keypoints is not None:
+        _print_column(console, metrics.keypoints, "metric", "keypoints, %")
+
+
+def _print_column(console: Console, values: Mapping[str, float], what: str, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column(what)
+    table.add_column("%", justify="right")
+    for name, value in values.items():
+        table.add_row(escape(name), _percent(value))
+    console.print(table)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"

@@ -1,0 +1,81 @@
+"""``python -m dyhead_cuda predict``: the detections on images, drawn and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from torchvision.transforms.functional import to_tensor
+
+from dyhead_cuda import images
+from dyhead_cuda.detection import drawing, parallel
+from dyhead_cuda.detection.commands.common import fail, number
+from dyhead_cuda.detection.prediction import describe, predict
+from dyhead_cuda.detection.runs import RunError, write_json
+from dyhead_cuda.detection.training import load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda predict``."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a folder that train wrote, or a checkpoint in it",
+    )
+    parser.add_argument(
+        "--threshold", type=number(0, 1), default=0.3, help="on scores (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=parallel.DEVICES, default="auto")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes NAME.png and NAME.json for every image NAME.*; one that cannot be read is left out.
+
+    Returns:
+        0, or 2 if the checkpoint, the folder, the device or any image cannot be used.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    status = 0
+    try:
+        _check_names(arguments.images)
+        device = parallel.choose_device(arguments.device)
+        model, config = load_model(arguments.checkpoint, device)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for path in arguments.images:
+            try:
+                image, name = images.load_photograph(path)
+            except images.ImageError as error:
+                status = fail(error)
+                continue
+            pixels = to_tensor(image)
+            found = predict(model, pixels, arguments.threshold)
+            picture = arguments.out / f"{name}.png"
+            drawing.to_pil(drawing.draw(pixels, found, config["classes"])).save(picture)
+            facts = {"file": str(path), "width": image.width, "height": image.height}
+            facts |= {"detections": describe(found, config["classes"])}
+            write_json(picture.with_suffix(".json"), facts)
+            count = len(found["labels"])
+            console.print(f"{escape(str(picture))}: {count} object" + "s" * (count != 1))
+    except (RunError, ValueError, OSError) as error:
+        return fail(error)
+    return status
+
+
+def _check_names(paths: Sequence[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise ValueError(
+                f"expected images of different names, got {seen[path.stem]} and {path}, whose "
+                "pictures would be one file; use two commands with different --out"
+            )
+        seen[path.stem] = path

@@ -1,0 +1,60 @@
+"""Pictures of detections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_keypoints
+
+# Of Okabe and Ito's palette, which every kind of colour vision tells apart.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+SMALLEST_SIDE = 480  # in pixels; labels could not be read on smaller pictures
+GAP = 8
+
+
+def draw(image: Tensor, objects: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
+    """The boxes, names and keypoints of objects on an image.
+
+    Args:
+        image: float32 [3, H, W], RGB in 0..1. Small ones are enlarged by a whole factor.
+        objects: boxes [n, 4] (xyxy, pixels), labels [n] from 1, and if they have them scores [n]
+            and keypoints [n, K, 3], of which those with a third value above 0 are drawn.
+        classes: the name of label i + 1.
+
+    Returns:
+        uint8 [3, f H, f W].
+    """
+    factor = max(1, SMALLEST_SIDE // max(image.shape[1:]))
+    pixels = (image.detach().cpu() * 255).round().clamp(0, 255).byte()
+    pixels = F.interpolate(pixels[None], scale_factor=factor, mode="nearest")[0]
+    labels = objects["labels"].tolist()
+    if not labels:
+        return pixels
+    names = [classes[label - 1] for label in labels]
+    if "scores" in objects:
+        scores = objects["scores"].tolist()
+        names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    colours = [COLOURS[label % len(COLOURS)] for label in labels]
+    boxes = objects["boxes"].detach().cpu() * factor
+    pixels = draw_bounding_boxes(pixels, boxes, names, colours, width=2)
+    if objects.get("keypoints") is not None:
+        for points, colour in zip(objects["keypoints"].detach().cpu(), colours, strict=True):
+            places = points[None, :, :2] * factor
+            seen = points[None, :, 2] > 0
+            pixels = draw_keypoints(pixels, places, colors=colour, radius=3, visibility=seen)
+    return pixels
+
+
+def beside(left: Tensor, right: Tensor) -> Tensor:
+    """Two pictures [3, H, W] of one height, with a white gap between them."""
+    return torch.cat((left, left.new_full((3, left.shape[1], GAP), 255), right), dim=2)
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """uint8 [3, H, W] as an RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
