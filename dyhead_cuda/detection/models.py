@@ -74,6 +74,8 @@ class ModelConfig:
             min_size=self.min_size,
             max_size=self.max_size,
         )
+        if not isinstance(self.backbone, str):
+            raise ValueError(f"expected the name of a backbone, got {self.backbone!r}")
         for name in ("blocks", "convs", "keypoints"):
             value = getattr(self, name)
             if value is None and name == "convs":
