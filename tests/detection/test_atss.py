@@ -155,6 +155,18 @@ def test_losses_are_the_published_sums(empty: str) -> None:
     assert {name: float(loss) for name, loss in got.items()} == pytest.approx(expected, rel=1e-5)
 
 
+def test_averages_run_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank with three times as many positives: half of the loss, as (1 + 3) / 2 = 2."""
+    model = detector()
+    image, target = scene()
+    alone = model([image], [target])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.mul_(4))
+    for name, loss in model([image], [target]).items():
+        torch.testing.assert_close(loss, alone[name] / 2)
+
+
 @pytest.mark.parametrize("convs", [0, 2])
 @pytest.mark.parametrize("objects", [True, False])
 def test_gradients_reach_every_parameter(convs: int, objects: bool) -> None:
