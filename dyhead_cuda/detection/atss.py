@@ -208,13 +208,12 @@ class ATSS(nn.Module):
         batch, resized = self.transform(images, targets if self.training else None)
         features = list(self.backbone(batch.tensors).values())
         predictions, anchors = self.head(features), self.anchors.levels(features)
-        with torch.autocast(batch.tensors.device.type, enabled=False):
-            if self.training:
-                return self._losses(predictions, anchors, resized)
-            found = [
-                self._detect(Predictions(*([p[i] for p in ps] for ps in predictions)), anchors, s)
-                for i, s in enumerate(batch.image_sizes)
-            ]
+        if self.training:
+            return self._losses(predictions, anchors, resized)
+        found = [
+            self._detect(Predictions(*([p[i] for p in ps] for ps in predictions)), anchors, size)
+            for i, size in enumerate(batch.image_sizes)
+        ]
         sizes = [tuple(image.shape[-2:]) for image in images]
         return self.transform.postprocess(found, batch.image_sizes, sizes)
 

@@ -88,7 +88,8 @@ def test_mmdet(mmdet_r18: State) -> None:
     model = atss_from_mmdet(mmdet_r18, recipe=recipe)
     image = random_image()
     assert_same(model, image, run_mmdet(mmdet_r18, prepared(image, recipe), recipe))
-    assert (model.anchors.center_offset, model.postprocess, model.num_classes) == (0, "mmdet", CLASSES)
+    assert (model.postprocess, model.num_classes) == ("mmdet", CLASSES)
+    assert model.anchors.center_offset == 0
     assert {"boxes", "scores", "labels"} == set(model([image])[0])
 
 
