@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from pathlib import Path
-
-import torch
 
 from dyhead_cuda import readme
 from dyhead_cuda.bench import machine
+from dyhead_cuda.detection import parallel
+from dyhead_cuda.detection.commands.common import fail, integer
 from dyhead_cuda.detection.parallel import DEVICES
 from dyhead_cuda.detection.runs import RunError
 from dyhead_cuda.detection.study import plots, report, results, runner
@@ -29,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default: all"
     )
-    parser.add_argument("--seeds", type=_positive, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="runs of each (default: 3)")
     parser.add_argument(
-        "--jobs", type=_positive, default=1, help="runs at a time (default: %(default)s)"
+        "--jobs", type=integer(1), default=1, help="runs at a time (default: %(default)s)"
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
@@ -49,12 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Runs the study.
 
@@ -70,14 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.write:
             readme.write_section(arguments.write, report.SECTION, text)
     except (Interrupted, KeyboardInterrupt):
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+        return fail("stopped; run the same command again to go on", 130)
     except TrainingError as error:
-        print(f"study: {error}", file=sys.stderr)
-        return 1
+        return fail(error, 1)
     except (RunError, OSError, ValueError, readme.SectionError) as error:
-        print(f"study: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     print(text)
     for path in plots.draw_all(study, target.with_suffix("")):
         print(f"wrote {path}")
@@ -85,9 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> results.Study:
-    logging.getLogger("dyhead_cuda").setLevel(logging.WARNING)
-    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+    device = parallel.choose_device(arguments.device)
     plan = QUICK if arguments.quick else Plan()
     names, seeds = variants_of(arguments.tables), range(arguments.seeds)
     environment = machine.environment(arguments.command_line, device)
