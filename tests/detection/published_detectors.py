@@ -6,6 +6,7 @@ structure, apart from this package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,11 @@ State = dict[str, Tensor]
 
 
 def fill(shapes: dict[str, Any]) -> State:
-    """Random values; statistics and norms around 1 so that activations keep their size."""
+    """Random values that keep activations, offsets and the results' dependence on the image alive.
+
+    The first norm takes pixels of 0..255 or of unit variance alike; residual branches are small, so
+    that a deep network does not grow; offsets are of the order of a pixel.
+    """
     state = {}
     for key, shape in shapes.items():
         if key.endswith("num_batches_tracked"):
@@ -34,6 +39,12 @@ def fill(shapes: dict[str, Any]) -> State:
             state[key] = torch.randn(shape) * (2 / shape[1:].numel()) ** 0.5
         else:
             state[key] = 0.1 * torch.randn(shape)
+        if re.search(r"(stem\.conv1\.norm|backbone\.bn1)\.running_var", key):
+            state[key] *= 100**2
+        if re.search(r"(conv3\.norm|layer\d\.\d+\.bn[23])\.weight", key):
+            state[key] *= 0.4
+        if re.search(r"offset\.weight", key):
+            state[key] *= 0.1
     return state
 
 
