@@ -156,6 +156,7 @@ class Trainer:
         training_set, validation_set: what to learn from, and what to measure.
         run: where to log and save.
         processes: this process among all.
+        metric: with the interface of :func:`dyhead_cuda.detection.evaluation.evaluate`.
     """
 
     def __init__(
@@ -166,8 +167,10 @@ class Trainer:
         validation_set: DetectionDataset,
         run: RunFolder,
         processes: Processes,
+        metric: Callable[..., Metrics] = evaluate,
     ) -> None:
         self.config, self.folder, self.processes = config, run, processes
+        self.metric = metric
         self.training_set, self.validation_set = training_set, validation_set
         device = processes.device
         self.model = model.to(device)
@@ -304,7 +307,7 @@ class Trainer:
                     listener({"step": self.step, "evaluated": done, "to_evaluate": total})
 
         with random_state.kept():
-            metrics = evaluate(
+            metrics = self.metric(
                 self.model,
                 self.validation_set,
                 device=self.processes.device,

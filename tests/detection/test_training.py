@@ -218,29 +218,25 @@ class Exploding(Detector):
         return losses
 
 
-def explode(folder: Path, monkeypatch: pytest.MonkeyPatch, amp: str, *how: Any) -> None:
-    monkeypatch.setattr(trainees, "Detector", lambda _: Exploding(*how))
-    run(folder, recipe(30, amp=amp, checkpoint_every=1))
+def explode(folder: Path, amp: str, once: bool, where: str) -> None:
+    config = recipe(30, amp=amp, checkpoint_every=1)
+    run(folder, config, detector=Exploding(once, where))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_training(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_finite_stops_the_training(where: str, tmp_path: Path) -> None:
     with pytest.raises(
         training.TrainingError, match=r"at step 3; losses: centre .*, size"
     ) as error:
-        explode(tmp_path, monkeypatch, "off", False, where)
+        explode(tmp_path, "off", False, where)
     assert where in str(error.value)
     checkpoint = runs.read_checkpoint(tmp_path / runs.LAST)
     assert checkpoint["step"] == 2
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
-def test_a_loss_scale_skips_a_step_that_is_not_finite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    explode(tmp_path, monkeypatch, "fp16", True, "loss")
+def test_a_loss_scale_skips_a_step_that_is_not_finite(tmp_path: Path) -> None:
+    explode(tmp_path, "fp16", True, "loss")
     checkpoint = runs.read_checkpoint(tmp_path / runs.LAST)
     assert checkpoint["step"] == 30
     assert checkpoint["scaler"]["scale"] < 2.0**16  # its first value
@@ -250,11 +246,9 @@ def test_a_loss_scale_skips_a_step_that_is_not_finite(
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
-def test_a_loss_scale_does_not_fall_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_scale_does_not_fall_for_ever(tmp_path: Path) -> None:
     with pytest.raises(training.TrainingError, match=r"loss is nan at step 1\d"):
-        explode(tmp_path, monkeypatch, "fp16", False, "loss")
+        explode(tmp_path, "fp16", False, "loss")
 
 
 def test_every_epoch_has_each_image_once() -> None:

@@ -11,11 +11,11 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -86,23 +86,30 @@ def evaluate(model: Any, dataset: Pictures, **_: Any) -> Metrics:
 
 
 def make_trainer(
-    folder: Path, config: TrainConfig, processes: Processes, noise: float, seconds: float = 0
+    folder: Path,
+    config: TrainConfig,
+    processes: Processes,
+    noise: float = 0.1,
+    seconds: float = 0,
+    detector: Detector | None = None,
 ) -> training.Trainer:
+    """A trainer of a :class:`Detector`, whose metrics are those of ``evaluate`` above."""
     torch.manual_seed(config.seed)
-    run = RunFolder(folder)
-    return training.Trainer(config, Detector(noise), Pictures(seconds), Pictures(), run, processes)
+    model = detector or Detector(noise)
+    return training.Trainer(
+        config, model, Pictures(seconds), Pictures(), RunFolder(folder), processes, evaluate
+    )
 
 
 def run(
-    folder: Path, config: TrainConfig, *, noise: float = 0.1, seconds: float = 0, **options: Any
+    folder: Path, config: TrainConfig, listeners: Sequence[training.Listener] = (), **options: Any
 ) -> Metrics:
-    """Trains a :class:`Detector` in ``folder``."""
-    with join(config.device) as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "evaluate", evaluate)
-        trainer = make_trainer(folder, config, processes, noise, seconds)
+    """Trains a :class:`Detector` in ``folder``, or goes on with it."""
+    with join(config.device) as processes:
+        trainer = make_trainer(folder, config, processes, **options)
         description = {"training": config.to_dict()}
         checkpoint = processes.on_first(lambda: trainer.folder.begin(description))
-        return trainer.run(description, checkpoint, **options)
+        return trainer.run(description, checkpoint, listeners)
 
 
 def recipe(steps: int = 12, **options: Any) -> TrainConfig:
