@@ -128,7 +128,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     found = []
     for key in sorted(before.keys() | now.keys()):
         name = f"{prefix}{key}"
-        old, new = before.get(key), _plain(now.get(key))
+        old, new = _plain(before.get(key)), _plain(now.get(key))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{name}.")
         elif old != new and name not in _FREE:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dyhead_cuda.detection.evaluation import Metrics
 
@@ -88,25 +88,20 @@ def warnings_shown(console: Console) -> Iterator[None]:
 
 def print_metrics(console: Console, metrics: Metrics, title: str) -> None:
     """Prints the tables of the summary, of each class, and of keypoints if there are any."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("metric")
-    table.add_column("%", justify="right")
-    table.add_column("meaning")
+    table = Table("metric", Column("%", justify="right"), "meaning")
     for name, value in metrics.summary.items():
         table.add_row(name, _percent(value), MEANINGS.get(name, ""))
-    console.print(table)
-    _print_column(console, metrics.per_class, "class", "AP of each class, %")
+    console.print(escape(title), table, sep="\n")
+    _print_column(console, metrics.per_class, "class", "AP of each class")
     if metrics.keypoints is not None:
-        _print_column(console, metrics.keypoints, "metric", "keypoints, %")
+        _print_column(console, metrics.keypoints, "metric", "keypoints")
 
 
 def _print_column(console: Console, values: Mapping[str, float], what: str, title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column(what)
-    table.add_column("%", justify="right")
+    table = Table(what, Column("%", justify="right"))
     for name, value in values.items():
         table.add_row(escape(name), _percent(value))
-    console.print(table)
+    console.print(title, table, sep="\n")
 
 
 def _percent(value: float) -> str:
