@@ -190,7 +190,8 @@ def gflops(model: nn.Module, height: int, width: int) -> float:
 
     A multiply-add counts as two. Convolutions and matrix products count, as torch's
     ``FlopCounterMode`` has them: those of deformable convolutions, too, but not their
-    interpolation. The image is resized as the model does it; for a two-stage detector the number
+    interpolation. What runs counts: an attention that is left out runs with fixed values, at the
+    same cost. The image is resized as the model does it; for a two-stage detector the number
     depends on how many proposals it makes.
     """
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))

@@ -63,6 +63,13 @@ def test_published_groups_of_the_towers() -> None:
     assert head.regression_head.conv[1].num_groups == 32
 
 
+def test_towers_of_few_channels_on_one_pixel() -> None:
+    # Group normalisation of single values is an error in training.
+    images, targets = scenes()
+    losses = make(FCOS, 1, strides=(32, 64)).train()(images[:1], targets[:1])
+    assert all(loss.isfinite() for loss in losses.values())
+
+
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_images_without_boxes(kind: Any) -> None:
     torch.manual_seed(0)
