@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from dyhead_cuda.detection.two_stage import BoxHead, FasterRCNN, _make_pooling
@@ -140,12 +140,14 @@ def test_boxes_are_not_rounded_under_autocast() -> None:
     torch.manual_seed(0)
     model = make("task", keypoints=2).train()
     images, targets = scenes()
+    proposals: list[Tensor] = []
+    model.roi_heads.register_forward_pre_hook(lambda _, inputs: proposals.extend(inputs[1]))
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(images, targets)
         sum(losses.values()).backward()
         found = model.eval()(images)[0]
     assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
-    for values in (found["boxes"], found["keypoints"][..., :2]):
+    for values in (proposals[0], found["boxes"], found["keypoints"][..., :2]):
         assert values.dtype == torch.float32
         assert len(values) > 10
         assert (values != values.bfloat16().float()).float().mean() > 0.3
