@@ -147,7 +147,8 @@ def test_boxes_are_not_rounded_under_autocast() -> None:
         sum(losses.values()).backward()
         found = model.eval()(images)[0]
     assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
-    for values in (proposals[0], found["boxes"], found["keypoints"][..., :2]):
+    places = found["keypoints"][..., :2], found["keypoints_scores"]  # of the heatmaps' maxima
+    for values in (proposals[0], found["boxes"], *places):
         assert values.dtype == torch.float32
         assert len(values) > 10
         assert (values != values.bfloat16().float()).float().mean() > 0.3
