@@ -185,7 +185,7 @@ def observe(model: nn.Module, image: Tensor) -> Observation:
         ValueError: a detector without a Dynamic Head.
     """
     head = head_of(model)
-    strides = tuple(int(stride) for stride in model.backbone.strides)  # type: ignore[union-attr, arg-type]
+    strides = tuple(int(stride) for stride in model.backbone.strides)  # type: ignore[union-attr]
     seen: dict[str, Any] = {}
 
     def keep_size(_: nn.Module, __: Any, output: Any) -> None:
@@ -198,7 +198,7 @@ def observe(model: nn.Module, image: Tensor) -> Observation:
 
     training = model.training
     hooks = [
-        model.transform.register_forward_hook(keep_size),  # type: ignore[union-attr, operator]
+        model.transform.register_forward_hook(keep_size),  # type: ignore[union-attr]
         head.register_forward_hook(keep_maps),
     ]
     try:

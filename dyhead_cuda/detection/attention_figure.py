@@ -190,6 +190,8 @@ class _Picture:
                 axes.set_facecolor("0.9")
                 self._box(axes, point, "white", 1.0)
                 self._cross(axes, *centre)
+                if "spatial" not in self.observation.attentions:
+                    self._note(axes, "off: the regular grid", 0.08)
                 tall = half * self.row / width
                 axes.set_xlim(_within(centre[0], half, self.frame.image[0]))
                 axes.set_ylim(_within(centre[1], tall, self.frame.image[1])[::-1])
@@ -220,7 +222,8 @@ class _Picture:
             lines = np.stack([start, end], axis=1)[strong]
             axes.add_collection(LineCollection(list(lines), colors=colour, lw=1.1, alpha=0.9))
             axes.scatter(
-                *end[strong].T,
+                end[strong, 0],
+                end[strong, 1],
                 s=LARGEST_DOT * read.weights.numpy()[strong],
                 c=colour,
                 marker=marker,
@@ -274,9 +277,22 @@ class _Picture:
         )
 
     def _off(self, axes: Axes, text: str) -> None:
+        """A panel with nothing but a text."""
         plots.bare(axes)
         axes.set_facecolor("0.93")
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.3")
+        self._note(axes, text, 0.5)
+
+    def _note(self, axes: Axes, text: str, height: float) -> None:
+        axes.text(
+            0.5,
+            height,
+            text,
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            color="0.3",
+            bbox={"facecolor": "0.93", "edgecolor": "none", "pad": 2},
+        )
 
     def _bar(self, left: float, width: float, shown: Any, texts: str) -> None:
         """A colour bar at the foot of the first row, with its meaning above."""
