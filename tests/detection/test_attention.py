@@ -259,13 +259,8 @@ def config(detector: str, **options: Any) -> ModelConfig:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with random weights, in which something is detected."""
-    return save(tmp_path_factory.mktemp("run"), config("atss"))
-
-
 def save(folder: Path, wanted: ModelConfig) -> Path:
+    """A run with random weights, in which something is detected."""
     torch.manual_seed(0)
     model = models.build(wanted)
     with torch.no_grad():
@@ -289,10 +284,10 @@ def run_attend(*arguments: object) -> int:
 
 
 def test_attend_writes_a_picture_and_the_numbers(
-    run_folder: Path, image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "folder"
-    assert run_attend(image_path, "--checkpoint", run_folder, "--out", out) == 0
+    assert run_attend(image_path, "--checkpoint", save(tmp_path, config("atss")), "--out", out) == 0
     names = sorted(path.name for path in out.iterdir())
     assert names == ["photo_attention.json", "photo_attention.png"]
     numbers = json.loads((out / "photo_attention.json").read_text())
@@ -307,6 +302,22 @@ def test_attend_writes_a_picture_and_the_numbers(
         assert f"{point['text']} on {point['level']}" in said
 
 
+class Blind(Detector):
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        (found,) = super().forward(images)
+        return [{name: value[:0] for name, value in found.items()}]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Detector:
+    """A small detector in place of what a checkpoint holds."""
+    torch.manual_seed(0)
+    model = getattr(request, "param", Detector)()
+    description = {"model": {"detector": "small"}, "classes": ["cup", "spoon", "plate"]}
+    monkeypatch.setattr(attend.training, "load_model", lambda *_: (model, description))
+    return model
+
+
 @pytest.fixture
 def not_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Saves the seconds of drawing; holds the blocks that were to be drawn."""
@@ -316,39 +327,33 @@ def not_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_attend_shows_what_is_asked_for(
-    run_folder: Path, image_path: Path, tmp_path: Path, not_drawn: list[Any]
+    loaded: Detector, image_path: Path, tmp_path: Path, not_drawn: list[Any]
 ) -> None:
     other = image_path.with_name("other.png")
     photograph(64, 100).save(other)
-    options = [image_path, other, "--checkpoint", run_folder / "best.pt", "--out", tmp_path]
+    options = [image_path, other, "--checkpoint", "run", "--out", tmp_path]
     read = tmp_path / "photo_attention.json"
     sizes = {"photo": [120, 90], "other": [64, 100]}
-    assert run_attend(*options, "--box", 4, 1, "--blocks", 2) == 0
-    observation = attention.observe(training.load_model(run_folder)[0], pixels(photograph(120, 90)))
+    assert run_attend(*options, "--box", 2, 1, "--blocks", 2) == 0
+    observation = attention.observe(loaded, pixels(photograph(120, 90)))
     for name, size in sizes.items():
         numbers = json.loads((tmp_path / f"{name}_attention.json").read_text())
         assert numbers["image_size"] == size
     shown = json.loads(read.read_text())["points"]
-    for index, point in zip((4, 1), shown, strict=True):
+    for index, point in zip((2, 1), shown, strict=True):
         assert point["box"] == pytest.approx(observation.boxes[index].tolist(), abs=1e-3)
-    assert run_attend(*options, "--points", "30,40", "30.5,40,P5", "--blocks", "all") == 0
+    assert run_attend(*options, "--points", "30,40", "30.5,40,P4", "--blocks", "all") == 0
     shown = json.loads(read.read_text())["points"]
     assert [(point["x"], point["y"]) for point in shown] == [(30, 40), (30.5, 40)]
-    assert shown[1]["level"] == "P5"
+    assert shown[1]["level"] == "P4"
     assert not_drawn == [[1], [1], None, None]
 
 
+@pytest.mark.parametrize("loaded", [Blind], indirect=True)
 def test_attend_where_nothing_is_detected(
-    image_path: Path, tmp_path: Path, not_drawn: list[Any], monkeypatch: pytest.MonkeyPatch
+    loaded: Detector, image_path: Path, tmp_path: Path, not_drawn: list[Any]
 ) -> None:
-    class Blind(Detector):
-        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-            (found,) = super().forward(images)
-            return [{name: value[:0] for name, value in found.items()}]
-
-    told = {"model": {"detector": "blind"}, "classes": []}
-    monkeypatch.setattr(attend.training, "load_model", lambda *_: (Blind(), told))
-    assert run_attend(image_path, "--checkpoint", "any", "--out", tmp_path) == 0
+    assert run_attend(image_path, "--checkpoint", "run", "--out", tmp_path) == 0
     points = json.loads((tmp_path / "photo_attention.json").read_text())["points"]
     assert len({(point["x"], point["y"]) for point in points}) == 3
     assert all(point["box"] is None for point in points)
@@ -372,23 +377,22 @@ def test_two_stages_with_the_task_attention_after_the_pooling(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--box", 1000], "expected a detection from 0 to"),
+        (["--box", 3], "expected a detection from 0 to 2, got 3"),
         (["--blocks", "1,3"], "expected blocks from 1 to 2, got 3"),
-        (["--points", "30,40,P9"], "expected a level of P3, P4, P5, got 'P9'"),
+        (["--points", "30,40,P9"], "expected a level of P2, P3, P4, got 'P9'"),
         (["--points", "300,40"], "expected a point in the 120 x 90 image, got 300,40"),
         (["--points", *["30,40"] * 5], "expected 1 to 4 points, got 5"),
-        (["--checkpoint", "nowhere"], "nowhere"),
     ],
 )
 def test_attend_says_what_is_wrong(
     options: list[object],
     message: str,
-    run_folder: Path,
+    loaded: Detector,
     image_path: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [image_path, "--checkpoint", run_folder, "--out", tmp_path, *options]
+    arguments = [image_path, "--checkpoint", "run", "--out", tmp_path, *options]
     assert run_attend(*arguments) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -396,15 +400,18 @@ def test_attend_says_what_is_wrong(
     assert not list(tmp_path.glob("*_attention.*"))
 
 
-def test_attend_refuses_a_plain_head_and_two_images_of_one_name(
-    run_folder: Path, image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_attend_refuses_what_has_no_head_or_is_not_there(
+    image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--checkpoint", run_folder, "--out", tmp_path]
+    options = ["--checkpoint", tmp_path, "--out", tmp_path / "out"]
     assert run_attend(image_path, image_path.with_suffix(".jpg"), *options) == 2
     assert "whose pictures would be one file" in capsys.readouterr().err
-    plain = ModelConfig("atss", 3, "resnet18", channels=16, blocks=0, convs=1)
-    assert run_attend(image_path, "--checkpoint", save(tmp_path, plain), "--out", tmp_path) == 2
+    assert run_attend(image_path, *options) == 2
+    assert "expected a checkpoint, but" in capsys.readouterr().err
+    save(tmp_path, ModelConfig("atss", 3, "resnet18", channels=16, blocks=0, convs=1))
+    assert run_attend(image_path, *options) == 2
     assert "expected a detector with a Dynamic Head" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("option", ["--points=3", "--points=3,b", "--blocks=0", "--blocks=1,x"])
