@@ -24,7 +24,7 @@ from dyhead_cuda.tracing import BRANCHES, Samples
 
 MOST_POINTS = 4
 WIDTH, DPI = 24.0, 100  # inches, and pixels in one of them
-MARGIN, TOP, BOTTOM, GAP, BETWEEN = 0.5, 1.75, 0.2, 0.75, 0.12  # inches
+MARGIN, TOP, BOTTOM, GAP, BETWEEN = 0.5, 1.9, 0.2, 0.75, 0.12  # inches
 AFTER_INPUT = 0.25  # below the first row, inches: titles
 LEAST_SAMPLES_WIDTH = 2  # panels: room for the photograph and the legend
 TALLEST, LOWEST = 3.0, 1.7  # of a row, inches
@@ -33,7 +33,7 @@ GATES_WIDTH, SWITCHES_WIDTH = 1.2, 1.9  # in panels
 BRANCH_MARKS = {"high": (plots.VERMILION, "^"), "low": (plots.SKY, "s"), "mid": (plots.YELLOW, "o")}
 LARGEST_DOT = 90.0  # square points, for a weight of 1
 LEAST_WINDOW = 3.0  # half the side of a close-up, in pixels of the level
-SHOWN = 0.97  # the share of all samples that a close-up holds
+SHOWN = 0.9  # the share of all samples, by weight, that a close-up holds
 LEAST_GATE = 0.5  # of relu and hsigmoid
 
 ENERGY_TEXT = (
@@ -190,8 +190,11 @@ class _Picture:
                 axes.set_facecolor("0.9")
                 self._box(axes, point, "white", 1.0)
                 self._cross(axes, *centre)
+                weights = torch.cat([s.weights for s in samples.values()])
                 if "spatial" not in self.observation.attentions:
-                    self._note(axes, "off: the regular grid", 0.08)
+                    self._note(axes, "off: the regular grid", 0.1)
+                elif (outside := int((weights == 0).sum())) > 0:
+                    self._note(axes, f"{outside} of {len(weights)} outside", 0.1)
                 tall = half * self.row / width
                 axes.set_xlim(_within(centre[0], half, self.frame.image[0]))
                 axes.set_ylim(_within(centre[1], tall, self.frame.image[1])[::-1])
@@ -200,15 +203,16 @@ class _Picture:
 
     def _window(self, found: list[dict[str, Samples]], level: int, centre: list[float]) -> float:
         """Half the width of the close-up that holds what all blocks read."""
-        distances = [
-            (self.frame.to_image(s.level, s.positions) - torch.tensor(centre)).abs().amax(1)
-            for samples in found
-            for s in samples.values()
-        ]
-        farthest = float(np.quantile(np.concatenate([d.numpy() for d in distances]), SHOWN))
+        samples = [s for branches in found for s in branches.values()]
+        places = [self.frame.to_image(s.level, s.positions) for s in samples]
+        distances = (torch.cat(places) - torch.tensor(centre)).abs().amax(1)
+        order = distances.argsort()
+        share = torch.cat([s.weights for s in samples])[order].cumsum(0)
+        last = int((share < SHOWN * share[-1]).sum())
+        farthest = float(distances[order[min(last, len(order) - 1)]])
         width, height = self.frame.image
         least = LEAST_WINDOW * self.frame.strides[level] * width / self.frame.resized[0]
-        return min(max(1.1 * farthest, least), max(width, height))
+        return min(max(1.1 * farthest, least), max(width, height) / 2)
 
     def _marks(self, axes: Axes, samples: dict[str, Samples]) -> None:
         for name, (colour, marker) in BRANCH_MARKS.items():
@@ -291,6 +295,8 @@ class _Picture:
             ha="center",
             va="center",
             color="0.3",
+            fontsize=10,
+            zorder=5,
             bbox={"facecolor": "0.93", "edgecolor": "none", "pad": 2},
         )
 

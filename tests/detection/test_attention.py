@@ -224,23 +224,44 @@ def test_the_picture_has_a_row_of_each_block(observation: Observation, tmp_path:
     assert len(np.unique(first[-row:].reshape(-1, 3), axis=0)) > 500
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts in the panels of the pictures that the test draws."""
+    texts: list[str] = []
+    original = attention_figure.Axes.text
+
+    def text(self: Any, x: Any, y: Any, s: str, *more: Any, **options: Any) -> Any:
+        texts.append(s)
+        return original(self, x, y, s, *more, **options)
+
+    monkeypatch.setattr(attention_figure.Axes, "text", text)
+    return texts
+
+
 @pytest.mark.parametrize("left_out", ATTENTIONS)
-def test_what_is_off_is_said_to_be(left_out: str, tmp_path: Path) -> None:
+def test_what_is_off_is_said_to_be(left_out: str, tmp_path: Path, written: list[str]) -> None:
     torch.manual_seed(0)
     model = Detector(attentions=[name for name in ATTENTIONS if name != left_out])
     observation = attention.observe(model, pixels(photograph()))
     assert left_out not in observation.attentions
-    written: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = attention_figure.Axes.text
-
-        def text(self: Any, x: Any, y: Any, s: str, *more: Any, **options: Any) -> Any:
-            written.append(s)
-            return original(self, x, y, s, *more, **options)
-
-        patch.setattr(attention_figure.Axes, "text", text)
-        draw(observation, [observation.detected(0)], tmp_path / "off.png", blocks=[1])
+    draw(observation, [observation.detected(0)], tmp_path / "off.png", blocks=[1])
     assert sum("off" in s for s in written) == 1
+
+
+def test_samples_outside_the_image_are_counted(tmp_path: Path, written: list[str]) -> None:
+    model = Detector()
+    block = blocks_of(model.backbone.dyhead)[0]
+    with torch.no_grad():
+        block.offset_conv.weight.zero_()
+        assert block.offset_conv.bias is not None
+        block.offset_conv.bias[:18] = torch.tensor([0.0, 0.0] * 6 + [99.0, 0.0] * 3)
+    observation = attention.observe(model, pixels(photograph()))
+    finest = Point(40, 30, 0, "here")
+    draw(observation, [finest], tmp_path / "far.png", blocks=[0])
+    weights = torch.cat([s.weights for s in observation.samples(0, finest).values()])
+    outside = int((weights == 0).sum())
+    assert outside >= 3
+    assert f"{outside} of {len(weights)} outside" in written
 
 
 def test_what_cannot_be_drawn(observation: Observation, tmp_path: Path) -> None:
