@@ -19,7 +19,7 @@ from dyhead_cuda.detection.models import (
     count_parameters,
     gflops,
 )
-from dyhead_cuda.modules import ATTENTIONS
+from dyhead_cuda.modules import ATTENTIONS, DynamicReLU
 from tests.detection.small_scenes import empty_target, scenes
 
 
@@ -128,6 +128,17 @@ def test_parts_follow_the_configuration() -> None:
     assert task.backbone.dyhead.blocks[1].high_offset == "aligned"
     whole = make(small("faster_rcnn"))
     assert whole.backbone.dyhead.blocks[0].attentions == ATTENTIONS
+    beyond = {d: make(small(d)).backbone.fpn.extra_blocks.extra for d in DETECTORS}
+    assert beyond == {
+        "atss": "conv",
+        "retinanet": "conv_relu",
+        "fcos": "conv_relu",
+        "faster_rcnn": "pool",
+        "faster_rcnn_task": "pool",
+    }
+    rcnn = make(small("faster_rcnn_task", attentions=("scale",)))
+    assert not any(isinstance(m, DynamicReLU) for m in rcnn.roi_heads.modules())
+    assert any(isinstance(m, DynamicReLU) for m in task.roi_heads.modules())
     towers = {
         (blocks, convs): len(
             make(small("retinanet", blocks=blocks, convs=convs)).head.regression_head.conv
