@@ -49,7 +49,7 @@ def prepared(image: Tensor, recipe: Recipe) -> Tensor:
     return F.pad((pixels - mean) / std, (0, width, 0, height))[None]
 
 
-def random_image(height: int = 120, width: int = 150) -> Tensor:
+def random_image(height: int = 90, width: int = 120) -> Tensor:
     return torch.rand(3, height, width, dtype=torch.float64)
 
 
@@ -67,7 +67,7 @@ def assert_same(model: ATSS, image: Tensor, expected: list[Tensor]) -> None:
         assert relative_l2(found, wanted) < 1e-6
 
 
-def unresized(recipe: Recipe, height: int = 120, width: int = 150) -> Recipe:
+def unresized(recipe: Recipe, height: int = 90, width: int = 120) -> Recipe:
     """Keeps an image of that size: its longer side must not grow."""
     return replace(recipe, min_size=height + 9, max_size=width)
 
