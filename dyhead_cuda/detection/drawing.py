@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from matplotlib.font_manager import findfont
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_keypoints
@@ -14,7 +15,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 SMALLEST_SIDE = 480  # in pixels; labels could not be read on smaller pictures
-GAP = 8
+LINE_WIDTH, FONT_SIZE, GAP = 3, 18, 8
 
 
 def draw(image: Tensor, objects: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
@@ -41,7 +42,17 @@ def draw(image: Tensor, objects: Mapping[str, Tensor], classes: Sequence[str]) -
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
     colours = [COLOURS[label % len(COLOURS)] for label in labels]
     boxes = objects["boxes"].detach().cpu() * factor
-    pixels = draw_bounding_boxes(pixels, boxes, names, colours, width=2)
+    pixels = draw_bounding_boxes(
+        pixels,
+        boxes,
+        names,
+        colours,
+        width=LINE_WIDTH,
+        font=findfont("DejaVu Sans"),  # comes with matplotlib
+        font_size=FONT_SIZE,
+        label_colors="white",
+        fill_labels=True,
+    )
     if objects.get("keypoints") is not None:
         for points, colour in zip(objects["keypoints"].detach().cpu(), colours, strict=True):
             places = points[None, :, :2] * factor

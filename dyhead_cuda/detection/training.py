@@ -300,7 +300,6 @@ class Trainer:
         )
 
     def _evaluate(self, description: Mapping[str, Any], listeners: Sequence[Listener]) -> Metrics:
-
         def show(done: int, total: int) -> None:
             if self.processes.first:
                 for listener in listeners:
