@@ -5,6 +5,8 @@ VENV ?= .venv
 SECOND_TORCH ?= 2.13.0
 DEMO_IMAGE ?=
 DEMO_ARGS ?=
+TRAIN_STEPS ?= 1500
+TRAIN_OUT ?= runs/demo
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 DYHEAD_REQUIRE ?= cpu
@@ -36,7 +38,7 @@ define make_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv second-venv build test demo lint format bench gpu-check clean
+.PHONY: help venv second-venv build test demo demo-train lint format bench gpu-check clean
 
 help: ## list the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -45,6 +47,7 @@ help: ## list the targets and variables
 	@echo "  PYTHON=python3        the Python that makes the environment, or with VENV=none the one to use"
 	@echo "  VENV=.venv            where to install; none: use PYTHON as it is and install nothing"
 	@echo "  DEMO_IMAGE=path       the photograph of make demo; DEMO_ARGS: more of its options"
+	@echo "  TRAIN_STEPS=$(TRAIN_STEPS), TRAIN_OUT=$(TRAIN_OUT)  of make demo-train; one that was stopped goes on"
 	@echo "  PYTEST_ARGS, BENCH_ARGS  options of pytest and of the benchmarks"
 	@echo "  SECOND_TORCH=$(SECOND_TORCH)   the other torch that the library is tested under; none: skip that"
 	@echo "  DYHEAD_REQUIRE=cpu    libraries whose build must succeed, e.g. cpu,cuda"
@@ -76,6 +79,11 @@ test: build $(SECOND) ## run all tests
 
 demo: build ## run the head on a photograph, compare with the reference, draw what it attends to
 	$(RUN) -m dyhead_cuda demo $(if $(DEMO_IMAGE),--image "$(DEMO_IMAGE)") $(DEMO_ARGS)
+
+demo-train: build ## train a small detector on handwritten digits (under 15 minutes on 2 cores)
+	$(RUN) -m dyhead_cuda train --model atss --data digits --images 3000 --val-images 200 \
+	  --backbone resnet18 --channels 64 --levels 3-6 --blocks 2 --lr 1e-3 --steps $(TRAIN_STEPS) \
+	  --eval-every 300 --pictures 12 --out $(TRAIN_OUT)
 
 lint: $(ENVIRONMENT) ## check style, formatting and types
 	$(RUN) -m ruff check .

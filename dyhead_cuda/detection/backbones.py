@@ -127,7 +127,7 @@ class ExtraLevels(ExtraFPNBlock):
         return results, names
 
 
-class _SwinBody(nn.Module):
+class SwinBody(nn.Module):
     """Stages of a Swin transformer, each normalised as in the detectors of arXiv 2103.14030."""
 
     def __init__(self, stages: nn.Module, channels: Sequence[int]) -> None:
@@ -198,7 +198,7 @@ def _make_body(
         channels = [network.head.in_features >> (5 - level) for level in levels]
         # Patch embedding, then stage, patch merging, stage, ...
         stages = {str(2 * level - 3): str(level) for level in levels}
-        return _SwinBody(IntermediateLayerGetter(network.features, stages), channels), channels
+        return SwinBody(IntermediateLayerGetter(network.features, stages), channels), channels
     # The few images of a detector's batch would only blur pretrained statistics.
     norm = FrozenBatchNorm2d if weights else nn.BatchNorm2d
     network = models.get_model(name, norm_layer=norm, **options)

@@ -17,8 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from dyhead_cuda import compat
 from dyhead_cuda.compat.towers import unnest
 from dyhead_cuda.detection.atss import ATSS
-from dyhead_cuda.detection.backbones import Pyramid
-from dyhead_cuda.detection.backbones import _SwinBody as SwinBody
+from dyhead_cuda.detection.backbones import Pyramid, SwinBody
 from dyhead_cuda.detection.checkpoint_names import FIRST, LAST, MICROSOFT_ATSS, MMDET_ATSS, Source
 from dyhead_cuda.modules import DyHead
 
