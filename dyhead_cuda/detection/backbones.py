@@ -15,7 +15,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dyhead_cuda import checks
-from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead
+from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init
 from dyhead_cuda.pyramid import HighOffset
 
 Extra = Literal["conv", "conv_relu", "pool"]
@@ -37,7 +37,8 @@ class Pyramid(nn.Module):
             Levels that the backbone does not reach are made from the coarsest one that it does.
         channels: C of all levels.
         blocks: of the Dynamic Head; 0 for a plain pyramid.
-        attentions, high_offset: see :class:`dyhead_cuda.DyHead`.
+        attentions, high_offset, init: see :class:`dyhead_cuda.DyHead`. "mmdet" starts without
+            offsets and with plain ReLUs, from which random weights learn faster.
         extra: how a level beyond the backbone is made from the one before: "conv" (convolution of
             stride 2; mmdet's ``add_extra_convs="on_output"``), "conv_relu" (with a ReLU between
             two of them, as RetinaNet and FCOS) or "pool" (every second pixel, as Faster R-CNN).
@@ -69,6 +70,7 @@ class Pyramid(nn.Module):
         blocks: int = 6,
         attentions: Collection[Attention] = ATTENTIONS,
         high_offset: HighOffset = "flat",
+        init: Init = "mmdet",
         extra: Extra = "conv",
         load_weights: bool = True,
     ) -> None:
@@ -90,7 +92,14 @@ class Pyramid(nn.Module):
             body_channels, channels, ExtraLevels(channels, beyond, extra) if beyond else None
         )
         self.dyhead = (
-            DyHead(channels, channels, blocks, attentions=attentions, high_offset=high_offset)
+            DyHead(
+                channels,
+                channels,
+                blocks,
+                attentions=attentions,
+                high_offset=high_offset,
+                init=init,
+            )
             if blocks
             else None
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from dyhead_cuda.detection.atss import ATSS
 from dyhead_cuda.detection.backbones import Extra, Pyramid, check_levels
 from dyhead_cuda.detection.one_stage import FCOS, RetinaNet
 from dyhead_cuda.detection.two_stage import BoxHead, FasterRCNN
-from dyhead_cuda.modules import ATTENTIONS, Attention
+from dyhead_cuda.modules import ATTENTIONS, Attention, Init
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
 ONE_STAGE = ("atss", "retinanet", "fcos")
@@ -39,8 +39,9 @@ class ModelConfig:
             box head) or "faster_rcnn_task" (the paper's figure: the task attention is the box
             head).
         num_classes: without the background.
-        backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset: see
-            :class:`~dyhead_cuda.detection.backbones.Pyramid`; 0 blocks are the plain head.
+        backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset,
+            init: see :class:`~dyhead_cuda.detection.backbones.Pyramid`; 0 blocks are the plain
+            head.
         convs: convolutions in each tower before the predictors of a one-stage detector. None: 0
             with a Dynamic Head, as published, and 4 without.
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
@@ -62,6 +63,7 @@ class ModelConfig:
     convs: int | None = None
     attentions: tuple[Attention, ...] = ATTENTIONS
     high_offset: HighOffset = "flat"
+    init: Init = "mmdet"
     min_size: int = 800
     max_size: int = 1333
     keypoints: int = 0
@@ -91,6 +93,7 @@ class ModelConfig:
         for attention in self.attentions:
             checks.one_of("attentions", attention, ATTENTIONS)
         checks.one_of("high_offset", self.high_offset, HIGH_OFFSETS)
+        checks.one_of("init", self.init, get_args(Init))
         if self.detector in ONE_STAGE and self.keypoints:
             raise ValueError(
                 f"expected keypoints 0 for the one-stage detector {self.detector}, got "
@@ -165,6 +168,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         # There, the task attention comes after RoI pooling.
         attentions=[a for a in config.attentions if not (task_head and a == "task")],
         high_offset=config.high_offset,
+        init=config.init,
         extra=EXTRA_LEVELS[config.detector],
         load_weights=load_weights,
     )

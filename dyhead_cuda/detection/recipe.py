@@ -22,6 +22,7 @@ from dyhead_cuda.detection.data import (
     open_dataset,
 )
 from dyhead_cuda.detection.parallel import DEVICES
+from dyhead_cuda.modules import DyHeadBlock
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "step"]
@@ -42,6 +43,8 @@ class TrainConfig:
         batch_size: images per step and process.
         optimizer: "adamw", or "sgd" with a momentum of 0.9.
         lr: the highest learning rate.
+        offset_lr: of the convolutions that predict sampling offsets, as a part of ``lr``; usual for
+            deformable layers, whose samples else leave the image before they have learned.
         weight_decay: of weights; biases and normalisations have none.
         schedule: after the warmup "cosine", to 0, or "step", a tenth after 8/12 and 11/12 of the
             steps.
@@ -63,6 +66,7 @@ class TrainConfig:
     batch_size: int = 8
     optimizer: Optimizer = "adamw"
     lr: float = 2e-4
+    offset_lr: float = 0.1
     weight_decay: float = 0.05
     schedule: Schedule = "cosine"
     warmup_steps: int = 100
@@ -87,7 +91,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
-        for name in ("weight_decay", "warmup_steps", "seed", "workers"):
+        for name in ("offset_lr", "weight_decay", "warmup_steps", "seed", "workers"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"expected {name} of at least 0, got {value}")
@@ -164,17 +168,31 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that are trained."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+    """The optimizer of the parameters that are trained.
+
+    Each group has ``lr_factor``, by which its learning rate differs from that of the step.
+    """
+    slow = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, DyHeadBlock)
+        for parameter in module.offset_conv.parameters()
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            factor = config.offset_lr if parameter in slow else 1.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    if not groups:
         raise ValueError("expected a model with parameters to train, got one that is all frozen")
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    options = [
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, config.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, config.lr)
+        return torch.optim.SGD(options, config.lr, momentum=0.9)
+    return torch.optim.AdamW(options, config.lr)
 
 
 class Stream(Dataset[tuple[Tensor, Target]]):

@@ -247,7 +247,7 @@ class Trainer:
         config, device = self.config, self.processes.device
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"]
         self.replica.train()
         with torch.autocast(device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off"):
             losses: dict[str, Tensor] = self.replica(

@@ -13,7 +13,7 @@ from dyhead_cuda.detection.data import DetectionDataset
 from dyhead_cuda.detection.models import DETECTORS, ModelConfig
 from dyhead_cuda.detection.parallel import DEVICES
 from dyhead_cuda.detection.recipe import Amp, DataConfig, Optimizer, Schedule, TrainConfig
-from dyhead_cuda.modules import ATTENTIONS
+from dyhead_cuda.modules import ATTENTIONS, Init
 from dyhead_cuda.pyramid import HIGH_OFFSETS
 
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
@@ -78,6 +78,9 @@ def _add_model(group: Any) -> None:
     )
     group.add_argument("--high-offset", choices=HIGH_OFFSETS, default="flat")
     group.add_argument(
+        "--init", choices=get_args(Init), default="mmdet", help="of the head (default: mmdet)"
+    )
+    group.add_argument(
         "--size",
         type=integer(1),
         metavar="PIXELS",
@@ -106,6 +109,13 @@ def _add_training(group: Any) -> None:
     )
     group.add_argument("--optimizer", choices=get_args(Optimizer), default=usual.optimizer)
     group.add_argument("--lr", type=number(1e-12), default=usual.lr, help="default: %(default)s")
+    group.add_argument(
+        "--offset-lr",
+        type=number(0),
+        default=usual.offset_lr,
+        metavar="FACTOR",
+        help="part of it for what predicts sampling offsets (default: %(default)s)",
+    )
     group.add_argument("--schedule", choices=get_args(Schedule), default=usual.schedule)
     group.add_argument("--weight-decay", type=number(0), default=usual.weight_decay)
     group.add_argument("--warmup-steps", type=integer(0), default=usual.warmup_steps, metavar="N")
@@ -198,6 +208,7 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
         convs=arguments.convs,
         attentions=arguments.attentions,
         high_offset=arguments.high_offset,
+        init=arguments.init,
         min_size=size,
         max_size=max_size,
         keypoints=dataset.num_keypoints if arguments.keypoints else 0,
@@ -219,6 +230,7 @@ def train_config(arguments: argparse.Namespace, images: int) -> TrainConfig:
         batch_size=arguments.batch_size,
         optimizer=arguments.optimizer,
         lr=arguments.lr,
+        offset_lr=arguments.offset_lr,
         weight_decay=arguments.weight_decay,
         schedule=arguments.schedule,
         warmup_steps=arguments.warmup_steps,

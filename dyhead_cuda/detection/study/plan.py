@@ -92,11 +92,11 @@ class Plan:
     size: int = 128
     least_height: int = 16
     images: int = 4000
-    val_images: int = 400
-    steps: int = 1500
+    val_images: int = 300
+    steps: int = 1200
     batch_size: int = 8
-    lr: float = 1e-3
-    evaluations: int = 4
+    lr: float = 2e-3
+    evaluations: int = 3
 
     def to_dict(self) -> dict[str, Any]:
         """All values, as JSON has them."""
