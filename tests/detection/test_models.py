@@ -52,7 +52,7 @@ def make(config: ModelConfig, seed: int = 0) -> Any:
         small("faster_rcnn_task", keypoints=2),
         small("faster_rcnn_task", attentions=("scale",)),
         small("retinanet", convs=1, first_level=4, last_level=5),
-        small("fcos", last_level=7, backbone="swin_t"),
+        small("fcos", last_level=7, backbone="swin_t", init="microsoft"),
     ],
     ids=lambda config: f"{config.detector}-{config.blocks}-{config.keypoints}",
 )

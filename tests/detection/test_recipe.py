@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dyhead_cuda import DyHead
 from dyhead_cuda.detection.data import HorizontalFlip
 from dyhead_cuda.detection.recipe import (
     DataConfig,
@@ -73,12 +74,23 @@ def test_optimizers_leave_out_what_is_frozen(name: Any) -> None:
     assert 0 < len(expected) < len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_offsets_learn_slower(name: Any) -> None:
+    head = DyHead(4, 4, 2, num_groups=2)
+    optimizer = make_optimizer(TrainConfig(1, optimizer=name, offset_lr=0.2), head)
+    factors = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
+    for parameter_name, parameter in head.named_parameters():
+        assert factors[id(parameter)] == (0.2 if ".offset_conv." in parameter_name else 1)
+    assert len(optimizer.param_groups) == 4
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"steps": 0},
         {"batch_size": 0},
         {"lr": 0},
+        {"offset_lr": -0.1},
         {"lr": math.nan},
         {"clip_norm": -1},
         {"amp": "half"},

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dyhead_cuda import DyHeadBlock
 from dyhead_cuda.detection import runs, training
+from dyhead_cuda.detection.parallel import join
 from tests.detection import trainees
-from tests.detection.trainees import IMAGES, Detector, recipe, run
+from tests.detection.trainees import IMAGES, Detector, make_trainer, recipe, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("seconds", "images_per_second")
@@ -169,6 +171,20 @@ def test_restart_deletes_the_run(tmp_path: Path) -> None:
     assert folder.records() == []
     assert not (tmp_path / runs.LAST).exists()
     assert folder.best_ap() == -math.inf
+
+
+def test_each_group_has_its_learning_rate(tmp_path: Path) -> None:
+    detector = Detector()
+    detector.block = DyHeadBlock(4, 4, num_groups=2)
+    config = recipe(steps=2, offset_lr=0.25)
+    with join("cpu") as processes:
+        trainer = make_trainer(tmp_path, config, processes, detector=detector)
+        trainer.folder.begin({})
+        rates: list[Any] = []
+        trainer.run({}, None, [lambda record: rates.append(record.get("lr"))])
+    last = [rate for rate in rates if rate is not None][-1]
+    found = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert found == {last, last * 0.25}
 
 
 def test_best_is_the_best(tmp_path: Path) -> None:
