@@ -192,8 +192,8 @@ def test_predictors_start_at_the_prior() -> None:
     predictions = model.head(features)
     assert float(predictions.logits[0].sigmoid().mean().detach()) == pytest.approx(0.01, rel=0.2)
     assert model.head.classes.kernel_size == (3, 3)
-    assert detector().head.classes.kernel_size == (1, 1)
-    assert detector(kernel_size=3).head.classes.kernel_size == (3, 3)
+    assert detector().head.classes.kernel_size == (3, 3)
+    assert detector(kernel_size=1).head.classes.kernel_size == (1, 1)
 
 
 def test_each_level_has_its_scale() -> None:

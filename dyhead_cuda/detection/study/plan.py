@@ -91,9 +91,9 @@ class Plan:
     last_level: int = 6
     size: int = 128
     least_height: int = 16
-    images: int = 4000
-    val_images: int = 300
-    steps: int = 1200
+    images: int = 3000
+    val_images: int = 250
+    steps: int = 1000
     batch_size: int = 8
     lr: float = 2e-3
     evaluations: int = 3
