@@ -25,6 +25,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from dyhead_cuda import backends, images, info, library, plots, tracing
 from dyhead_cuda.modules import DyHead
+from dyhead_cuda.options import integer
 
 CHANNELS = 256
 LEVELS = ("P3", "P4", "P5", "P6", "P7")
@@ -49,34 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="a photograph (default: one of scikit-image's)")
     parser.add_argument(
         "--size",
-        type=_integer(SMALLEST_SIZE, LARGEST_SIZE),
+        type=integer(SMALLEST_SIZE, LARGEST_SIZE),
         default=800,
         help="its longer side in pixels, to which it is resized (default: %(default)s)",
     )
     parser.add_argument(
-        "--blocks", type=_integer(1, 100), default=6, help="of the head (default: %(default)s)"
+        "--blocks", type=integer(1, 100), default=6, help="of the head (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of all weights")
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of all weights")
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="directory (default: %(default)s)"
     )
-
-
-def _integer(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"expected an integer from {least} to {most}, got {text!r}"
-            )
-        return value
-
-    return parse
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -246,7 +246,7 @@ def test_cuda_without_a_gpu_is_a_usage_error(capsys: pytest.CaptureFixture[str])
     ("options", "message"),
     [
         (["--json", "/nonexistent/result.json"], "existing directory"),
-        (["--batch", "0"], "positive integer"),
+        (["--batch", "0"], "integer of at least 1"),
         (["--only", "resnet"], "invalid choice"),
     ],
 )

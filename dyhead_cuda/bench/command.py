@@ -25,6 +25,7 @@ from dyhead_cuda.bench.results import FAILED, WRONG, Results, ResultsError, Row
 from dyhead_cuda.bench.runner import Options, run_plan
 from dyhead_cuda.bench.shapes import SHAPE_SETS
 from dyhead_cuda.bench.timing import COLD, GRAPH, QUICK, WARM, usual_effort
+from dyhead_cuda.options import integer
 
 WIDTH = 150  # of tables that no terminal limits
 
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=[], help="cases")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPE_SETS), default=[])
-    parser.add_argument("--batch", nargs="+", type=_positive, default=[])
-    parser.add_argument("--blocks", nargs="+", type=_positive, default=[], help="of whole heads")
+    parser.add_argument("--batch", nargs="+", type=integer(1), default=[])
+    parser.add_argument("--blocks", nargs="+", type=integer(1), default=[], help="of whole heads")
     parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=[])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=[])
     parser.add_argument(
@@ -51,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the processor, before a run; default: warm, on a GPU both",
     )
     parser.add_argument(
-        "--seconds", type=_positive, help="start nothing after that long; it is reported as skipped"
+        "--seconds",
+        type=integer(1),
+        help="start nothing after that long; it is reported as skipped",
     )
     parser.add_argument("--json", type=_target, metavar="FILE", help="write results; - for stdout")
     parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="draw them there")
@@ -81,12 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goals = actions.add_parser("targets", help="which of the project's targets a GPU run reached")
     goals.set_defaults(action=_targets)
     goals.add_argument("files", nargs="+", type=Path)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def _target(text: str) -> str:

@@ -1,12 +1,11 @@
-"""What the commands share: numbers as options, errors, tables."""
+"""What the commands share: errors, warnings, tables."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -27,38 +26,6 @@ MEANINGS = {
     "AR10": "with 10",
     "AR100": "with 100",
 }
-
-
-def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """A type of options: an integer in a range."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            limits = f"of at least {least}" if most == 2**31 - 1 else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
-        return value
-
-    return parse
-
-
-def number(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """A type of options: a finite number in a range."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (least <= value <= most and math.isfinite(value)):
-            limits = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
-        return value
-
-    return parse
 
 
 def is_first() -> bool:

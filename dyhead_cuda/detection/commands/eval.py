@@ -9,18 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from dyhead_cuda.detection import parallel
-from dyhead_cuda.detection.commands.common import (
-    fail,
-    integer,
-    is_first,
-    print_metrics,
-    warnings_shown,
-)
+from dyhead_cuda.detection.commands.common import fail, is_first, print_metrics, warnings_shown
 from dyhead_cuda.detection.data import open_dataset
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.recipe import DataConfig
 from dyhead_cuda.detection.runs import RunError, write_json
 from dyhead_cuda.detection.training import load_model
+from dyhead_cuda.options import integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,11 @@ from torchvision.transforms.functional import to_tensor
 
 from dyhead_cuda import images
 from dyhead_cuda.detection import drawing, parallel
-from dyhead_cuda.detection.commands.common import fail, number
+from dyhead_cuda.detection.commands.common import fail
 from dyhead_cuda.detection.prediction import describe, predict
 from dyhead_cuda.detection.runs import RunError, write_json
 from dyhead_cuda.detection.training import load_model
+from dyhead_cuda.options import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

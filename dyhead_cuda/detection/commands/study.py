@@ -8,12 +8,13 @@ from pathlib import Path
 from dyhead_cuda import readme
 from dyhead_cuda.bench import machine
 from dyhead_cuda.detection import parallel
-from dyhead_cuda.detection.commands.common import fail, integer
+from dyhead_cuda.detection.commands.common import fail
 from dyhead_cuda.detection.parallel import DEVICES
 from dyhead_cuda.detection.runs import RunError
 from dyhead_cuda.detection.study import plots, report, results, runner
 from dyhead_cuda.detection.study.plan import QUICK, TABLES, Plan, variants_of
 from dyhead_cuda.detection.training import Interrupted, TrainingError
+from dyhead_cuda.options import integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
-from dyhead_cuda.detection.commands.common import integer, number
 from dyhead_cuda.detection.data import DetectionDataset
 from dyhead_cuda.detection.models import DETECTORS, ModelConfig
 from dyhead_cuda.detection.parallel import DEVICES
 from dyhead_cuda.detection.recipe import Amp, DataConfig, Optimizer, Schedule, TrainConfig
 from dyhead_cuda.modules import ATTENTIONS, Init
+from dyhead_cuda.options import integer, number
 from dyhead_cuda.pyramid import HIGH_OFFSETS
 
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
