@@ -44,8 +44,6 @@ class RunFolder:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for leftover in self.path.glob(".*.tmp"):
-                leftover.unlink()
         except OSError as error:
             raise RunError(
                 f"cannot write to the run folder {self.path}: {error.strerror}"
@@ -67,6 +65,8 @@ class RunFolder:
         if restart:
             for name in (LAST, BEST, CONFIG, LOG):
                 (self.path / name).unlink(missing_ok=True)
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         path = self.path / CONFIG
         if path.exists():
             differing = differences(read_json(path), config)

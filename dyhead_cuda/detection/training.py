@@ -175,13 +175,6 @@ class Trainer:
         device = processes.device
         self.model = model.to(device)
         self.replica: nn.Module = self.model
-        if processes.count > 1:
-            # Which parameters a step uses may depend on its images, e.g. on whether any has boxes.
-            self.replica = DistributedDataParallel(
-                self.model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                find_unused_parameters=True,
-            )
         self.optimizer = make_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.step = 0
@@ -204,7 +197,11 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         metrics = self.processes.on_first(self._logged_metrics)
-        with _determinism(config.deterministic), signals.remembered() as request:
+        with (
+            self._replicated(),
+            _determinism(config.deterministic),
+            signals.remembered() as request,
+        ):
             if metrics is None and self._evaluation_due():
                 metrics = self._evaluate(description, listeners)
             started = time.perf_counter()
@@ -230,6 +227,27 @@ class Trainer:
                 started = time.perf_counter()
         assert metrics is not None, "the last step is always followed by an evaluation"
         return metrics
+
+    @contextmanager
+    def _replicated(self) -> Iterator[None]:
+        """Inside, gradients are averaged over the processes.
+
+        The replica goes before the process group does: it must not be the last to hold the group,
+        whose threads it would end while they wait for Python's lock.
+        """
+        device = self.processes.device
+        if self.processes.count > 1:
+            self.replica = DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                # Which parameters a step uses may depend on its images, e.g. on whether any has
+                # boxes.
+                find_unused_parameters=True,
+            )
+        try:
+            yield
+        finally:
+            self.replica = self.model
 
     def _loader(self) -> DataLoader[Any]:
         config, processes = self.config, self.processes
