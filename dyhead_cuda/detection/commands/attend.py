@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -16,27 +15,17 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from dyhead_cuda import images, plots
-from dyhead_cuda.detection import attention, attention_figure, training
+from dyhead_cuda.detection import attention, attention_figure, parallel, training
 from dyhead_cuda.detection.attention import Observation, Point
+from dyhead_cuda.detection.commands.common import add_images, check_names, fail
 from dyhead_cuda.detection.runs import RunError
 
 DEFAULT_POINTS = 3
 
 
-class _UsageError(Exception):
-    """What the user asked for cannot be done: one line that says why."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda attend``."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=Path,
-        metavar="RUN",
-        help="a folder that train wrote, or one of its last.pt and best.pt",
-    )
+    add_images(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--box",
@@ -64,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("attention"), help="folder (default: %(default)s)"
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
 
 
 def _point(text: str) -> tuple[float, float, str | None]:
@@ -99,25 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     try:
         _run(arguments, console)
-    except (_UsageError, images.ImageError, RunError, ValueError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error:[/] {escape(str(error))}"
-        )
-        return 2
+    except (images.ImageError, RunError, ValueError, OSError) as error:
+        return fail(error)
     return 0
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
-    _check_names(arguments.images)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, config = training.load_model(arguments.checkpoint, torch.device(device))
+    check_names(arguments.images)
+    device = parallel.choose_device(arguments.device)
+    model, config = training.load_model(arguments.checkpoint, device)
     attention.head_of(model)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _UsageError(f"cannot write to the folder {arguments.out}: {error.strerror}") from None
+    arguments.out.mkdir(parents=True, exist_ok=True)
     classes = config["classes"]
     for path in arguments.images:
         image, name = images.load_photograph(path)
@@ -134,17 +114,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         picture.with_suffix(".json").write_text(json.dumps(numbers))
         found = ", ".join(f"{p.text} on {observation.level_names[p.level]}" for p in points)
         console.print(f"{escape(str(picture))}: {escape(found)}", soft_wrap=True)
-
-
-def _check_names(paths: Sequence[Path]) -> None:
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in seen:
-            raise _UsageError(
-                f"expected images of different names, got {seen[path.stem]} and {path}, whose "
-                "pictures would be one file; use two commands with different --out"
-            )
-        seen[path.stem] = path
 
 
 def observe(
@@ -181,12 +150,12 @@ def observe(
 def _place(observation: Observation, x: float, y: float, level: str | None) -> Point:
     names: Any = observation.level_names
     if level is not None and level not in names:
-        raise _UsageError(f"expected a level of {', '.join(names)}, got {level!r}")
+        raise ValueError(f"expected a level of {', '.join(names)}, got {level!r}")
     return observation.place(x, y, None if level is None else names.index(level))
 
 
 def _shown(blocks: list[int] | None, observation: Observation) -> list[int] | None:
     count = len(observation.blocks)
     if blocks is not None and max(blocks) >= count:
-        raise _UsageError(f"expected blocks from 1 to {count}, got {max(blocks) + 1}")
+        raise ValueError(f"expected blocks from 1 to {count}, got {max(blocks) + 1}")
     return blocks

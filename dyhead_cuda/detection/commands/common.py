@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -14,6 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dyhead_cuda.detection.evaluation import Metrics
+from dyhead_cuda.detection.parallel import DEVICES
 
 MEANINGS = {
     "AP": "average precision, mean over IoU 0.50 to 0.95",
@@ -26,6 +29,31 @@ MEANINGS = {
     "AR10": "with 10",
     "AR100": "with 100",
 }
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that run a trained detector on image files."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a folder that train wrote, or a checkpoint in it",
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+
+
+def check_names(paths: Sequence[Path]) -> None:
+    """Raise ValueError if what is written about two images would have the same name."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise ValueError(
+                f"expected images of different names, got {seen[path.stem]} and {path}, whose "
+                "pictures would be one file; use two commands with different --out"
+            )
+        seen[path.stem] = path
 
 
 def is_first() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from torchvision.transforms.functional import to_tensor
 
 from dyhead_cuda import images
 from dyhead_cuda.detection import drawing, parallel
-from dyhead_cuda.detection.commands.common import fail
+from dyhead_cuda.detection.commands.common import add_images, check_names, fail
 from dyhead_cuda.detection.prediction import describe, predict
 from dyhead_cuda.detection.runs import RunError, write_json
 from dyhead_cuda.detection.training import load_model
@@ -21,21 +20,13 @@ from dyhead_cuda.options import number
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda predict``."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="a folder that train wrote, or a checkpoint in it",
-    )
+    add_images(parser)
     parser.add_argument(
         "--threshold", type=number(0, 1), default=0.3, help="on scores (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
     )
-    parser.add_argument("--device", choices=parallel.DEVICES, default="auto")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     status = 0
     try:
-        _check_names(arguments.images)
+        check_names(arguments.images)
         device = parallel.choose_device(arguments.device)
         model, config = load_model(arguments.checkpoint, device)
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -69,14 +60,3 @@ def run(arguments: argparse.Namespace) -> int:
     except (RunError, ValueError, OSError) as error:
         return fail(error)
     return status
-
-
-def _check_names(paths: Sequence[Path]) -> None:
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in seen:
-            raise ValueError(
-                f"expected images of different names, got {seen[path.stem]} and {path}, whose "
-                "pictures would be one file; use two commands with different --out"
-            )
-        seen[path.stem] = path
