@@ -57,6 +57,9 @@ class Interrupted(Exception):
         super().__init__(message)
         self.signal = number
 
+    def __reduce__(self) -> tuple[Any, ...]:  # so that a pool of processes can pass it on
+        return type(self), (str(self), self.signal)
+
 
 def train(
     config: TrainConfig,

@@ -149,6 +149,11 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path.write_text('{"schema": 7}')
     assert main(["study", "--report", "--json", str(path)]) == 2
     assert "expected a study of schema 1" in capsys.readouterr().err
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    assert main(["study", "--folder", str(tmp_path / "new"), "--write", str(readme)]) == 2
+    assert "expected the lines" in capsys.readouterr().err
+    assert not list((tmp_path / "new").iterdir()), "found before the first training"
     with pytest.raises(SystemExit):
         main(["study", "--seeds", "0"])
     assert "integer of at least 1" in capsys.readouterr().err

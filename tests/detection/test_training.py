@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -151,6 +152,11 @@ def test_nothing_is_lost_when_killed_at_any_time(tmp_path: Path) -> None:
     run(folder, config)
     assert_same_run(folder, tmp_path / "whole")
     assert not list(folder.glob(".*"))
+
+
+def test_an_interruption_passes_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(training.Interrupted("stopped", 15)))
+    assert (str(error), error.signal) == ("stopped", 15)
 
 
 def test_another_configuration_is_refused(whole: Path) -> None:

@@ -56,9 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     target: Path = arguments.json or arguments.folder / "study.json"
     try:
+        # Told now, not after hours of training.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.write:
+            readme.replace_section(arguments.write.read_text(), report.SECTION, "")
         if not arguments.report:
             results.write(target, _study(arguments))
         study = results.read(target)
+        drawn = plots.draw_all(study, target.with_suffix(""))
         text = report.section(study, target, (arguments.write or target).resolve().parent)
         if arguments.write:
             readme.write_section(arguments.write, report.SECTION, text)
@@ -69,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (RunError, OSError, ValueError, readme.SectionError) as error:
         return fail(error)
     print(text)
-    for path in plots.draw_all(study, target.with_suffix("")):
+    for path in drawn:
         print(f"wrote {path}")
     return 0
 
