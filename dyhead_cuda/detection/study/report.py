@@ -39,9 +39,10 @@ def section(study: Study, path: Path, base: Path) -> str:
         f"{plan['detector'].upper()} on {plan['backbone']} from random weights, {plan['channels']} "
         f"channels, levels P{plan['first_level']} to P{plan['last_level']}. Every row is trained "
         f"on {plan['images']} scenes of {plan['size']} pixels with digits from "
-        f"{plan['least_height']} pixels, in {plan['steps']} steps of {plan['batch_size']} (AdamW, lr {plan['lr']:g}), and "
-        f"measured on {plan['val_images']} others: AP in percent, mean ± standard deviation over "
-        f"{seeds} seeds; differences between runs of the same seed. Times are of one batch.",
+        f"{plan['least_height']} pixels, in {plan['steps']} steps of {plan['batch_size']} (AdamW, "
+        f"lr {plan['lr']:g}), and measured on {plan['val_images']} others: AP in percent, mean ± "
+        f"standard deviation over {seeds} seeds; differences between runs of the same seed. Times "
+        "are of one batch.",
     ]
     for name in study["tables"]:
         lines += ["", _table(study, name)]
