@@ -14,7 +14,10 @@ from dyhead_cuda.detection.models import build, count_parameters
 from dyhead_cuda.detection.recipe import DataConfig, TrainConfig
 from dyhead_cuda.detection.study import plots, report, results
 from dyhead_cuda.detection.study.plan import QUICK, TABLES, VARIANTS, Plan, variants_of
-from dyhead_cuda.readme import markers
+from dyhead_cuda.readme import markers, replace_section
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "benchmarks" / "results" / "study" / "study.json"
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
@@ -157,3 +160,14 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["study", "--seeds", "0"])
     assert "integer of at least 1" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_committed_study() -> None:
+    text = (ROOT / "README.md").read_text()
+    found = results.read(COMMITTED)
+    assert all(len(facts["runs"]) >= 3 for facts in found["variants"].values())
+    new = report.section(found, COMMITTED, ROOT)
+    assert replace_section(text, report.SECTION, new) == text, (
+        "run python -m dyhead_cuda study --report --json benchmarks/results/study/study.json "
+        "--write README.md"
+    )
