@@ -5,7 +5,7 @@ VENV ?= .venv
 SECOND_TORCH ?= 2.13.0
 DEMO_IMAGE ?=
 DEMO_ARGS ?=
-TRAIN_STEPS ?= 1500
+TRAIN_STEPS ?= 3000
 TRAIN_OUT ?= runs/demo
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
@@ -81,9 +81,9 @@ demo: build ## run the head on a photograph, compare with the reference, draw wh
 	$(RUN) -m dyhead_cuda demo $(if $(DEMO_IMAGE),--image "$(DEMO_IMAGE)") $(DEMO_ARGS)
 
 demo-train: build ## train a small detector on handwritten digits (under 15 minutes on 2 cores)
-	$(RUN) -m dyhead_cuda train --model atss --data digits --images 3000 --val-images 200 \
-	  --backbone resnet18 --channels 64 --levels 3-6 --blocks 2 --lr 1e-3 --steps $(TRAIN_STEPS) \
-	  --eval-every 300 --pictures 12 --out $(TRAIN_OUT)
+	$(RUN) -m dyhead_cuda train --model atss --data digits --images 4000 --val-images 200 \
+	  --backbone timm/test_resnet.r160_in1k --channels 64 --levels 3-6 --blocks 2 --lr 2e-3 \
+	  --steps $(TRAIN_STEPS) --eval-every 500 --pictures 12 --out $(TRAIN_OUT)
 
 lint: $(ENVIRONMENT) ## check style, formatting and types
 	$(RUN) -m ruff check .
