@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
@@ -34,6 +35,8 @@ hypothesis.settings.load_profile("dyhead")
 # On a machine that is lent as it is, make gpu-check runs what can run.
 _MISSING = [name for name in ("pycocotools", "sklearn", "torchvision") if find_spec(name) is None]
 collect_ignore = ["detection"] if _MISSING else []
+if _MISSING and os.environ.get("CI"):
+    raise pytest.UsageError(f"the tests of detectors need {', '.join(_MISSING)}")
 
 
 def pytest_report_header() -> list[str]:

@@ -41,7 +41,7 @@ class ModelConfig:
         num_classes: without the background.
         backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset,
             init: see :class:`~dyhead_cuda.detection.backbones.Pyramid`; 0 blocks are the plain
-            head.
+            head. Two-stage detectors are published with levels 2 to 6.
         convs: convolutions in each tower before the predictors of a one-stage detector. None: 0
             with a Dynamic Head, as published, and 4 without.
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,

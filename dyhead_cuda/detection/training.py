@@ -145,7 +145,7 @@ def load_model(
     try:
         model = models.build_empty(ModelConfig.from_dict(config["model"]))
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (ImportError, KeyError, RuntimeError, ValueError) as error:
         raise RunError(f"cannot make a model from the checkpoint {path}: {error}") from error
     return model.to(device).eval(), config
 

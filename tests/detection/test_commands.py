@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,9 @@ from PIL import Image
 
 from dyhead_cuda import __main__ as command_line
 from dyhead_cuda.detection import progress, runs
+from dyhead_cuda.detection.commands import train_options
 from dyhead_cuda.detection.data import DigitScenes, write_coco
+from dyhead_cuda.detection.models import DETECTORS
 from dyhead_cuda.detection.training import load_model
 
 MODEL = ["--backbone", "timm/test_resnet.r160_in1k", "--channels=16", "--blocks=1", "--levels=3-5"]
@@ -245,3 +249,23 @@ def test_a_checkpoint_that_is_not_there(
     arguments = [tmp_path] if name == "eval" else [image, "--checkpoint", tmp_path]
     assert command(name, *arguments) == 2
     assert "expected a checkpoint, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_levels_are_the_published_ones_unless_given(detector: str) -> None:
+    parser = argparse.ArgumentParser()
+    train_options.add_arguments(parser)
+    expected = (2, 6) if detector.startswith("faster_rcnn") else (3, 7)
+    for given, levels in (([], expected), (["--levels", "4-5"], (4, 5))):
+        arguments = parser.parse_args(["--model", detector, *given])
+        config = train_options.model_config(arguments, DigitScenes("val", 1))
+        assert (config.first_level, config.last_level) == levels
+
+
+def test_a_missing_package_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    options = ["--backbone", "timm/resnet10t", "--images", "2", "--val-images", "1"]
+    assert command_line.main(["train", *options, "--out", str(tmp_path / "run")]) == 2
+    assert "pip install timm" in " ".join(capsys.readouterr().err.split())

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         return fail("stopped; run the same command again to go on", 130)
     except TrainingError as error:
         return fail(error, 1)
-    except (RunError, OSError, ValueError, readme.SectionError) as error:
+    except (RunError, OSError, ValueError, ImportError, readme.SectionError) as error:
         return fail(error)
     print(text)
     for path in drawn:

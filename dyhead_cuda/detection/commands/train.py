@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 128 + error.signal
     except TrainingError as error:
         return fail(error, 1) if is_first() else 1
-    except (RunError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (RunError, ValueError, OSError, ImportError) as error:
         return fail(error) if is_first() else 2
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dyhead_cuda.detection.data import DetectionDataset
-from dyhead_cuda.detection.models import DETECTORS, ModelConfig
+from dyhead_cuda.detection.models import DETECTORS, TWO_STAGE, ModelConfig
 from dyhead_cuda.detection.parallel import DEVICES
 from dyhead_cuda.detection.recipe import Amp, DataConfig, Optimizer, Schedule, TrainConfig
 from dyhead_cuda.modules import ATTENTIONS, Init
@@ -68,7 +68,12 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--convs", type=integer(0), help="in each tower (default: 0 with a DyHead, 4 without)"
     )
-    group.add_argument("--levels", type=_levels, default=(3, 7), metavar="FIRST-LAST")
+    group.add_argument(
+        "--levels",
+        type=_levels,
+        metavar="FIRST-LAST",
+        help="of the pyramid (default, as published: 3-7; two-stage models: 2-6)",
+    )
     group.add_argument(
         "--attentions",
         type=_attentions,
@@ -195,7 +200,8 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
         usual = (arguments.scene_size or SCENE_SIZE,) * 2
     size = usual[0] if size is None else size
     max_size = max(size, usual[1]) if max_size is None else max_size
-    first_level, last_level = arguments.levels
+    published = (2, 6) if arguments.model in TWO_STAGE else (3, 7)
+    first_level, last_level = arguments.levels or published
     return ModelConfig(
         detector=arguments.model,
         num_classes=len(dataset.classes),
