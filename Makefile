@@ -100,7 +100,7 @@ clang_format = find csrc tests/simt \( -name '*.h' -o -name '*.cuh' -o -name '*.
   xargs -0 $(RUN) -c 'import clang_format; clang_format.clang_format()' $(1)
 
 bench: build ## run the microbenchmarks
-	$(RUN) -m dyhead_cuda bench $(BENCH_ARGS)
+	$(RUN) -m benchmarks $(BENCH_ARGS)
 
 gpu-check: ## with PYTHON as it is: build for the GPU here, test, run the sanitizers, benchmark (under 9 minutes)
 	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_ARGS)

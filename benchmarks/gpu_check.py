@@ -77,7 +77,7 @@ def target_of(capability: tuple[int, int]) -> str:
 
 
 def _benchmarks(options: Mapping[str, Sequence[str]], output: Path) -> list[Step]:
-    command = [sys.executable, "-m", "dyhead_cuda", "bench", "--device", "cuda", "--shapes", "glip"]
+    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--shapes", "glip"]
     return [
         Step(
             f"benchmark {Path(name).stem}",
@@ -217,7 +217,7 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
 
 def format_targets(output: Path) -> str:
     """The targets, as far as the benchmarks' results in ``output`` tell."""
-    from dyhead_cuda.bench import results, targets
+    from benchmarks import results, targets
 
     found = [output / name for name in HEAD_BENCHMARKS if (output / name).is_file()]
     if not found:

@@ -23,7 +23,7 @@ class Command(NamedTuple):
 
 
 def _detection(name: str, summary: str) -> Command:
-    return Command(f"dyhead_cuda.detection.commands.{name}", "detection", summary)
+    return Command(f"dyhead_cuda.commands.{name}", "detection", summary)
 
 
 COMMANDS = {
@@ -32,13 +32,8 @@ COMMANDS = {
         None,
         "what runs here and why: versions, libraries, processors, operators",
     ),
-    "bench": Command(
-        "dyhead_cuda.bench",
-        "bench",
-        "measure speed and memory against what people run, and what to do with the results",
-    ),
     "demo": Command(
-        "dyhead_cuda.demo",
+        "dyhead_cuda.commands.demo",
         "demo",
         "run the head on a photograph, compare with the reference, and draw what it attends to",
     ),
@@ -46,7 +41,6 @@ COMMANDS = {
     "eval": _detection("eval", "COCO average precision of a trained detector"),
     "predict": _detection("predict", "detect on pictures: a drawing and a JSON file of each"),
     "attend": _detection("attend", "draw what the head of a trained detector attends to"),
-    "study": _detection("study", "measure what the head is worth: many trainings, one table"),
 }
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from dyhead_cuda import DyHead, DyHeadBlock, backend, compat, functional
 from dyhead_cuda.modules import ATTENTIONS, Attention
-from tests.conftest import assert_close, gradients, halving_sizes, random_pyramid
+from tests.helpers.compare import assert_close, gradients
+from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.test_modules import randomise
 
 SIZES = halving_sizes(9, 6, 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import DynamicReLU, backend, backends, library
 from dyhead_cuda.backends import Backend
+from tests.helpers.paths import ROOT
 
 
 def on(device: str) -> Tensor:
@@ -185,7 +185,7 @@ def test_tensors_of_another_device(
 def test_both_libraries_have_all_operators(device: str) -> None:
     if not library.loaded(device):
         pytest.skip(f"the {device} library is not loaded: {library.reason(device)}")
-    schemas = (Path(__file__).parent.parent / "csrc" / "ops.cpp").read_text()
+    schemas = (ROOT / "csrc" / "ops.cpp").read_text()
     names = re.findall(r'"(\w+)\(Tensor', schemas)
     assert "deform_conv_bwd" in names
     for name in names:

@@ -20,8 +20,8 @@ import torch
 
 from dyhead_cuda import library
 from dyhead_cuda.version import __version__
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CI = os.environ.get("CI") == "true"
 Build = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -287,7 +287,7 @@ def test_no_kernel_spills() -> None:
     built = {f"sm_{arch}" for arch in library.read_build_record()["cuda"]["archs"]}
     checked = built & {"sm_80", "sm_90a"}
     assert checked, f"expected a build for 80 or 90a, got {built}"
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))
     assert sources
     for source in sources:
         (log,) = build_directory("cuda").rglob(f"{source.name}.o.log")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyhead_cuda import checks, functional, reference
 from dyhead_cuda.pyramid import BlockParameters, BranchParameters, halved, repack, unpack
-from tests.conftest import halving_sizes, random_block_parameters, random_pyramid
+from tests.helpers.inputs import halving_sizes, random_block_parameters, random_pyramid
 
 both = pytest.mark.parametrize("module", [reference, functional])
 

@@ -16,16 +16,18 @@ from dyhead_cuda import UnifiedDyHead, backend, functional, library
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.pyramid import HIGH_OFFSETS, BlockParameters, HighOffset
 from dyhead_cuda.reference import UnifiedParameters
-from tests.conftest import (
+from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
-    flat_parameters,
     gradients,
-    halving_sizes,
     leaf,
-    random_block_parameters,
     random_like,
+)
+from tests.helpers.inputs import (
+    flat_parameters,
+    halving_sizes,
+    random_block_parameters,
     random_pyramid,
     rebuild_parameters,
 )

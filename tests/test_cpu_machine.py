@@ -19,23 +19,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from dyhead_cuda import DyHead, backend, functional, library
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
-from tests.conftest import (
-    TOLERANCE,
-    assert_close,
-    assert_gradients_close,
-    flat_parameters,
-    gradients,
-    halving_sizes,
-    leaf,
-    random_pyramid,
-)
+from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
+from tests.helpers.inputs import flat_parameters, halving_sizes, random_pyramid
+from tests.helpers.paths import ROOT
+from tests.reference.test_deform_conv import Case
 from tests.test_backends import Spy
 from tests.test_cpu_backend import BLOCKS, Block, attend, block_gradients, in_double, unified_inputs
-from tests.test_deform_conv import Case
 
 library.require("cpu")
-
-ROOT = Path(__file__).parent.parent
 
 
 def calls_of_compiled_operators(run: Callable[[], object]) -> int:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import distributed_worker as worker
-from tests.conftest import TOLERANCE, relative_l2
+from tests.helpers import distributed_worker as worker
+from tests.helpers.compare import TOLERANCE, relative_l2
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 150
 
 Results = dict[str, dict[str, Tensor] | str]
@@ -31,7 +31,7 @@ def launch(strategy: str, directory: Path) -> list[Results]:
     logs = [directory / f"rank{rank}.log" for rank in range(worker.WORLD)]
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, "-m", "tests.distributed_worker"]
+        command = [sys.executable, "-m", "tests.helpers.distributed_worker"]
         with log.open("wb") as file:
             processes.append(
                 subprocess.Popen(

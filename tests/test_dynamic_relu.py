@@ -14,14 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import DynamicReLU, backend, functional, library, reference
 from dyhead_cuda.reference import Activation
-from tests.conftest import (
-    TOLERANCE,
-    assert_close,
-    assert_gradients_close,
-    gradients,
-    leaf,
-    random_relu_inputs,
-)
+from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
+from tests.helpers.inputs import random_relu_inputs
 
 pytestmark = pytest.mark.skipif(
     not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"

@@ -98,7 +98,7 @@ def test_code_for_a_specific_target_covers_nothing_else() -> None:
 def test_a_command_imports_only_what_it_needs() -> None:
     script = (
         "import sys; from dyhead_cuda.__main__ import main; main(['info']); "
-        "print(sorted({'dyhead_cuda.demo', 'matplotlib', 'torchvision', 'skimage'} "
+        "print(sorted({'dyhead_cuda.commands.demo', 'matplotlib', 'torchvision', 'skimage'} "
         "& set(sys.modules)))"
     )
     result = subprocess.run(

@@ -25,15 +25,8 @@ from dyhead_cuda import (
     reference,
 )
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
-from tests.conftest import (
-    TOLERANCE,
-    assert_close,
-    assert_gradients_close,
-    gradients,
-    halving_sizes,
-    leaf,
-    random_pyramid,
-)
+from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
+from tests.helpers.inputs import halving_sizes, random_pyramid
 
 
 def small_head(**options: Any) -> DyHead:

@@ -25,8 +25,9 @@ from dyhead_cuda import (
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.compat.accelerate import AcceleratedBlock
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
-from tests.conftest import halving_sizes, leaf, random_like, random_pyramid
-from tests.published import glip, mmdet
+from tests.helpers.compare import leaf, random_like
+from tests.helpers.inputs import halving_sizes, random_pyramid
+from tests.helpers.published import glip, mmdet
 from tests.test_modules import randomise
 
 CHANNELS = 16

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 CI = os.environ.get("CI") == "true"
 PYTHON = os.environ.get("DYHEAD_SECOND_PYTHON")
 

@@ -7,9 +7,9 @@ import torch
 
 from dyhead_cuda import DyHead
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
-from tests import training
+from tests.helpers import training
+from tests.helpers.training import CHANNELS, HALF, KINDS
 from tests.test_modules import randomise
-from tests.training import CHANNELS, HALF, KINDS
 
 DEVICE = "cpu"
 kinds = pytest.mark.parametrize("kind", KINDS)

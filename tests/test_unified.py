@@ -13,7 +13,8 @@ from torch import Tensor
 from dyhead_cuda import UnifiedDyHead, functional, reference
 from dyhead_cuda.modules import UnifiedDyHeadBlock
 from dyhead_cuda.reference import ResizeMode, Targets, UnifiedParameters
-from tests.conftest import TOLERANCE, assert_close, gradients, leaf, random_pyramid
+from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf
+from tests.helpers.inputs import random_pyramid
 
 targets_both = pytest.mark.parametrize("targets", ["all", "median"])
 

@@ -10,16 +10,16 @@ labels and maybe keypoints.
 Needs ``pip install 'dyhead_cuda[detection]'``.
 """
 
-from dyhead_cuda.detection.atss import ATSS
-from dyhead_cuda.detection.backbones import Pyramid
-from dyhead_cuda.detection.checkpoints import atss_from_microsoft, atss_from_mmdet
 from dyhead_cuda.detection.data import CocoFolder, DigitScenes, collate, open_dataset, write_coco
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
-from dyhead_cuda.detection.models import ModelConfig, build
-from dyhead_cuda.detection.one_stage import FCOS, RetinaNet
-from dyhead_cuda.detection.recipe import DataConfig, TrainConfig
-from dyhead_cuda.detection.training import load_model, train
-from dyhead_cuda.detection.two_stage import FasterRCNN
+from dyhead_cuda.detection.models.atss import ATSS
+from dyhead_cuda.detection.models.backbones import Pyramid
+from dyhead_cuda.detection.models.checkpoints import atss_from_microsoft, atss_from_mmdet
+from dyhead_cuda.detection.models.config import ModelConfig, build
+from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
+from dyhead_cuda.detection.models.two_stage import FasterRCNN
+from dyhead_cuda.detection.training.recipe import DataConfig, TrainConfig
+from dyhead_cuda.detection.training.trainer import load_model, train
 
 __all__ = [
     "ATSS",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda.ops import block_coefficients
-from tests.coefficients import (
+from tests.helpers.coefficients import (
     CASES,
     Case,
     all_gradients,
@@ -19,7 +19,7 @@ from tests.coefficients import (
     check_gradients,
     plain,
 )
-from tests.conftest import assert_close, leaf
+from tests.helpers.compare import assert_close, leaf
 
 from .device import captured, launched, on_a_busy_stream
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import Job, Map, Plan, deform_conv
-from tests.conftest import (
+from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
@@ -23,7 +23,7 @@ from tests.conftest import (
     leaf,
     relative_l2,
 )
-from tests.deform_work import (
+from tests.helpers.deform_work import (
     CONVOLUTIONS,
     WORKS,
     Call,
@@ -32,7 +32,7 @@ from tests.deform_work import (
     Tensors,
     Work,
 )
-from tests.training import HALF, deterministic
+from tests.helpers.training import HALF, deterministic
 
 from .device import (
     captured,

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from dyhead_cuda import backend, functional, reference
 from dyhead_cuda.reference import Activation
-from tests.conftest import (
+from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
     gradients,
     leaf,
-    random_relu_inputs,
     relative_l2,
 )
+from tests.helpers.inputs import random_relu_inputs
 
 from .device import captured, need_memory, need_two_devices, on_a_busy_stream
 

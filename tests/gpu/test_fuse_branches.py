@@ -13,15 +13,9 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.ops.deform_conv import Map
 from dyhead_cuda.ops.fuse_branches import fuse_branches
-from tests.conftest import (
-    TOLERANCE,
-    assert_close,
-    assert_gradients_close,
-    gradients,
-    halving_sizes,
-    leaf,
-)
-from tests.fuse_cases import CASES, Case, block_case
+from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
+from tests.helpers.fuse_cases import CASES, Case, block_case
+from tests.helpers.inputs import halving_sizes
 
 from .device import captured, need_memory, need_two_devices, on_a_busy_stream
 

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, accelerate, backend, library
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
-from tests import test_modules, training
-from tests.conftest import (
+from tests import test_modules
+from tests.compat.test_accelerate import MODELS, run
+from tests.compat.test_state_dicts import pyramid
+from tests.helpers import training
+from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
     gradients,
-    halving_sizes,
     leaf,
     random_like,
-    random_pyramid,
     relative_l2,
 )
-from tests.test_accelerate import MODELS, run
-from tests.test_compat import pyramid
+from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.test_cpu_backend import (
     BLOCKS,
     Block,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.pack_levels import pack_levels
-from tests.conftest import TOLERANCE, halving_sizes, leaf, random_pyramid
+from tests.helpers.compare import TOLERANCE, leaf
+from tests.helpers.inputs import halving_sizes, random_pyramid
 
 from .device import need_memory
 

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/block_coefficients.h"
+#include "cuda/block_coefficients/block_coefficients.h"
 #include "device_array.h"
 
 namespace dyhead::simt {
@@ -172,7 +172,7 @@ py::tuple with_compute_type(const py::array& mean, Use&& use) {
 }  // namespace
 
 void bind_block_coefficients(py::module_& module) {
-  py::module_ m = module.def_submodule("block_coefficients", "csrc/cuda/block_coefficients.h");
+  py::module_ m = module.def_submodule("block_coefficients", "csrc/cuda/block_coefficients/block_coefficients.h");
   m.def("forward",
         [](const py::array& mean, const py::array& var, const py::array& up_mean,
            const std::vector<NamedArray>& norm_weights, const std::vector<NamedArray>& norm_biases,

@@ -1,10 +1,10 @@
-// The forward and the backward of deform_conv as csrc/cuda/deform_conv.cpp runs them.
+// The forward and the backward of deform_conv as csrc/cuda/deform_conv/deform_conv.cpp runs them.
 #include <pybind11/stl.h>
 
 #include <deque>
 #include <string>
 
-#include "cuda/deform_run.h"
+#include "cuda/deform_conv/deform_run.h"
 #include "deform_tables.h"
 
 namespace dyhead::simt {
@@ -142,7 +142,7 @@ py::dict backward(const DeformTables& tables, const py::array& grad_out, const p
 }  // namespace
 
 void bind_deform_conv(py::module_& module) {
-  py::module_ m = module.def_submodule("deform_conv", "csrc/cuda/deform_run.h");
+  py::module_ m = module.def_submodule("deform_conv", "csrc/cuda/deform_conv/deform_run.h");
   py::class_<DeviceLimits>(m, "DeviceLimits")
       .def(py::init([](int processors, size_t shared_bytes) {
              return DeviceLimits{processors, shared_bytes};

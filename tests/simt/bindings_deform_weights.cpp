@@ -1,7 +1,7 @@
 // The weight gradient of deform_conv.
 #include <pybind11/stl.h>
 
-#include "cuda/deform_run_weights.h"
+#include "cuda/deform_conv/deform_run_weights.h"
 #include "deform_tables.h"
 
 namespace dyhead::simt {
@@ -40,7 +40,7 @@ py::array gradient(const DeformTables& tables, const py::array& source,
 }  // namespace
 
 void bind_deform_weights(py::module_& module) {
-  py::module_ m = module.def_submodule("deform_weights", "csrc/cuda/deform_run_weights.h");
+  py::module_ m = module.def_submodule("deform_weights", "csrc/cuda/deform_conv/deform_run_weights.h");
   m.def("weight_slices", &weight_slices, py::arg("tiles"), py::arg("blocks"), py::arg("resident"));
   m.def(
       "plan",

@@ -1,10 +1,10 @@
-// The launchers of dynamic_relu, called as csrc/cuda/dynamic_relu.cpp calls them.
+// The launchers of dynamic_relu, called as csrc/cuda/dynamic_relu/dynamic_relu.cpp calls them.
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 
-#include "cuda/dynamic_relu.h"
+#include "cuda/dynamic_relu/dynamic_relu.h"
 #include "device_array.h"
 
 namespace dyhead::simt {
@@ -103,7 +103,7 @@ py::dict backward(py::ssize_t images, py::ssize_t pixels, const py::array& grad_
 }  // namespace
 
 void bind_dynamic_relu(py::module_& module) {
-  py::module_ m = module.def_submodule("dynamic_relu", "csrc/cuda/dynamic_relu.h");
+  py::module_ m = module.def_submodule("dynamic_relu", "csrc/cuda/dynamic_relu/dynamic_relu.h");
   py::class_<DynamicReluGrid>(m, "Grid")
       .def(py::init([](int blocks_per_image, int images_in_flight, bool cooperative) {
              return DynamicReluGrid{blocks_per_image, images_in_flight, cooperative};

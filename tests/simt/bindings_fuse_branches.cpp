@@ -1,10 +1,10 @@
-// The launchers of fuse_branches, called as csrc/cuda/fuse_branches.cpp calls them.
+// The launchers of fuse_branches, called as csrc/cuda/fuse_branches/fuse_branches.cpp calls them.
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 
-#include "cuda/fuse_branches.h"
+#include "cuda/fuse_branches/fuse_branches.h"
 #include "device_array.h"
 
 namespace dyhead::simt {
@@ -126,7 +126,7 @@ py::object backward(const Call& c, const py::array& grad_out) {
 }  // namespace
 
 void bind_fuse_branches(py::module_& module) {
-  py::module_ m = module.def_submodule("fuse_branches", "csrc/cuda/fuse_branches.h");
+  py::module_ m = module.def_submodule("fuse_branches", "csrc/cuda/fuse_branches/fuse_branches.h");
   m.attr("levels_per_launch") = kFuseLevels;
   py::class_<FuseTiling>(m, "Tiling")
       .def(py::init([](int32_t width_log2, int32_t height_log2, int32_t most_blocks,

@@ -1,10 +1,10 @@
-// The launchers of pack_levels, called as csrc/cuda/pack_levels.cpp calls them.
+// The launchers of pack_levels, called as csrc/cuda/pack_levels/pack_levels.cpp calls them.
 #include <pybind11/stl.h>
 
 #include <deque>
 #include <vector>
 
-#include "cuda/pack_levels.h"
+#include "cuda/pack_levels/pack_levels.h"
 #include "device_array.h"
 
 namespace dyhead::simt {
@@ -60,7 +60,7 @@ std::vector<py::array> unpack(int64_t images, int64_t channels, const std::vecto
 }  // namespace
 
 void bind_pack_levels(py::module_& module) {
-  py::module_ m = module.def_submodule("pack_levels", "csrc/cuda/pack_levels.h");
+  py::module_ m = module.def_submodule("pack_levels", "csrc/cuda/pack_levels/pack_levels.h");
   m.attr("levels_per_launch") = kPackLevels;
   py::class_<Level>(m, "Level")
       .def(py::init([](int64_t first_row, int32_t height, int32_t width) {

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 SOURCE = Path(__file__).resolve().parent
-BUILDS = REPOSITORY / "build"
+BUILDS = ROOT / "build"
 
 # Set in subprocesses: where the Python module lies, already built.
 MODULE_DIRECTORY = "DYHEAD_SIMT_MODULE_DIRECTORY"
@@ -81,7 +82,7 @@ class Kernels:
             environment["UBSAN_OPTIONS"] = f"print_stacktrace=1:exitcode={SANITIZER_EXIT}"
         return subprocess.run(
             command,
-            cwd=REPOSITORY,
+            cwd=ROOT,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
@@ -123,13 +124,13 @@ def mutate(
     Raises:
         ValueError: `pattern` does not occur as asked.
     """
-    text = (REPOSITORY / file).read_text()
+    text = (ROOT / file).read_text()
     changed = _replace(file, text, pattern, replacement, occurrence)
     key = hashlib.sha256(repr((file, pattern, replacement, occurrence, kernel, sanitize)).encode())
     build = BUILDS / "simt-mutants" / key.hexdigest()[:16]
     tree = build / "tree"
     for part in ("csrc", "tests/simt/kernels"):
-        _mirror(REPOSITORY / part, tree / part, {REPOSITORY / file: changed})
+        _mirror(ROOT / part, tree / part, {ROOT / file: changed})
     if file.endswith(".cu"):
         kernel = Path(file).stem
     _build(

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from dyhead_cuda import fused, reference
 from dyhead_cuda.pyramid import HighOffset
-from tests.conftest import (
+from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
-    flat_parameters,
     gradients,
-    halving_sizes,
     leaf,
+    relative_l2,
+)
+from tests.helpers.inputs import (
+    flat_parameters,
+    halving_sizes,
     random_block_parameters,
     random_pyramid,
     rebuild_parameters,
-    relative_l2,
 )
 
 from .emulated import Emulated

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.coefficients import (
+from tests.helpers.coefficients import (
     CASES,
     Case,
     all_gradients,
@@ -21,7 +21,7 @@ from tests.coefficients import (
     check_gradients,
     plain,
 )
-from tests.conftest import assert_close, leaf, random_like
+from tests.helpers.compare import assert_close, leaf, random_like
 
 from .arrays import to_array, to_tensor
 

@@ -8,9 +8,9 @@ import pytest
 
 from .build import Kernels, mutate
 
-DEVICE = "csrc/cuda/block_coefficients.cuh"
-FORWARD = "csrc/cuda/block_coefficients_fwd.cu"
-BACKWARD = "csrc/cuda/block_coefficients_bwd.cu"
+DEVICE = "csrc/cuda/block_coefficients/block_coefficients.cuh"
+FORWARD = "csrc/cuda/block_coefficients/block_coefficients_fwd.cu"
+BACKWARD = "csrc/cuda/block_coefficients/block_coefficients_bwd.cu"
 ARITHMETIC = "csrc/common/block_coefficients.h"
 TESTS = (
     "tests/simt/test_block_coefficients.py",

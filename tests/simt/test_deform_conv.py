@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import Plan
-from tests.conftest import (
+from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
@@ -21,7 +21,7 @@ from tests.conftest import (
     random_like,
     relative_l2,
 )
-from tests.deform_work import CONVOLUTIONS, WORKS, Call, Convolution, ManyJobs, Work
+from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Call, Convolution, ManyJobs, Work
 
 from .arrays import to_array, to_tensor
 

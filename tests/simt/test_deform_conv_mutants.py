@@ -8,12 +8,12 @@ import pytest
 
 from .build import Kernels, mutate
 
-FORWARD = "csrc/cuda/deform_conv_fwd.cuh"
-INPUT = "csrc/cuda/deform_conv_bwd_input.cuh"
-GATHER = "csrc/cuda/deform_conv_bwd_gather.cu"
-SHARED = "csrc/cuda/deform_conv.cuh"
-TILE = "csrc/cuda/tile_gemm.cuh"
-SUMS = "csrc/cuda/deform_sums.cuh"
+FORWARD = "csrc/cuda/deform_conv/deform_conv_fwd.cuh"
+INPUT = "csrc/cuda/deform_conv/deform_conv_bwd_input.cuh"
+GATHER = "csrc/cuda/deform_conv/deform_conv_bwd_gather.cu"
+SHARED = "csrc/cuda/deform_conv/deform_conv.cuh"
+TILE = "csrc/cuda/tile/tile_gemm.cuh"
+SUMS = "csrc/cuda/deform_conv/deform_sums.cuh"
 TESTS = "tests/simt/test_deform_conv.py"
 
 

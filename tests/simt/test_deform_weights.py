@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import NO_MAP, NONE, Job, Plan, stack_maps
-from tests.conftest import TOLERANCE, leaf, random_like, relative_l2
-from tests.deform_work import WORKS, Work
+from tests.helpers.compare import TOLERANCE, leaf, random_like, relative_l2
+from tests.helpers.deform_work import WORKS, Work
 
 from .arrays import to_array, to_tensor
 from .test_deform_conv import CONVOLUTIONS, TF32, Convolution, dtypes, name_of

@@ -8,8 +8,8 @@ import pytest
 
 from .build import Kernels, mutate
 
-KERNEL = "csrc/cuda/deform_conv_bwd_weights.cuh"
-SUM = "csrc/cuda/deform_conv_add_weights.cu"
+KERNEL = "csrc/cuda/deform_conv/deform_conv_bwd_weights.cuh"
+SUM = "csrc/cuda/deform_conv/deform_conv_add_weights.cu"
 TESTS = (
     "tests/simt/test_deform_weights.py",
     "-x",

@@ -16,14 +16,8 @@ from torch import Tensor
 
 from dyhead_cuda import reference
 from dyhead_cuda.reference import Activation
-from tests.conftest import (
-    TOLERANCE,
-    assert_close,
-    assert_gradients_close,
-    leaf,
-    random_relu_inputs,
-    relative_l2,
-)
+from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, leaf, relative_l2
+from tests.helpers.inputs import random_relu_inputs
 
 from .arrays import flat_array, to_array, to_tensor
 

@@ -8,10 +8,10 @@ import pytest
 
 from .build import Kernels, mutate
 
-DEVICE = "csrc/cuda/dynamic_relu.cuh"
-ROWS = "csrc/cuda/rows.cuh"
-FORWARD = "csrc/cuda/dynamic_relu_fwd.cu"
-BACKWARD = "csrc/cuda/dynamic_relu_bwd.cu"
+DEVICE = "csrc/cuda/dynamic_relu/dynamic_relu.cuh"
+ROWS = "csrc/cuda/tile/rows.cuh"
+FORWARD = "csrc/cuda/dynamic_relu/dynamic_relu_fwd.cu"
+BACKWARD = "csrc/cuda/dynamic_relu/dynamic_relu_bwd.cu"
 ARITHMETIC = "csrc/common/dynamic_relu.h"
 TESTS = (
     "tests/simt/test_dynamic_relu.py",

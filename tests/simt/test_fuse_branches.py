@@ -13,16 +13,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.conftest import (
+from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
     gradients,
-    halving_sizes,
     leaf,
     random_like,
 )
-from tests.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case
+from tests.helpers.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case
+from tests.helpers.inputs import halving_sizes
 
 from .arrays import flat_array, to_array, to_tensor
 

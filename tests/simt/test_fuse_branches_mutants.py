@@ -8,10 +8,10 @@ import pytest
 
 from .build import Kernels, mutate
 
-FORWARD = "csrc/cuda/fuse_branches_fwd.cu"
-BACKWARD = "csrc/cuda/fuse_branches_bwd.cu"
-DEVICE = "csrc/cuda/fuse_branches.cuh"
-ROWS = "csrc/cuda/rows.cuh"
+FORWARD = "csrc/cuda/fuse_branches/fuse_branches_fwd.cu"
+BACKWARD = "csrc/cuda/fuse_branches/fuse_branches_bwd.cu"
+DEVICE = "csrc/cuda/fuse_branches/fuse_branches.cuh"
+ROWS = "csrc/cuda/tile/rows.cuh"
 UPSAMPLE = "csrc/common/upsample.h"
 TESTS = (
     "tests/simt/test_fuse_branches.py",

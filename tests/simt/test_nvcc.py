@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .build import REPOSITORY, SOURCE
+from tests.helpers.paths import ROOT
+
+from .build import SOURCE
 
 KERNELS = sorted((SOURCE / "kernels").glob("*.cu"))
 
@@ -18,7 +20,7 @@ KERNELS = sorted((SOURCE / "kernels").glob("*.cu"))
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.stem)
 def test_compiles_for_devices(kernel: Path, tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++20", "-Werror", "all-warnings"]
-    command += ["-Xcompiler", "-Wall,-Wextra,-Werror", "-I", str(REPOSITORY / "csrc")]
+    command += ["-Xcompiler", "-Wall,-Wextra,-Werror", "-I", str(ROOT / "csrc")]
     for arch in ("80", "90a"):
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["-c", str(kernel), "-o", str(tmp_path / "kernel.o")]

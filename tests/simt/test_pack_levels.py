@@ -16,7 +16,7 @@ Size = tuple[int, int]
 INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 element_sizes = pytest.mark.parametrize("element_bytes", INTEGERS)
 
-KERNELS = "csrc/cuda/pack_levels.cu"
+KERNELS = "csrc/cuda/pack_levels/pack_levels.cu"
 
 
 def flat(array: NDArray[Any], skew: int) -> NDArray[Any]:

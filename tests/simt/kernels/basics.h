@@ -1,7 +1,7 @@
 // Small kernels that each show one behaviour of the emulation.
 #pragma once
 
-#include "cuda/launch.cuh"
+#include "cuda/tile/launch.cuh"
 
 namespace dyhead::simt_test {
 

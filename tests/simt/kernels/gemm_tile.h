@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/dtypes.h"
-#include "cuda/launch.cuh"
+#include "cuda/tile/launch.cuh"
 
 namespace dyhead::simt_test {
 

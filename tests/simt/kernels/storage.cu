@@ -1,6 +1,6 @@
 #include "storage.h"
 
-#include "cuda/primitives.cuh"
+#include "cuda/tile/primitives.cuh"
 
 namespace dyhead::simt_test {
 

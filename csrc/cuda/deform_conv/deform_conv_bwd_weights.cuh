@@ -1,0 +1,336 @@
+// The kernel of deform_conv's weight gradient; see deform_conv_bwd_weights.h for its plan.
+// Instantiated by deform_conv_bwd_weights_<arithmetic>.cu.
+#pragma once
+
+#include "deform_conv.cuh"
+#include "deform_conv_bwd_weights.h"
+#include "../tile/tile_outer.cuh"
+
+namespace dyhead::cuda {
+
+// What the blending of a step needs: where its samples are.
+template <class Op>
+struct WeightStep {
+  using F = typename Operand<Op>::Compute;
+  static constexpr int kDepth = Operand<Op>::kDepth;
+
+  int64_t source;          // element of `source` at which the map of the image starts
+  int64_t grad;            // element of `grad_rows` at which the job and image start
+  int32_t pixels[kDepth];  // index in the job's map, or -1
+  Corners<F> corners[kWeightCols];
+};
+
+template <class Op, int kOuts>
+struct WeightsShared {
+  static constexpr int kDepth = Operand<Op>::kDepth;
+  // A panel of a is whole, even where fewer columns are multiplied.
+  static constexpr size_t kA = static_cast<size_t>(kOuts > kDepth ? kOuts : kDepth) * kRowBytes;
+  static constexpr size_t kB = static_cast<size_t>(kWeightCols) * kRowBytes;
+  static constexpr size_t kBytes = 2 * (kA + kB + sizeof(WeightStep<Op>));
+};
+
+template <class Op, int kOuts, bool kVectors>
+class WeightsTile {
+ public:
+  using T = typename Operand<Op>::Storage;
+  using F = typename Operand<Op>::Compute;
+  using Shared = WeightsShared<Op, kOuts>;
+  using Product = TileOuter<Op, kOuts, kWeightCols>;
+  using Step = WeightStep<Op>;
+  static constexpr int kDepth = Operand<Op>::kDepth;
+  static constexpr int kUnit = Operand<Op>::kUnit;
+  static constexpr int kSlots = kWeightCols / kDepth;
+
+  DYHEAD_DEVICE explicit WeightsTile(const DeformBwdWeightsParams& p)
+      : p_(p),
+        a_(dynamic_shared<std::byte>(0, 2 * Shared::kA)),
+        b_(dynamic_shared<std::byte>(2 * Shared::kA, 2 * Shared::kB)),
+        steps_(dynamic_shared<Step>(2 * (Shared::kA + Shared::kB), 2)),
+        plan_(shared_plan()) {
+    if (threadIdx.x == 0) make_plan();
+    __syncthreads();
+  }
+
+  DYHEAD_DEVICE void run() {
+    for (int i = 0; i < 2 && i < plan_.tiles; ++i) {
+      locate(start_step(plan_.at[i], steps_[i]), plan_.at[i], steps_[i]);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0 && plan_.tiles > 2) {
+      plan_.at[0] = plan_.at[1];
+      advance(plan_.at[0]);
+    }
+    multiply();
+    store();
+  }
+
+ private:
+  // A tile of the pixels of one job, image and term.
+  struct Cursor {
+    TilePlace place;
+    int32_t term;    // of the launch
+    int32_t within;  // number of the tile among those of the job
+  };
+
+  // In shared memory: registers are for the products.
+  struct Plan {
+    int32_t matrix;  // of the call
+    int32_t first_out, outs;
+    int64_t tiles;  // of this slice
+    DeformWeightSlot slots[kSlots];
+    Cursor at[2];  // where the samples of the steps to come are: from step i on, at[i % 2] of i + 2
+  };
+
+  DYHEAD_DEVICE static Plan& shared_plan() {
+    DYHEAD_SHARED(Plan, plan, 1);
+    return plan[0];
+  }
+
+  DYHEAD_DEVICE void make_plan() {
+    const DeformShape& s = p_.table.shape;
+    const int32_t blocks = p_.columns.blocks(s);
+    const auto block = static_cast<int32_t>(blockIdx.x);
+    const int32_t slice = block / blocks;
+    const DeformWeightPlace at = weight_place(p_.columns, block % blocks);
+    const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
+    const int32_t left = group_outputs - at.out_panel * kOuts;
+    plan_.first_out = at.group * group_outputs + at.out_panel * kOuts;
+    plan_.outs = left < kOuts ? left : kOuts;
+    for (int i = 0; i < kSlots; ++i) {
+      plan_.slots[i] = weight_slot(s, at.group, at.slot_block * kSlots + i, kDepth);
+    }
+    int use = 0;
+    while (slice >= p_.slices.first[use + 1]) ++use;
+    plan_.matrix = p_.slices.matrix[use];
+    // Slice i of n has tiles [i T / n, (i + 1) T / n).
+    const int64_t tiles = matrix_tiles(p_.table, plan_.matrix);
+    const int32_t slices = p_.slices.first[use + 1] - p_.slices.first[use];
+    const int32_t i = slice - p_.slices.first[use];
+    const int64_t first = tiles * i / slices;
+    plan_.tiles = tiles * (i + 1) / slices - first;
+    Cursor cursor{{0, 0, 0}, -1, 0};
+    int64_t skipped = first;
+    next_term(cursor);
+    for (; skipped >= job_tiles(p_.table, cursor.place.job); next_term(cursor)) {
+      skipped -= job_tiles(p_.table, cursor.place.job);
+    }
+    cursor.within = static_cast<int32_t>(skipped);
+    find_place(cursor);
+    plan_.at[0] = cursor;
+    if (plan_.tiles > 1) advance(cursor);
+    plan_.at[1] = cursor;
+  }
+
+  // The next term with this matrix of a job that has tiles; terms are in order of their jobs.
+  DYHEAD_DEVICE void next_term(Cursor& cursor) const {
+    do {
+      ++cursor.term;
+      while (cursor.term == last_term(p_.table.jobs[cursor.place.job])) ++cursor.place.job;
+    } while (p_.table.terms[cursor.term].weight != plan_.matrix ||
+             job_tiles(p_.table, cursor.place.job) == 0);
+    cursor.within = 0;
+  }
+
+  DYHEAD_DEVICE void advance(Cursor& cursor) const {
+    if (++cursor.within == job_tiles(p_.table, cursor.place.job)) next_term(cursor);
+    find_place(cursor);
+  }
+
+  DYHEAD_DEVICE void find_place(Cursor& cursor) const {
+    const int32_t per_image = p_.table.tiles_of[cursor.place.job].per_image;
+    cursor.place.image = cursor.within / per_image;
+    cursor.place.tile = cursor.within % per_image;
+  }
+
+  // Thread i locates sample i of a step: row i % kDepth of slot i / kDepth.
+  struct Predicted {
+    TapValues<F> values;
+    F gate;
+  };
+
+  DYHEAD_DEVICE static bool locates() { return tile_thread() < kWeightCols; }
+  DYHEAD_DEVICE const DeformWeightSlot& own_slot() const {
+    return plan_.slots[tile_thread() / kDepth];
+  }
+
+  // Starts the loads of what locate() needs, and fills the rest of the step.
+  DYHEAD_DEVICE Predicted start_step(const Cursor& cursor, Step& step) const {
+    Predicted predicted{{F(0), F(0), F(0)}, F(0)};
+    if (!locates()) return predicted;
+    const int thread = tile_thread();
+    const DeformShape& shape = p_.table.shape;
+    const OutputPixel at = tile_pixel(p_.table, cursor.place, thread % kDepth, kDepth);
+    const TapSampler<F> sampler = tap_sampler<F>(p_.table, p_.predictions, p_.gates, cursor.place,
+                                                 p_.table.terms[cursor.term]);
+    const DeformWeightSlot& slot = own_slot();
+    if (at.index >= 0 && slot.count > 0) {
+      predicted = {sampler.predicted(slot.deform_group, slot.tap, at), sampler.gate};
+    }
+    if (thread < kDepth) step.pixels[thread] = at.index;
+    if (thread == 0) {
+      const int64_t image = cursor.place.image;
+      const MapShape& map = sampler.source;
+      const MapShape& out = sampler.job.out;
+      step.source = (map.first_row + image * map.pixels()) * shape.channels;
+      step.grad = (out.first_row + image * out.pixels()) * shape.out_channels;
+    }
+    // The pixel waits where its corners will be: registers are for the products.
+    step.corners[thread].pixel[0] = at.index;
+    step.corners[thread].pixel[1] = at.y;
+    step.corners[thread].pixel[2] = at.x;
+    return predicted;
+  }
+
+  DYHEAD_DEVICE void locate(const Predicted& predicted, const Cursor& cursor, Step& step) const {
+    if (!locates()) return;
+    Corners<F>& corners = step.corners[tile_thread()];
+    const OutputPixel at{corners.pixel[0], corners.pixel[1], corners.pixel[2]};
+    const DeformWeightSlot& slot = own_slot();
+    if (at.index < 0 || slot.count == 0) {
+      corners = {{F(0), F(0), F(0), F(0)}, {-1, -1, -1, -1}};
+      return;
+    }
+    const TapSampler<F> sampler{p_.table.shape, p_.table.jobs[cursor.place.job],
+                                p_.table.sources[p_.table.terms[cursor.term].source].map, nullptr,
+                                predicted.gate};
+    const TapValues<F>& values = predicted.values;
+    corners = sampler.corners(sampler.point(values.dy, values.dx, slot.tap, at), values.mask);
+  }
+
+  // Starts the copies of a step's gradient rows.
+  DYHEAD_DEVICE void load_grad(std::byte* to, const Step& step) const {
+    const int thread = tile_thread();
+    const auto outs = static_cast<int>(p_.table.shape.out_channels);
+    const T* grad = static_cast<const T*>(p_.grad_rows) + step.grad + plan_.first_out;
+    if (p_.grad_vectors) {
+      constexpr int kRowUnits = kOuts / kUnit;
+      constexpr int kRows = kTileThreads / kRowUnits;  // that the block copies at a time
+      const int first = thread % kRowUnits * kUnit;
+      const bool inside = first < plan_.outs;
+      const T* from = grad + (inside ? first : 0);
+#pragma unroll
+      for (int row = thread / kRowUnits; row < kDepth; row += kRows) {
+        const int32_t pixel = step.pixels[row];
+        const int64_t index = pixel < 0 ? 0 : pixel;
+        cp_async_zfill<16>(to + column_offset<Op>(row, first), from + index * outs,
+                           inside & (pixel >= 0) ? 16 : 0);
+      }
+      return;
+    }
+    constexpr int kRows = kTileThreads / kOuts;
+    const int out = thread % kOuts;
+    const bool inside = out < plan_.outs;
+    const T* from = grad + (inside ? out : 0);
+    const int within = out % kUnit * static_cast<int>(sizeof(T));
+#pragma unroll 4
+    for (int row = thread / kOuts; row < kDepth; row += kRows) {
+      const int32_t pixel = step.pixels[row];
+      T value{};
+      if (inside && pixel >= 0) value = from[static_cast<int64_t>(pixel) * outs];
+      *reinterpret_cast<T*>(to + column_offset<Op>(row, out) + within) = value;
+    }
+  }
+
+  DYHEAD_DEVICE void multiply() {
+    using Gathered = Gather<Op, kVectors>;
+    constexpr int kItemRows = kTileThreads / kUnits;
+    constexpr int kItems = kWeightCols / kItemRows;  // units that a thread blends per step
+    static_assert(kItems == kSteps);
+    const int thread = tile_thread();
+    const int unit = thread % kUnits * kUnit;  // its first channel in a slot
+    const auto channels = static_cast<int>(p_.table.shape.channels);
+    Gathered gathered;
+    // Sample i of a step is row i % kDepth of slot i / kDepth.
+    const auto load_samples = [&](const Step& step, int item) {
+      const int sample = item * kItemRows + thread / kUnits;
+      const DeformWeightSlot& slot = plan_.slots[sample / kDepth];
+      gathered.load(step.corners[sample],
+                    static_cast<const T*>(p_.source) + step.source + slot.first + unit, channels,
+                    slot.count - unit);
+    };
+    const auto store_samples = [&](std::byte* to, int item) {
+      const int sample = item * kItemRows + thread / kUnits;
+      gathered.store(to + sample / kDepth * kPanelBytes<Op> +
+                     depth_offset(sample % kDepth, thread % kUnits));
+    };
+
+    load_grad(a_, steps_[0]);
+    for (int item = 0; item < kItems; ++item) {
+      load_samples(steps_[0], item);
+      store_samples(b_, item);
+    }
+    int buffer = 0;
+    for (int64_t left = plan_.tiles; left > 0; --left) {
+      cp_async_wait_all();
+      // Both operands of this step are there, and the samples of the next one are located; nobody
+      // reads those of the step before.
+      __syncthreads();
+      const std::byte* a = a_ + buffer * Shared::kA;
+      const std::byte* b = b_ + buffer * Shared::kB;
+      Step& freed = steps_[buffer];
+      const Cursor& cursor = plan_.at[buffer];
+      buffer ^= 1;
+      const Step& next = steps_[buffer];
+      if (left > 1) load_grad(a_ + buffer * Shared::kA, next);
+      Predicted predicted{};
+      if (left > 2) predicted = start_step(cursor, freed);
+      if (left > 3 && thread == kTileThreads - 1) {
+        plan_.at[buffer] = cursor;
+        advance(plan_.at[buffer]);
+      }
+      // The loads are under way during the products.
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (left > 1) load_samples(next, step);
+        product_.step(a, b, step);
+        if (left > 1) store_samples(b_ + buffer * Shared::kB, step);
+      }
+      if (left > 2) locate(predicted, cursor, freed);
+    }
+  }
+
+  DYHEAD_DEVICE void store() {
+    constexpr int kPair = Product::kPair;
+    F* partial = static_cast<F*>(p_.partial) + blockIdx.x * p_.columns.values();
+#pragma unroll
+    for (int i = 0; i < Product::kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < Product::kJ; j += kPair) {
+        Vec<F, kPair> v;
+#pragma unroll
+        for (int k = 0; k < kPair; ++k) v[k] = product_.at(i, j + k);
+        store_vec_streaming(partial + product_.row(i) * kWeightCols + product_.column(j), v);
+      }
+    }
+  }
+
+  const DeformBwdWeightsParams& p_;
+  std::byte *a_, *b_;
+  Step* steps_;
+  Plan& plan_;
+  Product product_;
+};
+
+template <class Op, int kOuts, bool kVectors>
+__global__ void __launch_bounds__(kTileThreads,
+                                  kOuts <= 32 && kVectors && Operand<Op>::kTensor ? 2 : 1)
+    deform_bwd_weights_kernel(const __grid_constant__ DeformBwdWeightsParams p) {
+  WeightsTile<Op, kOuts, kVectors>(p).run();
+}
+
+template <class Op, int kOuts, bool kVectors>
+cudaError_t launch_deform_bwd_weights_tiles(const DeformBwdWeightsParams& params,
+                                            cudaStream_t stream) {
+  const DeformWeightSlices& slices = params.slices;
+  const int32_t blocks = slices.first[slices.count] * params.columns.blocks(params.table.shape);
+  if (blocks == 0) return cudaSuccess;
+  const LaunchConfig config{
+      .grid = dim3(static_cast<unsigned>(blocks)),
+      .block = dim3(kTileThreads),
+      .shared_bytes = WeightsShared<Op, kOuts>::kBytes,
+      .stream = stream,
+  };
+  return launch(deform_bwd_weights_kernel<Op, kOuts, kVectors>, config, params);
+}
+
+}  // namespace dyhead::cuda

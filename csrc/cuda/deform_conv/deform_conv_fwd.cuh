@@ -1,0 +1,422 @@
+// The forward kernel of deform_conv; see deform_conv.h for its plan. Instantiated by
+// deform_conv_fwd_<arithmetic>.cu.
+#pragma once
+
+#include "../../common/upsample.h"
+#include "deform_conv.cuh"
+#include "../dynamic_relu/dynamic_relu.cuh"
+
+namespace dyhead::cuda {
+
+template <class Op, int kRows, int kCols>
+struct FwdShared {
+  using F = typename Operand<Op>::Compute;
+  static constexpr size_t kA = static_cast<size_t>(kRows) * kRowBytes;
+  static constexpr size_t kB = static_cast<size_t>(kCols) * kRowBytes;
+};
+
+// One tile of the forward, and the group and panel of columns that it computes.
+template <class Op, int kRows, int kCols, bool kVectors>
+class FwdTile {
+ public:
+  using T = typename Operand<Op>::Storage;
+  using F = typename Operand<Op>::Compute;
+  using Shared = FwdShared<Op, kRows, kCols>;
+  using Product = TileProduct<Op, kRows, kCols>;
+
+  DYHEAD_DEVICE FwdTile(const DeformFwdKernelParams& p, int32_t tile)
+      : p_(p),
+        table_(p.table),
+        a_(dynamic_shared<std::byte>(0, 2 * Shared::kA)),
+        b_(dynamic_shared<std::byte>(2 * Shared::kA, 2 * Shared::kB)),
+        work_(dynamic_shared<std::byte>(2 * (Shared::kA + Shared::kB),
+                                        sizeof(Corners<F>) * kRows * p.taps_at_once)),
+        at_(shared_place()) {
+    const int all_columns = p.table.shape.groups * p.panels.column_panels;
+    if (threadIdx.x == 0) {
+      at_.tile = tile / all_columns;
+      at_.column = tile % all_columns;
+      at_.place = find_tile(p.table, at_.tile);
+    }
+    __syncthreads();
+    for (int row = tile_thread(); row < kRows; row += kTileThreads) {
+      at_.pixels[row] = tile_pixel(table_, at_.place, row, kRows).index;
+    }
+  }
+
+  DYHEAD_DEVICE void run() {
+    const DeformShape& s = table_.shape;
+    const DeformJob& job = table_.jobs[at_.place.job];
+    const int group_channels = static_cast<int>(s.channels) / s.groups;
+    const int group = at_.column / p_.panels.column_panels;
+    for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
+      int step = 0;
+      int channel = group * group_channels;
+      while (channel < (group + 1) * group_channels) {
+        const Stretch stretch = stretch_from(group, channel);
+        for (int tap = 0; tap < s.taps(); tap += p_.taps_at_once) {
+          const int taps = s.taps() - tap < p_.taps_at_once ? s.taps() - tap : p_.taps_at_once;
+          multiply_stretch(table_.terms[t], stretch, step, tap, taps);
+        }
+        step += stretch.steps;
+        channel = stretch.last;
+      }
+    }
+    // Others may still read the buffers and corners.
+    __syncthreads();
+    finish();
+  }
+
+ private:
+  // In shared memory: registers are for the products.
+  struct Place {
+    TilePlace place;
+    int32_t tile;
+    int32_t column;         // group * column_panels + panel
+    int32_t pixels[kRows];  // index in the map, or -1
+  };
+
+  DYHEAD_DEVICE static Place& shared_place() {
+    DYHEAD_SHARED(Place, place, 1);
+    return place[0];
+  }
+
+  // Neighbouring channel steps of one deformable group: they read the same samples.
+  struct Stretch {
+    int first, last, steps, deform_group;
+  };
+
+  DYHEAD_DEVICE Stretch stretch_from(int group, int channel) const {
+    const int depth = p_.panels.depth;
+    const ChannelStep longest =
+        channel_step(table_.shape, group, channel, static_cast<int32_t>(table_.shape.channels));
+    return {channel, longest.last, (longest.last - channel + depth - 1) / depth,
+            longest.deform_group};
+  }
+
+  // The main loop, and all that a kernel of producer and consumer warps (wgmma on sm_90a) would
+  // replace: corners, panels and what follows stay as they are. A panel is an image of shared
+  // memory, permuted as wgmma reads it, so one bulk copy can bring it.
+  DYHEAD_DEVICE void multiply_stretch(const DeformTableTerm& term, const Stretch& stretch,
+                                      int first_step, int first_tap, int taps) {
+    using Gathered = Gather<Op, kVectors>;
+    constexpr int kItemRows = kTileThreads / kUnits;
+    constexpr int kItems = kRows / kItemRows;  // units that a thread blends per step
+    constexpr int kSpacing = kSteps / kItems;
+    constexpr int kPanel = kCols * kRowBytes;
+    static_assert(kItemRows % 8 == 0, "a thread's units are in rows of one permutation");
+    auto* corners = reinterpret_cast<Corners<F>*>(work_);
+    const TapSampler<F> sampler = tap_sampler<F>(table_, p_.predictions, p_.gates, at_.place, term);
+    stage_corners(table_, at_.place, sampler, stretch.deform_group, first_tap, taps, kRows,
+                  corners);
+    // Now the corners are there, and nobody reads the buffers of the stretch before.
+    __syncthreads();
+
+    const int thread = tile_thread();
+    const int row = thread / kUnits;  // of this thread's first unit
+    const int unit = thread % kUnits;
+    const int channels = static_cast<int>(table_.shape.channels);
+    const Corners<F>* thread_corners = corners + row;
+    std::byte* to = a_ + unit_offset(row, unit);
+    // The step whose operands are being made.
+    int tap = 0;
+    int left =
+        stretch.last - stretch.first - unit * Gathered::kUnit;  // channels, from this unit on
+    const MapShape& map = sampler.source;
+    const T* source = static_cast<const T*>(p_.source) +
+                      (map.first_row + at_.place.image * map.pixels()) * channels + stretch.first +
+                      unit * Gathered::kUnit;
+    const std::byte* panel =
+        static_cast<const std::byte*>(p_.packed) +
+        p_.panels.index(table_.shape, term.weight, at_.column, first_step, first_tap) * kPanel;
+    int buffer = 0;
+    const auto advance = [&] {
+      buffer ^= 1;
+      ++tap;
+      panel += kPanel;
+      if (tap == taps) {
+        tap = 0;
+        panel += (table_.shape.taps() - taps) * kPanel;
+        source += p_.panels.depth;
+        left -= p_.panels.depth;
+      }
+    };
+    Gathered gathered;
+    const auto load_samples = [&](int item) {
+      gathered.load(thread_corners[tap * kRows + item * kItemRows], source, channels, left);
+    };
+    const auto store_samples = [&](int item) {
+      gathered.store(to + buffer * Shared::kA + item * kItemRows * kRowBytes);
+    };
+
+    load_panel<kCols>(b_, panel);
+    for (int item = 0; item < kItems; ++item) {
+      load_samples(item);
+      store_samples(item);
+    }
+    for (int i = stretch.steps * taps; i > 0; --i) {
+      cp_async_wait_all();
+      // Both operands of this step are there, and nobody reads those of the one before.
+      __syncthreads();
+      const std::byte* a = a_ + buffer * Shared::kA;
+      const std::byte* b = b_ + buffer * Shared::kB;
+      const bool more = i > 1;
+      if (more) {
+        advance();
+        load_panel<kCols>(b_ + buffer * Shared::kB, panel);
+      }
+      // The loads are under way during the products.
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (more && step % kSpacing == 0) load_samples(step / kSpacing);
+        product_.step(a, b, step);
+        if (more && (step + 1) % kSpacing == 0) store_samples(step / kSpacing);
+      }
+    }
+  }
+
+  // The tile's columns that are output channels of its group, from the first one on.
+  struct Columns {
+    int first, count;
+  };
+
+  DYHEAD_DEVICE Columns columns() const {
+    const int group_outputs = static_cast<int>(table_.shape.out_channels) / table_.shape.groups;
+    const int before = at_.column % p_.panels.column_panels * kCols;
+    const int left = group_outputs - before;
+    return {at_.column / p_.panels.column_panels * group_outputs + before,
+            left < kCols ? left : kCols};
+  }
+
+  DYHEAD_DEVICE void finish() {
+    const DeformJob& job = table_.jobs[at_.place.job];
+    const int64_t channels = table_.shape.out_channels;
+    const Columns columns = this->columns();
+    if (p_.packed_bias != nullptr) {
+      const F* bias = static_cast<const F*>(p_.packed_bias) +
+                      table_.terms[job.first_term].weight * channels + columns.first;
+#pragma unroll
+      for (int j = 0; j < Product::kJ; ++j) {
+        const int column = product_.column(j);
+        const F value = column < columns.count ? bias[column] : F(0);
+#pragma unroll
+        for (int i = 0; i < Product::kI; ++i) product_.at(i, j) += value;
+      }
+    }
+    const int64_t first_row = job.out.first_row + at_.place.image * job.out.pixels();
+    const int64_t start = first_row * channels + columns.first;
+    if constexpr (is_half_v<T>) {
+      if (p_.wide_out) {
+        store_values(static_cast<F*>(p_.out) + start, columns.count);
+      } else if (p_.out_vectors) {
+        store_half_vectors(static_cast<T*>(p_.out) + start, columns.count);
+      } else {
+        store_values(static_cast<T*>(p_.out) + start, columns.count);
+      }
+    } else {
+      store_values(static_cast<T*>(p_.out) + start, columns.count);
+    }
+    if (p_.moments) write_moments(columns);
+  }
+
+  template <class Out>
+  DYHEAD_DEVICE void store_values(Out* out, int columns) {
+    const int64_t channels = table_.shape.out_channels;
+    constexpr int kPair = Product::kPair;
+#pragma unroll
+    for (int i = 0; i < Product::kI; ++i) {
+      const int32_t pixel = at_.pixels[product_.row(i)];
+      if (pixel < 0) continue;
+      Out* row = out + pixel * channels;
+#pragma unroll
+      for (int j = 0; j < Product::kJ; j += kPair) {
+        const int column = product_.column(j);
+        if (p_.out_vectors && column < columns) {
+          Vec<Out, kPair> v;
+#pragma unroll
+          for (int k = 0; k < kPair; ++k) v[k] = from_compute<Out>(product_.at(i, j + k));
+          store_vec(row + column, v);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kPair; ++k) {
+            if (column + k < columns) row[column + k] = from_compute<Out>(product_.at(i, j + k));
+          }
+        }
+      }
+    }
+  }
+
+  // Four lanes hold two columns each of four neighbouring fragments of eight columns. They swap
+  // pairs so that each stores a whole fragment, 16 bytes: full sectors of memory instead of halves.
+  DYHEAD_DEVICE void store_half_vectors(T* out, int columns) {
+    const int lane = product_.lane() % 4;
+    const int64_t channels = table_.shape.out_channels;
+#pragma unroll
+    for (int i = 0; i < Product::kI; ++i) {
+      const int32_t pixel = at_.pixels[product_.row(i)];
+#pragma unroll
+      for (int j = 0; j < Product::kJ; j += 8) {
+        Vec<uint32_t, 4> words;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          words[k] = pack2<T>(product_.at(i, j + 2 * k), product_.at(i, j + 2 * k + 1));
+        }
+        exchange(words[0], words[1], 1, lane & 1);
+        exchange(words[2], words[3], 1, lane & 1);
+        exchange(words[0], words[2], 2, lane & 2);
+        exchange(words[1], words[3], 2, lane & 2);
+        const int column = product_.first_column() + 4 * j + 8 * lane;
+        if (pixel < 0 || column >= columns) continue;
+        using Fragment = Vec<T, 8>;
+        store_vec(out + pixel * channels + column, __builtin_bit_cast(Fragment, words));
+      }
+    }
+  }
+
+  // One step of a transposition: swaps `high` of this lane with `low` of lane ^ distance.
+  DYHEAD_DEVICE static void exchange(uint32_t& low, uint32_t& high, int distance, bool upper) {
+    const uint32_t received = __shfl_xor_sync(kFullMask, upper ? low : high, distance);
+    (upper ? low : high) = received;
+  }
+
+  // The sum over a thread's rows and the lanes that share its columns; value(row, y) of each row.
+  template <class Value>
+  DYHEAD_DEVICE F sum_rows(int j, Value&& value) {
+    F sum = F(0);
+#pragma unroll
+    for (int i = 0; i < Product::kI; ++i) sum += value(product_.row(i), product_.at(i, j));
+#pragma unroll
+    for (int distance = Product::kFirstXor; distance < kWarpSize; distance *= 2) {
+      sum += __shfl_xor_sync(kFullMask, sum, distance);
+    }
+    return sum;
+  }
+
+  // This tile's moments, then those of the job and image if it is their last tile.
+  DYHEAD_DEVICE void write_moments(const Columns& columns) {
+    constexpr int kWarps = Product::kWarpsM;
+    const DeformJob& job = table_.jobs[at_.place.job];
+    const int64_t channels = table_.shape.out_channels;
+    const int thread = tile_thread();
+    auto* sums = reinterpret_cast<F*>(work_);  // [2][kWarps][kCols]
+    F* means = sums + 2 * kWarps * kCols;      // [kCols]
+    F* up_weights = means + kCols;             // [kRows]
+    F* valid = up_weights + kRows;             // [kRows]: 1 for pixels, else 0
+    static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
+                  sizeof(Corners<F>) * kRows * kFewTapsAtOnce);
+    for (int row = thread; row < kRows; row += kTileThreads) {
+      const OutputPixel at = tile_pixel(table_, at_.place, row, kRows);
+      valid[row] = at.index < 0 ? F(0) : F(1);
+      up_weights[row] = at.index < 0
+                            ? F(0)
+                            : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height) *
+                                  upsampled_mean_weight<F>(at.x, job.out.width, job.up_width);
+    }
+    __syncthreads();
+    const bool writes = product_.lane() < Product::kFirstXor;
+    F* sum = sums + product_.warp_row() * kCols;
+    F* up_sum = sum + kWarps * kCols;
+#pragma unroll
+    for (int j = 0; j < Product::kJ; ++j) {
+      const F total = sum_rows(j, [&](int row, F y) { return valid[row] * y; });
+      const F up_total = sum_rows(j, [&](int row, F y) { return up_weights[row] * y; });
+      if (writes) {
+        sum[product_.column(j)] = total;
+        up_sum[product_.column(j)] = up_total;
+      }
+    }
+    __syncthreads();
+    const F count = static_cast<F>(tile_pixels(table_, at_.place.job, at_.place.tile, kRows));
+    F* partial = static_cast<F*>(p_.partial) + at_.tile * 3 * channels + columns.first;
+    for (int c = thread; c < kCols; c += kTileThreads) {
+      F total = F(0), up_total = F(0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        total += sums[w * kCols + c];
+        up_total += sums[(kWarps + w) * kCols + c];
+      }
+      means[c] = total / count;
+      if (c >= columns.count) continue;
+      partial[c] = means[c];
+      partial[2 * channels + c] = up_total;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < Product::kJ; ++j) {
+      const F mean = means[product_.column(j)];
+      const F second =
+          sum_rows(j, [&](int row, F y) { return valid[row] * ((y - mean) * (y - mean)); });
+      if (writes) sum[product_.column(j)] = second;
+    }
+    __syncthreads();
+    for (int c = thread; c < columns.count; c += kTileThreads) {
+      F second = F(0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) second += sums[w * kCols + c];
+      partial[channels + c] = second;
+    }
+    const int64_t map = (table_.first_job + at_.place.job) * table_.shape.images + at_.place.image;
+    const int all_columns = table_.shape.groups * p_.panels.column_panels;
+    if (arrive_is_last(p_.arrived + map * all_columns + at_.column,
+                       table_.tiles_of[at_.place.job].per_image)) {
+      merge_moments(map, columns);
+    }
+  }
+
+  // Chan's formula, tile by tile in their order: nothing cancels, and every run gives the same.
+  DYHEAD_DEVICE void merge_moments(int64_t map, const Columns& columns) const {
+    const int64_t channels = table_.shape.out_channels;
+    const DeformTiles& tiles = table_.tiles_of[at_.place.job];
+    const F* partial = static_cast<const F*>(p_.partial) +
+                       (tiles.first + at_.place.image * tiles.per_image) * 3 * channels +
+                       columns.first;
+    for (int c = tile_thread(); c < columns.count; c += kTileThreads) {
+      F mean = F(0), second = F(0), up_mean = F(0), count = F(0);
+#pragma unroll 4
+      for (int32_t tile = 0; tile < tiles.per_image; ++tile) {
+        const F* part = partial + static_cast<int64_t>(tile) * 3 * channels + c;
+        const F added = static_cast<F>(tile_pixels(table_, at_.place.job, tile, kRows));
+        const F delta = part[0] - mean;
+        const F share = added / (count + added);
+        mean += delta * share;
+        second += part[channels] + delta * delta * share * count;
+        up_mean += part[2 * channels];
+        count += added;
+      }
+      const int64_t at = map * channels + columns.first + c;
+      static_cast<F*>(p_.mean)[at] = mean;
+      static_cast<F*>(p_.var)[at] = second / count;
+      static_cast<F*>(p_.up_mean)[at] = up_mean;
+    }
+  }
+
+  const DeformFwdKernelParams& p_;
+  const DeformTable& table_;
+  std::byte *a_, *b_;
+  std::byte* work_;  // the corners of the main loop, and what the moments need after it
+  Place& at_;
+  Product product_;
+};
+
+template <class Op, int kRows, int kCols, bool kVectors>
+__global__ void __launch_bounds__(kTileThreads, kCols <= 32 && Operand<Op>::kTensor ? 2 : 1)
+    deform_fwd_kernel(const __grid_constant__ DeformFwdKernelParams p) {
+  FwdTile<Op, kRows, kCols, kVectors>(p, static_cast<int32_t>(blockIdx.x)).run();
+}
+
+template <class Op, int kRows, int kCols, bool kVectors>
+cudaError_t launch_deform_fwd_tiles(const DeformFwdKernelParams& params, cudaStream_t stream) {
+  const int32_t tiles =
+      params.table.tiles * params.table.shape.groups * params.panels.column_panels;
+  if (tiles == 0) return cudaSuccess;
+  using F = typename Operand<Op>::Compute;
+  const LaunchConfig config{
+      .grid = dim3(static_cast<unsigned>(tiles)),
+      .block = dim3(kTileThreads),
+      .shared_bytes = forward_shared_bytes(kRows, kCols, sizeof(Corners<F>), params.taps_at_once),
+      .stream = stream,
+  };
+  return launch(deform_fwd_kernel<Op, kRows, kCols, kVectors>, config, params);
+}
+
+}  // namespace dyhead::cuda

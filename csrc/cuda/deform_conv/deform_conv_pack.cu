@@ -1,0 +1,162 @@
+#include <limits>
+
+#include "deform_conv.h"
+#include "../tile/tile_gemm.cuh"
+
+namespace dyhead::cuda {
+namespace {
+
+constexpr int kPackThreads = 256;
+
+template <class F>
+DYHEAD_DEVICE F load_as(const void* p, int64_t i, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return static_cast<F>(static_cast<const double*>(p)[i]);
+    case DType::kBFloat16:
+      return static_cast<F>(to_compute(static_cast<const bfloat16*>(p)[i]));
+    case DType::kFloat16:
+      return static_cast<F>(to_compute(static_cast<const float16*>(p)[i]));
+    default:
+      return static_cast<F>(static_cast<const float*>(p)[i]);
+  }
+}
+
+// A column of a panel, of one step of channels, for all taps: what a warp packs at a time.
+DYHEAD_HD int64_t pack_items(const DeformPackParams& p) {
+  return static_cast<int64_t>(p.matrices) * p.shape.groups * p.panels.column_panels *
+         p.panels.cols * p.panels.steps;
+}
+
+// The i-th step of `most` channels of a group, empty beyond its last.
+DYHEAD_DEVICE ChannelStep step_of_group(const DeformShape& s, int32_t group, int32_t i,
+                                        int32_t most) {
+  const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
+  const int32_t end = (group + 1) * group_channels;
+  ChannelStep step{0, group * group_channels, 0};
+  for (; i >= 0; --i) {
+    step = step.last < end ? channel_step(s, group, step.last, most) : ChannelStep{end, end, 0};
+  }
+  return step;
+}
+
+// A warp packs one column of one step of the depth for all taps: neighbours in memory, or for the
+// transposed panels as near to each other as they are.
+template <class Op>
+DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
+  using T = typename Operand<Op>::Storage;
+  using F = typename Operand<Op>::Compute;
+  constexpr int kUnit = Operand<Op>::kUnit;
+  const DeformShape& s = p.shape;
+  const DeformPanels& panels = p.panels;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int32_t step = item % panels.steps;
+  const int32_t column = item / panels.steps % panels.cols;
+  const int32_t rest = item / panels.steps / panels.cols;
+  const int32_t panel = rest % panels.column_panels;
+  const int32_t group = rest / panels.column_panels % s.groups;
+  const int32_t matrix = rest / panels.column_panels / s.groups;
+  const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
+  const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
+  const ChannelStep channels = p.transposed ? step_of_group(s, group, panel, panels.cols)
+                                            : step_of_group(s, group, step, panels.depth);
+  for (int i = lane; i < s.taps() * kUnits; i += kWarpSize) {
+    const int tap = i / kUnits;
+    const int unit = i % kUnits;
+    F values[kUnit];
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      const int32_t depth = unit * kUnit + k;
+      const int32_t channel = channels.first + (p.transposed ? column : depth);
+      const int32_t output =
+          p.transposed ? step * panels.depth + depth : panel * panels.cols + column;
+      const bool exists = output < group_outputs && channel < channels.last;
+      const int64_t row = static_cast<int64_t>(group) * group_outputs + output;
+      const int64_t at = (row * group_channels + channel - group * group_channels) * s.taps() + tap;
+      values[k] = exists ? load_as<F>(p.weights[matrix], at, p.dtype) : F(0);
+    }
+    std::byte* to =
+        static_cast<std::byte*>(p.packed) +
+        panels.index(s, p.first_matrix + matrix, group * panels.column_panels + panel, step, tap) *
+            panels.cols * kRowBytes;
+    store_vec(reinterpret_cast<T*>(to + unit_offset(column, unit)), Operand<Op>::unit(values));
+  }
+}
+
+template <class Op>
+__global__ void __launch_bounds__(kPackThreads)
+    deform_pack_kernel(const __grid_constant__ DeformPackParams p) {
+  using F = typename Operand<Op>::Compute;
+  const DeformShape& s = p.shape;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kPackThreads;
+  const int64_t items = pack_items(p);
+  for (int64_t i = first / kWarpSize; i < items; i += threads / kWarpSize) {
+    pack_column<Op>(p, static_cast<int32_t>(i));
+  }
+  if (p.packed_bias != nullptr) {
+    for (int64_t i = first; i < p.matrices * s.out_channels; i += threads) {
+      const auto outputs = static_cast<int32_t>(s.out_channels);
+      const auto at = static_cast<int32_t>(i);
+      static_cast<F*>(p.packed_bias)[p.first_matrix * s.out_channels + i] =
+          load_as<F>(p.bias[at / outputs], at % outputs, p.dtype);
+    }
+  }
+  for (const DeformZeros& zeros : p.zeros) {
+    for (int64_t i = first; i < zeros.count; i += threads)
+      static_cast<unsigned*>(zeros.words)[i] = 0;
+  }
+}
+
+template <class Op>
+cudaError_t launch_pack(const DeformPackParams& params, cudaStream_t stream) {
+  constexpr int64_t kMostBlocks = 4096;
+  const int64_t items = pack_items(params);
+  if (items > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
+  int64_t work = items * kWarpSize;
+  constexpr int64_t kZerosPerThread = 8;
+  for (const DeformZeros& zeros : params.zeros) {
+    work = zeros.count / kZerosPerThread > work ? zeros.count / kZerosPerThread : work;
+  }
+  const int64_t blocks = (work + kPackThreads - 1) / kPackThreads;
+  return launch(deform_pack_kernel<Op>,
+                {.grid = dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
+                 .block = dim3(kPackThreads),
+                 .stream = stream},
+                params);
+}
+
+}  // namespace
+
+cudaError_t launch_deform_pack(const DeformPackParams& params, cudaStream_t stream) {
+  switch (params.math) {
+    case DeformMath::kBFloat16:
+      return launch_pack<bfloat16>(params, stream);
+    case DeformMath::kFloat16:
+      return launch_pack<float16>(params, stream);
+    case DeformMath::kTf32:
+      return launch_pack<Tf32>(params, stream);
+    case DeformMath::kFloat64:
+      return launch_pack<double>(params, stream);
+    default:
+      return launch_pack<float>(params, stream);
+  }
+}
+
+cudaError_t launch_deform_fwd(const DeformFwdKernelParams& params, DeformMath math,
+                              const DeformTiling& tiling, cudaStream_t stream) {
+  switch (math) {
+    case DeformMath::kBFloat16:
+      return launch_deform_fwd_bfloat16(params, tiling, stream);
+    case DeformMath::kFloat16:
+      return launch_deform_fwd_float16(params, tiling, stream);
+    case DeformMath::kTf32:
+      return launch_deform_fwd_tf32(params, tiling, stream);
+    case DeformMath::kFloat64:
+      return launch_deform_fwd_float64(params, tiling, stream);
+    default:
+      return launch_deform_fwd_float32(params, tiling, stream);
+  }
+}
+
+}  // namespace dyhead::cuda

@@ -1,0 +1,78 @@
+// What the forward and the backward kernel of dynamic_relu share on the device.
+#pragma once
+
+#include <cstdint>
+
+#include "dynamic_relu.h"
+#include "../tile/rows.cuh"
+
+namespace dyhead::cuda {
+
+inline constexpr int kDynamicReluWarps = kDynamicReluThreads / kWarpSize;
+
+struct Stretch {
+  int64_t first, last;
+};
+
+// The pixels of block b out of `blocks`.
+DYHEAD_DEVICE Stretch stretch_of(int64_t pixels, int blocks, int b) {
+  const int64_t length = (pixels + blocks - 1) / blocks;
+  const int64_t first = length * b < pixels ? length * b : pixels;
+  return {first, first + length < pixels ? first + length : pixels};
+}
+
+// Sums K quantities per channel over a stretch of pixels: out[k * channels + c].
+// accumulate(pixel, first_channel, sums[K][V]) adds one pixel's share of V channels. `scratch`
+// holds K * V values per thread.
+template <int K, int V, class F, class Accumulate>
+DYHEAD_DEVICE void sum_stretch(const Stretch& stretch, int channels, F* scratch, F* out,
+                               Accumulate&& accumulate) {
+  const int vectors = channels / V;
+  const RowTiling tiling = row_tiling<kDynamicReluThreads>(vectors);
+  for (int first = 0; first < vectors; first += tiling.lanes) {
+    const int vector = first + tiling.lane;
+    F sums[K][V] = {};
+    if (vector < vectors) {
+#pragma unroll 4
+      for (int64_t p = stretch.first + tiling.row; p < stretch.last; p += tiling.rows) {
+        accumulate(p, vector * V, sums);
+      }
+    }
+    sum_rows<kDynamicReluThreads>(tiling, sums, scratch, [&](int k, int lane, int i, F total) {
+      if (first + lane < vectors) {
+        out[static_cast<int64_t>(k) * channels + (first + lane) * V + i] = total;
+      }
+    });
+  }
+}
+
+// The sum over blocks of partial[b * stride + i].
+template <class F>
+DYHEAD_DEVICE F sum_blocks(const F* partial, int blocks, int64_t stride, int64_t i) {
+  F total = F(0);
+#pragma unroll 8
+  for (int b = 0; b < blocks; ++b) total += partial[b * stride + i];
+  return total;
+}
+
+// True in the block that arrives last, to which everything the others wrote is then visible.
+DYHEAD_DEVICE bool arrive_is_last(unsigned* arrived, int blocks) {
+  DYHEAD_SHARED(unsigned, order, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) order[0] = atomic_add_acq_rel(arrived, 1);
+  __syncthreads();
+  return order[0] == static_cast<unsigned>(blocks) - 1;
+}
+
+// The last block, once it has written what the others wait for.
+DYHEAD_DEVICE void publish(unsigned* arrived) {
+  __syncthreads();
+  if (threadIdx.x == 0) atomic_add_acq_rel(arrived, 1);
+}
+
+DYHEAD_DEVICE void wait_published(const unsigned* arrived, int blocks) {
+  if (threadIdx.x == 0) wait_until(arrived, static_cast<unsigned>(blocks) + 1);
+  __syncthreads();
+}
+
+}  // namespace dyhead::cuda

@@ -1,0 +1,184 @@
+// What the forward and the backward kernels of fuse_branches share on the device.
+#pragma once
+
+#include "../../common/upsample.h"
+#include "fuse_branches.h"
+#include "../tile/rows.cuh"
+
+namespace dyhead::cuda {
+
+inline dim3 fuse_grid(int64_t blocks, const FuseLaunches& launches) {
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(launches.images_in_flight));
+}
+
+// The level that block `block` works on.
+DYHEAD_DEVICE const FuseDeviceLevel& level_of_block(const FuseDeviceTables& t, int block) {
+  int l = 0;
+  while (l + 1 < t.levels && t.level[l + 1].patches.first_block <= block) ++l;
+  return t.level[l];
+}
+
+// A patch of a map, cut off at the map's border.
+struct Patch {
+  int32_t y, x;  // its first pixel
+  int32_t rows, columns;
+};
+
+DYHEAD_DEVICE Patch patch_of(const FuseDeviceTables& t, const FusePatches& patches,
+                             const MapShape& map, int64_t index) {
+  const int32_t y = static_cast<int32_t>(index / patches.across) << t.patch_height_log2;
+  const int32_t x = static_cast<int32_t>(index % patches.across) << t.patch_width_log2;
+  return {y, x, min(map.height - y, 1 << t.patch_height_log2),
+          min(map.width - x, 1 << t.patch_width_log2)};
+}
+
+// Calls f(row, column) for the pixels of a patch that are this thread's.
+template <class F>
+DYHEAD_DEVICE void for_each_pixel(const FuseDeviceTables& t, const Patch& patch,
+                                  const RowTiling& tiling, F&& f) {
+  const int pixels = patch.rows << t.patch_width_log2;
+  for (int i = tiling.row; i < pixels; i += tiling.rows) {
+    const int column = i & ((1 << t.patch_width_log2) - 1);
+    if (column < patch.columns) f(i >> t.patch_width_log2, column);
+  }
+}
+
+// Where the rows and columns of a patch lie in the upsampled branches of its level: in shared
+// memory, since every pixel and vector would otherwise repeat the divisions.
+template <class F, int kThreads>
+class PatchPositions {
+ public:
+  static constexpr int kCount = 2 * kMostBranches * kFuseMostPatchSide;
+
+  DYHEAD_DEVICE explicit PatchPositions(Interpolation<F>* shared) : shared_(shared) {}
+
+  DYHEAD_DEVICE void compute(const FuseDeviceLevel& level, const Patch& patch) {
+    if (level.direct == level.branches) return;
+    __syncthreads();  // the last patch's are no longer read
+    for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
+      const int position = i % kFuseMostPatchSide;
+      const int b = i / (2 * kFuseMostPatchSide);
+      if (b < level.direct || b >= level.branches) continue;
+      const MapShape& map = level.branch[b].map;
+      if (i / kFuseMostPatchSide % 2 == 0) {
+        if (position < patch.rows) {
+          shared_[i] = interpolate<F>(patch.y + position, map.height, level.out.height);
+        }
+      } else if (position < patch.columns) {
+        shared_[i] = interpolate<F>(patch.x + position, map.width, level.out.width);
+      }
+    }
+    __syncthreads();
+  }
+
+  DYHEAD_DEVICE const Interpolation<F>& row(int b, int i) const {
+    return shared_[2 * b * kFuseMostPatchSide + i];
+  }
+  DYHEAD_DEVICE const Interpolation<F>& column(int b, int i) const {
+    return shared_[(2 * b + 1) * kFuseMostPatchSide + i];
+  }
+
+ private:
+  Interpolation<F>* shared_;
+};
+
+// The branches of a level, for one image and vector of channels.
+template <class T, int V>
+struct BranchReader {
+  using F = compute_t<T>;
+
+  const T* y;
+  int64_t map[kMostBranches];  // where in y its first pixel is, from the vector's first channel on
+
+  DYHEAD_DEVICE BranchReader(const FuseDeviceTables& t, const FuseDeviceLevel& level,
+                             const void* all_maps, int64_t image, int64_t channel)
+      : y(static_cast<const T*>(all_maps)) {
+#pragma unroll
+    for (int b = 0; b < kMostBranches; ++b) {
+      const MapShape& m = level.branch[b < level.branches ? b : 0].map;
+      map[b] = (m.first_row + image * m.pixels()) * t.channels + channel;
+    }
+  }
+
+  // The values of all branches at one pixel of the level, which is `pixel` in it and (row, column)
+  // in its patch; 0 for a branch that does not exist.
+  template <class Positions>
+  DYHEAD_DEVICE void read(const FuseDeviceTables& t, const FuseDeviceLevel& level,
+                          const Positions& positions, int64_t pixel, int row, int column,
+                          F (&u)[kMostBranches][V]) const {
+    // All loads of same-size branches are on their way before the first value is needed.
+    Vec<T, V> direct[kMostBranches] = {};
+#pragma unroll
+    for (int b = 0; b < kMostBranches; ++b) {
+      if (b < level.direct) direct[b] = load_vec_readonly<V>(y + (map[b] + pixel * t.channels));
+    }
+#pragma unroll
+    for (int b = 0; b < kMostBranches; ++b) {
+      if (b >= level.direct && b < level.branches) {
+        interpolated(t, level.branch[b].map.width, y + map[b], positions.row(b, row),
+                     positions.column(b, column), u[b]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) u[b][i] = to_compute(direct[b][i]);
+      }
+    }
+  }
+
+ private:
+  DYHEAD_DEVICE static void interpolated(const FuseDeviceTables& t, int32_t width, const T* map,
+                                         const Interpolation<F>& y, const Interpolation<F>& x,
+                                         F (&u)[V]) {
+    const T* upper = map + static_cast<int64_t>(y.first) * width * t.channels;
+    const T* lower = map + static_cast<int64_t>(y.second) * width * t.channels;
+    const Vec<T, V> a = load_vec_readonly<V>(upper + x.first * t.channels);
+    const Vec<T, V> b = load_vec_readonly<V>(upper + x.second * t.channels);
+    const Vec<T, V> c = load_vec_readonly<V>(lower + x.first * t.channels);
+    const Vec<T, V> d = load_vec_readonly<V>(lower + x.second * t.channels);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const F left = (F(1) - y.fraction) * to_compute(a[i]) + y.fraction * to_compute(c[i]);
+      const F right = (F(1) - y.fraction) * to_compute(b[i]) + y.fraction * to_compute(d[i]);
+      u[i] = (F(1) - x.fraction) * left + x.fraction * right;
+    }
+  }
+};
+
+// Scales, shift and dynamic ReLU of one image and vector of channels.
+template <class F, int V>
+struct FuseCoefficients {
+  Vec<F, V> scale[kMostBranches];  // 0 for a branch that does not exist
+  Vec<F, V> shift, a1, b1, a2, b2;
+
+  DYHEAD_DEVICE FuseCoefficients(const FuseDeviceTables& t, const FuseDeviceLevel& level,
+                                 const void* scales, const void* shifts, const void* coefficients,
+                                 int64_t image, int64_t channel)
+      : scale{} {
+#pragma unroll
+    for (int b = 0; b < kMostBranches; ++b) {
+      if (b < level.branches) {
+        const int64_t row = level.branch[b].index * t.images + image;
+        scale[b] = load_vec_readonly<V>(static_cast<const F*>(scales) + row * t.channels + channel);
+      }
+    }
+    const int64_t row = level.index * t.images + image;
+    shift = load_vec_readonly<V>(static_cast<const F*>(shifts) + row * t.channels + channel);
+    const F* k = static_cast<const F*>(coefficients) + row * 4 * t.channels + channel;
+    a1 = load_vec_readonly<V>(k);
+    b1 = load_vec_readonly<V>(k + t.channels);
+    a2 = load_vec_readonly<V>(k + 2 * t.channels);
+    b2 = load_vec_readonly<V>(k + 3 * t.channels);
+  }
+
+  DYHEAD_DEVICE DynamicReluCoefficients<F> relu(int i) const {
+    return {a1[i], b1[i], a2[i], b2[i]};
+  }
+
+  DYHEAD_DEVICE F z(const F (&u)[kMostBranches][V], int i) const {
+    F z = scale[0][i] * u[0][i] + shift[i];
+#pragma unroll
+    for (int b = 1; b < kMostBranches; ++b) z += scale[b][i] * u[b][i];
+    return z;
+  }
+};
+
+}  // namespace dyhead::cuda

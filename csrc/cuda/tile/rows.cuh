@@ -1,0 +1,68 @@
+// Threads of a block over the channels of a matrix of rows.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+#include "../../common/dispatch.h"
+#include "primitives.cuh"
+
+namespace dyhead::cuda {
+
+// `lanes` neighbouring threads cover the vectors of a row (in several passes where there are more),
+// `rows` rows at a time.
+struct RowTiling {
+  int lanes, rows;  // both powers of two; lanes * rows threads
+  int lane, row;    // of this thread
+};
+
+template <int kThreads>
+DYHEAD_DEVICE RowTiling row_tiling(int vectors) {
+  int lanes = 1;
+  while (lanes * 2 <= vectors && lanes < kThreads) lanes *= 2;
+  const int thread = static_cast<int>(threadIdx.x);
+  return {lanes, kThreads / lanes, thread % lanes, thread / lanes};
+}
+
+// Adds up over the rows of a tiling what its threads hold, K quantities of V channels each, in a
+// fixed order, and calls write(k, lane, i, total) for channel i of a lane's vector. `scratch` holds
+// K * V values per thread.
+template <int kThreads, int K, int V, class F, class Write>
+DYHEAD_DEVICE void sum_rows(const RowTiling& tiling, const F (&sums)[K][V], F* scratch,
+                            Write&& write) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) scratch[(k * V + i) * kThreads + thread] = sums[k][i];
+  }
+  __syncthreads();
+  for (int o = thread; o < K * V * tiling.lanes; o += kThreads) {
+    const int lane = o % tiling.lanes;
+    const int quantity = o / tiling.lanes;
+    F total = F(0);
+    for (int r = 0; r < tiling.rows; ++r) {
+      total += scratch[quantity * kThreads + r * tiling.lanes + lane];
+    }
+    write(quantity / V, lane, quantity % V, total);
+  }
+  __syncthreads();
+}
+
+// Selects the kernel for rows of a type: f is called with (T{}, std::integral_constant<int, V>{}),
+// where V values are 16 bytes if channels and pointers allow such accesses, else 1.
+template <class Select>
+auto select_vectors(DType dtype, int64_t channels, std::initializer_list<const void*> pointers,
+                    Select&& f) {
+  return dispatch_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+    bool aligned = channels % kVector == 0;
+    for (const void* p : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    return aligned ? f(zero, std::integral_constant<int, kVector>{})
+                   : f(zero, std::integral_constant<int, 1>{});
+  });
+}
+
+}  // namespace dyhead::cuda

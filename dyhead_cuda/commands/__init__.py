@@ -1,0 +1,1 @@
+"""The commands of the package: ``python -m dyhead_cuda COMMAND``."""

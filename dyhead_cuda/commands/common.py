@@ -1,0 +1,103 @@
+"""What the commands share: errors, warnings, tables."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Column, Table
+
+from dyhead_cuda.detection.evaluation import Metrics
+from dyhead_cuda.detection.training.parallel import DEVICES
+
+MEANINGS = {
+    "AP": "average precision, mean over IoU 0.50 to 0.95",
+    "AP50": "at IoU 0.50",
+    "AP75": "at IoU 0.75",
+    "APs": "small objects, up to 32 x 32 pixels",
+    "APm": "medium objects, up to 96 x 96 pixels",
+    "APl": "large objects",
+    "AR1": "average recall with 1 detection per image",
+    "AR10": "with 10",
+    "AR100": "with 100",
+}
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that run a trained detector on image files."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a folder that train wrote, or a checkpoint in it",
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+
+
+def check_names(paths: Sequence[Path]) -> None:
+    """Raise ValueError if what is written about two images would have the same name."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise ValueError(
+                f"expected images of different names, got {seen[path.stem]} and {path}, whose "
+                "pictures would be one file; use two commands with different --out"
+            )
+        seen[path.stem] = path
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that torchrun has started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def fail(error: Exception | str, status: int = 2) -> int:
+    """Prints one error line; returns the exit status."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"[bold red]error:[/] {escape(str(error))}"
+    )
+    return status
+
+
+@contextmanager
+def warnings_shown(console: Console) -> Iterator[None]:
+    """What the library logs as a warning goes to the console, which a progress bar may use."""
+    logger = logging.getLogger("dyhead_cuda.detection")
+    handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def print_metrics(console: Console, metrics: Metrics, title: str) -> None:
+    """Prints the tables of the summary, of each class, and of keypoints if there are any."""
+    table = Table("metric", Column("%", justify="right"), "meaning")
+    for name, value in metrics.summary.items():
+        table.add_row(name, _percent(value), MEANINGS.get(name, ""))
+    console.print(escape(title), table, sep="\n")
+    _print_column(console, metrics.per_class, "class", "AP of each class")
+    if metrics.keypoints is not None:
+        _print_column(console, metrics.keypoints, "metric", "keypoints")
+
+
+def _print_column(console: Console, values: Mapping[str, float], what: str, title: str) -> None:
+    table = Table(what, Column("%", justify="right"))
+    for name, value in values.items():
+        table.add_row(escape(name), _percent(value))
+    console.print(title, table, sep="\n")
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"

@@ -1,0 +1,63 @@
+"""``python -m dyhead_cuda predict``: the detections on images, drawn and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from torchvision.transforms.functional import to_tensor
+
+from dyhead_cuda.commands import images
+from dyhead_cuda.commands.common import add_images, check_names, fail
+from dyhead_cuda.commands.options import number
+from dyhead_cuda.detection.figures import drawing
+from dyhead_cuda.detection.prediction import describe, predict
+from dyhead_cuda.detection.training import parallel
+from dyhead_cuda.detection.training.runs import RunError, write_json
+from dyhead_cuda.detection.training.trainer import load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda predict``."""
+    add_images(parser)
+    parser.add_argument(
+        "--threshold", type=number(0, 1), default=0.3, help="on scores (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes NAME.png and NAME.json for every image NAME.*; one that cannot be read is left out.
+
+    Returns:
+        0, or 2 if the checkpoint, the folder, the device or any image cannot be used.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    status = 0
+    try:
+        check_names(arguments.images)
+        device = parallel.choose_device(arguments.device)
+        model, config = load_model(arguments.checkpoint, device)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for path in arguments.images:
+            try:
+                image, name = images.load_photograph(path)
+            except images.ImageError as error:
+                status = fail(error)
+                continue
+            pixels = to_tensor(image)
+            found = predict(model, pixels, arguments.threshold)
+            picture = arguments.out / f"{name}.png"
+            drawing.to_pil(drawing.draw(pixels, found, config["classes"])).save(picture)
+            facts = {"file": str(path), "width": image.width, "height": image.height}
+            facts |= {"detections": describe(found, config["classes"])}
+            write_json(picture.with_suffix(".json"), facts)
+            count = len(found["labels"])
+            console.print(f"{escape(str(picture))}: {count} object" + "s" * (count != 1))
+    except (RunError, ValueError, OSError) as error:
+        return fail(error)
+    return status

@@ -1,0 +1,135 @@
+"""``python -m dyhead_cuda train``: trains a detector, or goes on with a run."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from dyhead_cuda.commands import train_options
+from dyhead_cuda.commands.common import fail, is_first, print_metrics, warnings_shown
+from dyhead_cuda.detection.data import DetectionDataset
+from dyhead_cuda.detection.evaluation import Metrics
+from dyhead_cuda.detection.figures import curves, drawing
+from dyhead_cuda.detection.models.config import ModelConfig
+from dyhead_cuda.detection.prediction import predict
+from dyhead_cuda.detection.training import parallel, progress
+from dyhead_cuda.detection.training.recipe import DataConfig, TrainConfig
+from dyhead_cuda.detection.training.runs import (
+    BEST,
+    RunError,
+    RunFolder,
+    read_checkpoint,
+    write_json,
+)
+from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, load_model, train
+
+THRESHOLD = 0.3  # on scores of detections in pictures
+
+add_arguments = train_options.add_arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, then writes the curve, the metrics and pictures into the run folder.
+
+    Returns:
+        0; 1 if training failed; 2 if options, data, device or run folder cannot be used; 128 + the
+        signal's number if it was interrupted.
+    """
+    console = Console(highlight=False, quiet=not is_first())
+    try:
+        with warnings_shown(console):
+            data = train_options.data_config(arguments)
+            parallel.choose_device(arguments.device)
+            sets = data.open("train"), data.open("val")
+            model = train_options.model_config(arguments, sets[0])
+            config = train_options.train_config(arguments, len(sets[0]))
+            folder = arguments.out or Path("runs") / f"{arguments.model}-{Path(data.spec).name}"
+            _print_plan(console, config, model, data, sets, folder)
+            with ExitStack() as stack:
+                listeners = [stack.enter_context(progress.shown(console, config.steps))]
+                if arguments.tensorboard and is_first():
+                    events = progress.tensorboard(folder / "tensorboard")
+                    listeners.append(stack.enter_context(events))
+                metrics = train(
+                    config,
+                    model,
+                    data,
+                    folder,
+                    restart=arguments.restart,
+                    sets=sets,
+                    listeners=listeners,
+                )
+            if is_first():
+                _finish(console, metrics, folder, sets[1], arguments.pictures, config.device)
+    except Interrupted as error:
+        console.print(escape(str(error)), soft_wrap=True)
+        return 128 + error.signal
+    except TrainingError as error:
+        return fail(error, 1) if is_first() else 1
+    except (RunError, ValueError, OSError, ImportError) as error:
+        return fail(error) if is_first() else 2
+    return 0
+
+
+def _print_plan(
+    console: Console,
+    config: TrainConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    sets: tuple[DetectionDataset, DetectionDataset],
+    folder: Path,
+) -> None:
+    head = f"{model.blocks} DyHead blocks" if model.blocks else "plain head"
+    device = parallel.choose_device(config.device)
+    for line in (
+        f"model: {model.detector}, {model.backbone}, {head}, {model.channels} channels",
+        f"data: {data.spec}, {len(sets[0])} images to train on, {len(sets[1])} to measure, "
+        f"{model.num_classes} classes",
+        f"training: {config.steps} steps of {config.batch_size} images, {config.optimizer}, "
+        f"lr {config.lr:g}, amp {config.amp}, on {device}",
+        f"run folder: {folder}",
+    ):
+        console.print(escape(line), soft_wrap=True)
+
+
+def _finish(
+    console: Console,
+    metrics: Metrics,
+    folder: Path,
+    validation_set: DetectionDataset,
+    pictures: int,
+    device: str,
+) -> None:
+    records = RunFolder(folder).records()
+    evaluations = {r["step"]: r["evaluation"] for r in records if "evaluation" in r}
+    best = read_checkpoint(folder / BEST)["step"]
+    last = max(evaluations)
+    write_json(
+        folder / "metrics.json",
+        {
+            "last": {"step": last, **evaluations[last]},
+            "best": {"step": best, **evaluations[best]},
+        },
+    )
+    curves.draw(records, folder / "curve.png", f"Training in {folder}")
+    print_metrics(console, metrics, f"after {last} steps (the best AP was after {best})")
+    written = f"{folder}: curve.png, metrics.json, log.jsonl, best.pt, last.pt"
+    if pictures:
+        _draw_pictures(folder, validation_set, pictures, device)
+        written += f", {folder / 'pictures'}"
+    console.print(escape(written), soft_wrap=True)
+
+
+def _draw_pictures(folder: Path, validation_set: DetectionDataset, count: int, device: str) -> None:
+    """The first scenes: on the left the ground truth, on the right what the best weights find."""
+    model, config = load_model(folder, parallel.choose_device(device))
+    (folder / "pictures").mkdir(exist_ok=True)
+    for index in range(min(count, len(validation_set))):
+        image, target = validation_set[index]
+        found = predict(model, image, THRESHOLD)
+        pair = [drawing.draw(image, objects, config["classes"]) for objects in (target, found)]
+        drawing.to_pil(drawing.beside(*pair)).save(folder / "pictures" / f"{index + 1:06d}.png")

@@ -1,1 +1,0 @@
-"""The commands about detectors: ``python -m dyhead_cuda train``, ``eval``, ``predict``, ..."""

@@ -1,0 +1,1 @@
+"""Detectors: backbone and pyramid, Dynamic Head, predictors, and their published checkpoints."""

@@ -1,0 +1,276 @@
+"""ATSS: a one-stage detector with one anchor per position, the paper's main one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import (
+    batched_nms,
+    clip_boxes_to_image,
+    generalized_box_iou_loss,
+    sigmoid_focal_loss,
+)
+
+from dyhead_cuda import checks
+from dyhead_cuda.detection.models.adapters import PyramidAnchors, check_images, check_targets
+from dyhead_cuda.detection.models.atss_assigner import assign, centers, margins
+
+Postprocess = Literal["mmdet", "microsoft"]
+Target = dict[str, Any]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_ANCHOR_STRIDES = 8  # side of an anchor in strides
+_BOX_WEIGHT = 2.0
+_PRIOR = 0.01
+
+
+class Predictions(NamedTuple):
+    """What the head says of each anchor, float32, one tensor per level."""
+
+    logits: list[Tensor]  # [N, A_l, num_classes]
+    deltas: list[Tensor]  # [N, A_l, 4]
+    centerness: list[Tensor]  # [N, A_l], logits
+
+
+def _flatten(maps: Tensor) -> Tensor:
+    """[N, C, H, W] to float32 [N, H * W, C]."""
+    return maps.flatten(2).transpose(1, 2).float()
+
+
+class ATSSHead(nn.Module):
+    """Towers and predictors, shared by all levels; see :class:`ATSS` for the arguments.
+
+    ``forward`` takes the levels [N, C, H_l, W_l], finest first, and returns :class:`Predictions`.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, num_levels: int, convs: int, kernel_size: int
+    ) -> None:
+        super().__init__()
+
+        def tower() -> nn.Sequential:
+            return nn.Sequential(
+                *(
+                    nn.Sequential(
+                        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                        nn.GroupNorm(math.gcd(32, channels, channels // 2), channels),
+                        nn.ReLU(inplace=True),
+                    )
+                    for _ in range(convs)
+                )
+            )
+
+        def predictor(values: int) -> nn.Conv2d:
+            return nn.Conv2d(channels, values, kernel_size, padding=kernel_size // 2)
+
+        self.cls_tower, self.box_tower = tower(), tower()
+        self.classes, self.boxes, self.centerness = (
+            predictor(num_classes),
+            predictor(4),
+            predictor(1),
+        )
+        self.scales = nn.Parameter(torch.ones(num_levels))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        assert self.classes.bias is not None
+        nn.init.constant_(self.classes.bias, -math.log((1 - _PRIOR) / _PRIOR))
+
+    def forward(self, features: Sequence[Tensor]) -> Predictions:
+        predictions = Predictions([], [], [])
+        for feature, scale in zip(features, self.scales, strict=True):
+            box_features = self.box_tower(feature)
+            predictions.logits.append(_flatten(self.classes(self.cls_tower(feature))))
+            predictions.deltas.append(_flatten(self.boxes(box_features)) * scale)
+            predictions.centerness.append(_flatten(self.centerness(box_features))[..., 0])
+        return predictions
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    value = value.clone()
+    distributed.all_reduce(value)
+    return value / distributed.get_world_size()
+
+
+def _clip(
+    boxes: Tensor, scores: Tensor, kinds: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes clipped to the image, without those that have no area left."""
+    boxes = clip_boxes_to_image(boxes, size)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return boxes[keep], scores[keep], kinds[keep]
+
+
+class ATSS(nn.Module):
+    """Adaptive training sample selection on a pyramid, as mmdet and microsoft/DynamicHead have it.
+
+    One square anchor of 8 strides at each position; focal, GIoU (weight 2, weighted by the
+    centerness targets) and centerness losses; scores are class probability times centerness.
+
+    Args:
+        backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
+            ``out_channels``, ``strides`` (one int per level) and ``num_levels``, as
+            :class:`~dyhead_cuda.detection.models.backbones.Pyramid`.
+        num_classes: without the background.
+        min_size, max_size: the shorter side is resized to ``min_size`` unless the longer one
+            would exceed ``max_size``; see torchvision's ``GeneralizedRCNNTransform``.
+        convs: 3x3 convolutions with group normalisation and ReLU before the predictors; 0 as
+            published with a Dynamic Head, 4 without.
+        kernel_size: of the predictors; 3 in mmdet's reproduction with ResNet-50 and in plain ATSS,
+            1 in microsoft/DynamicHead. From random weights, 3 learns much faster.
+        center_offset: an anchor's centre is (x + center_offset, y + center_offset) strides; 0.5 in
+            microsoft/DynamicHead and mmdet's reproduction of it, 0 in mmdet's other configs.
+        postprocess: "mmdet" ranks the candidates of a level by class probability and clips boxes
+            before non-maximum suppression, "microsoft" ranks by the score and clips afterwards.
+        image_mean, image_std: per channel, of RGB in 0..1.
+        size_divisible: images are padded at the right and bottom to multiples of this.
+        score_threshold: least class probability of a candidate.
+        candidates: kept on each level of an image before non-maximum suppression.
+        nms_threshold: a box is dropped for a better one of its class with a greater IoU.
+        detections: kept in each image.
+        topk: see :func:`~dyhead_cuda.detection.models.atss_assigner.assign`.
+
+    ``forward(images, targets)`` in training takes lists of float images [3, H, W] (RGB, 0..1) and
+    of targets (boxes float [n, 4] xyxy pixels, labels int64 [n] in 1..num_classes, n may be 0) and
+    returns scalar losses "classification", "bbox_regression" and "bbox_ctrness" (torchvision's
+    names). In evaluation it returns for each image boxes [m, 4] xyxy in its pixels, scores [m],
+    best first, and labels [m].
+
+    The losses are divided by the number of positive anchors, at least 1 per image, and the sum of
+    centerness targets, at least 1; both averaged over the ranks where torch.distributed runs.
+    Anchors over the padding are background, as in microsoft/DynamicHead (mmdet leaves those out
+    that lie beyond an image's own multiple of the padding).
+
+    Raises:
+        ValueError: images or targets that do not fit, before anything runs.
+
+    Source: arXiv 1912.02424; mmdet ``ATSSHead``; microsoft/DynamicHead ``extra/atss.py``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        min_size: int = 800,
+        max_size: int = 1333,
+        convs: int = 0,
+        kernel_size: int = 3,
+        center_offset: float = 0.5,
+        postprocess: Postprocess = "mmdet",
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        size_divisible: int = 32,
+        score_threshold: float = 0.05,
+        candidates: int = 1000,
+        nms_threshold: float = 0.6,
+        detections: int = 100,
+        topk: int = 9,
+    ) -> None:
+        super().__init__()
+        checks.positive(num_classes=num_classes, topk=topk)
+        checks.one_of("postprocess", postprocess, get_args(Postprocess))
+        self.backbone = backbone
+        strides = tuple(cast(Sequence[int], backbone.strides))
+        self.num_classes, self.topk = num_classes, topk
+        self.postprocess = postprocess
+        self.score_threshold, self.candidates = score_threshold, candidates
+        self.nms_threshold, self.detections = nms_threshold, detections
+        channels = cast(int, backbone.out_channels)
+        self.head = ATSSHead(channels, num_classes, len(strides), convs, kernel_size)
+        self.anchors = PyramidAnchors(strides, (_ANCHOR_STRIDES,), center_offset=center_offset)
+        self.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+        self.transform = GeneralizedRCNNTransform(
+            min_size, max_size, list(image_mean), list(image_std), size_divisible
+        )
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        check_images(images)
+        if self.training:
+            check_targets(images, targets, self.num_classes)
+        elif not len(images):
+            return []
+        batch, resized = self.transform(images, targets if self.training else None)
+        features = list(self.backbone(batch.tensors).values())
+        predictions, anchors = self.head(features), self.anchors.levels(features)
+        if self.training:
+            return self._losses(predictions, anchors, resized)
+        found = [
+            self._detect(Predictions(*([p[i] for p in ps] for ps in predictions)), anchors, size)
+            for i, size in enumerate(batch.image_sizes)
+        ]
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        return self.transform.postprocess(found, batch.image_sizes, sizes)
+
+    def _losses(
+        self, predictions: Predictions, anchors: list[Tensor], targets: Sequence[Target]
+    ) -> dict[str, Tensor]:
+        logits, deltas, centerness = (torch.cat(levels, dim=1) for levels in predictions)
+        flat = torch.cat(anchors)
+        owners = [assign(anchors, target["boxes"].float(), self.topk) for target in targets]
+        positive = torch.stack(owners) >= 0  # [N, A]
+        image, anchor = positive.nonzero(as_tuple=True)
+        chosen = [owner[owner >= 0] for owner in owners]
+        pairs = list(zip(targets, chosen, strict=True))
+        box = torch.cat([target["boxes"].float()[index] for target, index in pairs])
+        label = torch.cat([target["labels"][index] for target, index in pairs])
+        classes = torch.zeros_like(logits)
+        classes[image, anchor, label - 1] = 1
+
+        left, top, right, bottom = margins(centers(flat[anchor]), box).unbind(-1)
+        horizontal = torch.minimum(left, right) / torch.maximum(left, right)
+        vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+        centered = (horizontal * vertical).sqrt()
+
+        totals = torch.stack((positive.sum(1).clamp(min=1).sum().float(), centered.sum()))
+        count, weight = _mean_over_ranks(totals).clamp(min=1)
+        predicted = self.box_coder.decode_single(deltas[positive], flat[anchor])
+        giou = generalized_box_iou_loss(predicted, box)
+        return {
+            "classification": sigmoid_focal_loss(logits, classes, reduction="sum") / count,
+            "bbox_regression": _BOX_WEIGHT * (giou * centered).sum() / weight,
+            "bbox_ctrness": F.binary_cross_entropy_with_logits(
+                centerness[positive], centered, reduction="sum"
+            )
+            / count,
+        }
+
+    def _detect(
+        self, predictions: Predictions, anchors: list[Tensor], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Detections of one image of ``size`` (height, width) before it is scaled back."""
+        early = self.postprocess == "mmdet"
+        parts = []
+        for logits, deltas, centerness, level in zip(*predictions, anchors, strict=True):
+            probabilities = logits.sigmoid()
+            anchor, kind = (probabilities > self.score_threshold).nonzero(as_tuple=True)
+            probability = probabilities[anchor, kind]
+            score = probability * centerness.sigmoid()[anchor]
+            rank = probability if early else score
+            best = rank.topk(min(self.candidates, len(rank))).indices
+            anchor = anchor[best]
+            boxes = self.box_coder.decode_single(deltas[anchor], level[anchor])
+            parts.append((boxes, score[best], kind[best]))
+        boxes, scores, kinds = (torch.cat(levels) for levels in zip(*parts, strict=True))
+
+        found = boxes, scores, kinds
+        if early:
+            found = _clip(*found, size)
+        keep = batched_nms(*found, self.nms_threshold)[: self.detections]
+        boxes, scores, kinds = (values[keep] for values in found)
+        if not early:
+            boxes, scores, kinds = _clip(boxes, scores, kinds, size)
+        return {"boxes": boxes, "scores": scores, "labels": kinds + 1}

@@ -1,0 +1,264 @@
+"""Published ATSS detectors with a Dynamic Head: checkpoints of mmdet and microsoft/DynamicHead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import SwinTransformer
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FeaturePyramidNetwork
+
+from dyhead_cuda import compat
+from dyhead_cuda.compat.towers import unnest
+from dyhead_cuda.detection.models.atss import ATSS
+from dyhead_cuda.detection.models.backbones import Pyramid, SwinBody
+from dyhead_cuda.detection.models.checkpoint_names import (
+    FIRST,
+    LAST,
+    MICROSOFT_ATSS,
+    MMDET_ATSS,
+    Source,
+)
+from dyhead_cuda.modules import DyHead
+
+_RESNETS = {
+    (2, 2, 2, 2, 2): "resnet18",
+    (3, 4, 6, 3, 2): "resnet34",
+    (3, 4, 6, 3, 3): "resnet50",
+    (3, 4, 23, 3, 3): "resnet101",
+    (3, 8, 36, 3, 3): "resnet152",
+}
+_TABLE = r"(?:layers|stages)\.\d\.blocks\.0\.attn\.(?:w_msa\.)?relative_position_bias_table"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a published configuration fixes and a state dict does not tell.
+
+    Args:
+        family: of the backbone.
+        kernel_size: of the predictors.
+        pixel_mean, pixel_std: of pixels in 0..255, in the order of ``channels``.
+        channels: the order in which the network takes them.
+        stride_in_1x1: whether a ResNet stage halves its input in its first 1x1 convolution (caffe's
+            style) and not in the 3x3 one.
+        center_offset, size_divisible, min_size, max_size: see :class:`~dyhead_cuda.detection.ATSS`.
+    """
+
+    family: Literal["resnet", "swin"]
+    kernel_size: int
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    channels: Literal["rgb", "bgr"] = "rgb"
+    stride_in_1x1: bool = False
+    center_offset: float = 0.5
+    size_divisible: int = 128
+    min_size: int = 800
+    max_size: int = 1333
+
+
+#: mmdet ``atss_r50_fpn_dyhead_1x_coco``.
+MMDET_R50 = Recipe("resnet", 3, center_offset=0.0, size_divisible=32)
+_CAFFE: dict[str, Any] = {
+    "pixel_mean": (103.53, 116.28, 123.675),
+    "pixel_std": (1.0, 1.0, 1.0),
+    "channels": "bgr",
+    "stride_in_1x1": True,
+}
+#: mmdet ``atss_r50-caffe_fpn_dyhead_1x_coco``, once called ``..._for_reproduction_1x_coco``.
+MMDET_R50_CAFFE = Recipe("resnet", 1, **_CAFFE)
+#: mmdet ``atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco``.
+MMDET_SWINL = Recipe("swin", 1, min_size=1200, max_size=2000)
+#: microsoft/DynamicHead ``dyhead_r50_atss_fpn_1x``.
+MICROSOFT_R50 = Recipe("resnet", 1, **_CAFFE)
+#: microsoft/DynamicHead ``dyhead_swint_atss_fpn_2x_ms``.
+MICROSOFT_SWINT = Recipe("swin", 1)
+
+
+def _depths(keys: Iterable[str], pattern: str) -> list[int]:
+    """Blocks of each stage; the groups of ``pattern`` are a stage and a block of it."""
+    blocks = {match.groups() for match in (re.match(pattern, key) for key in keys) if match}
+    stages = sorted({stage for stage, _ in blocks})
+    return [sum(stage == of for of, _ in blocks) for stage in stages]
+
+
+def _pyramid(state: Mapping[str, Any], source: Source, family: str, channels: int) -> Pyramid:
+    """Modules for the backbone and feature pyramid whose keys ``state`` has."""
+    keys = [key.removeprefix(source.body) for key in state if key.startswith(source.body)]
+    residual = _depths(keys, r"(?:layer|res)(\d)\.(\d+)\.")
+    windowed = _depths(keys, r"(?:layers|stages)\.(\d)\.blocks\.(\d+)\.")
+    if not (residual if family == "resnet" else windowed):
+        raise ValueError(
+            f'expected a {family} backbone of {source.blocks.title} under "{source.body}" for this '
+            f"recipe, found {', '.join(keys[:3]) or 'nothing'} ...; pass the recipe of the "
+            "checkpoint's configuration"
+        )
+    options: dict[str, Any] = {
+        "first_level": FIRST,
+        "last_level": LAST,
+        "channels": channels,
+        "blocks": 0,
+        "extra": source.extra,
+    }
+    if residual:
+        convs = 3 if any(re.search(r"\.0\.conv3\.", key) for key in keys) else 2
+        found = (*residual, convs)
+        if found not in _RESNETS:
+            raise ValueError(
+                "expected blocks of the four stages and convolutions of a block as one of "
+                f"{sorted(_RESNETS)}, got {found}"
+            )
+        # These weights are not loaded: a network that has some has frozen batch normalisation.
+        return Pyramid(_RESNETS[found], weights="DEFAULT", load_weights=False, **options)
+    tables = [state[source.body + key] for key in sorted(keys) if re.fullmatch(_TABLE, key)]
+    patches = [key for key in keys if re.fullmatch(r"patch_embed\.proj(ection)?\.weight", key)]
+    if len(tables) != len(windowed) or len(windowed) != 4 or len(patches) != 1:
+        raise ValueError(
+            f'expected a Swin transformer of four stages under "{source.body}", found '
+            f"{len(windowed)} with {len(tables)} tables of relative positions and {len(patches)} "
+            "patch embeddings"
+        )
+    width, window = len(state[source.body + patches[0]]), (round(len(tables[0]) ** 0.5) + 1) // 2
+    heads = [table.shape[1] for table in tables]
+    network = SwinTransformer(
+        [4, 4], width, windowed, heads, [window, window], stochastic_depth_prob=0.2
+    )
+    widths = [width << stage for stage in range(1, 4)]
+    pyramid = Pyramid("swin_t", **options)
+    pyramid.body = SwinBody(
+        IntermediateLayerGetter(network.features, {"3": "3", "5": "4", "7": "5"}), widths
+    )
+    pyramid.fpn = FeaturePyramidNetwork(widths, channels, pyramid.fpn.extra_blocks)
+    return pyramid
+
+
+def _tower_keys(head: DyHead, source: Source) -> set[str]:
+    names = [name.theirs for name in source.blocks.names]
+    return {f"{source.tower}{i}.{name}" for i in range(len(head.blocks)) for name in names}
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+
+
+def _load(model: ATSS, state: Mapping[str, Any], source: Source, tower: set[str]) -> None:
+    """Load all but the Dynamic Head, whose keys are ``tower``; every key must have its use."""
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    scales = [source.scales.format(i) for i in range(model.head.scales.numel())]
+    names = {
+        key: source.theirs(key)
+        for key in shapes
+        if not key.startswith("backbone.dyhead.") and key != "head.scales"
+    }
+    used = {*names.values(), *scales, *tower}
+    missing = sorted(used - set(state))
+    # Frozen batch normalisation counts no batches.
+    unexpected = sorted(key for key in set(state) - used if not key.endswith("num_batches_tracked"))
+    if missing or unexpected:
+        raise ValueError(
+            f"expected the {len(used)} tensors of {source.blocks.title}'s ATSS with a Dynamic "
+            f"Head of P{FIRST}..P{LAST}, missing: {', '.join(missing) or 'none'}; unexpected: "
+            f"{', '.join(unexpected) or 'none'}"
+        )
+    tensors = {key: _tensor(state[name]) for key, name in names.items()}
+    tensors["head.scales"] = torch.cat([_tensor(state[name]).flatten() for name in scales])
+    for key, value in tensors.items():
+        if key.endswith("relative_position_index"):
+            tensors[key] = value.flatten()
+    wrong = [key for key, value in tensors.items() if value.shape != shapes[key]]
+    if wrong:
+        lines = (
+            f"{names.get(key, 'all scales')}: expected {list(shapes[key])}, got "
+            f"{list(tensors[key].shape)}"
+            for key in wrong
+        )
+        raise ValueError(f"expected other shapes in the checkpoint: {'; '.join(lines)}")
+    for key, value in tensors.items():
+        if source.unfolded and re.search(r"\.stages\.\d+\.(norm|reduction)\.", key):
+            # From (channel, dy, dx) to (dx, dy, channel).
+            tensors[key] = value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _build(checkpoint: Mapping[str, Any], source: Source, head: DyHead, recipe: Recipe) -> ATSS:
+    state = unnest(checkpoint, source.blocks)
+    if source.classes not in state:
+        raise ValueError(f'expected "{source.classes}" of an ATSS head, found no such key')
+    num_classes, _, kernel_size, _ = state[source.classes].shape
+    if kernel_size != recipe.kernel_size:
+        raise ValueError(
+            f"expected predictors of size {recipe.kernel_size} for this recipe, got {kernel_size}; "
+            "pass the recipe of the checkpoint's configuration"
+        )
+    channels = cast(int, head.blocks[0].in_channels)
+    pyramid = _pyramid(state, source, recipe.family, channels)
+    pyramid.dyhead, pyramid.out_channels = head.float(), head.out_channels
+    mean, std = recipe.pixel_mean, recipe.pixel_std
+    bgr = recipe.channels == "bgr"
+    model = ATSS(
+        pyramid,
+        num_classes,
+        min_size=recipe.min_size,
+        max_size=recipe.max_size,
+        kernel_size=kernel_size,
+        center_offset=recipe.center_offset,
+        postprocess=source.postprocess,
+        image_mean=[value / 255 for value in (reversed(mean) if bgr else mean)],
+        image_std=[value / 255 for value in (reversed(std) if bgr else std)],
+        size_divisible=recipe.size_divisible,
+    )
+    _load(model, state, source, _tower_keys(head, source))
+    if bgr:
+        first = next(m for m in pyramid.body.modules() if isinstance(m, nn.Conv2d))
+        first.weight.data = first.weight.data.flip(1)
+    if recipe.stride_in_1x1 and recipe.family == "resnet":
+        for stage in ("layer2", "layer3", "layer4"):
+            block: Any = pyramid.body.get_submodule(f"{stage}.0")
+            if hasattr(block, "conv3"):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return model.eval()
+
+
+def atss_from_mmdet(
+    state_dict: Mapping[str, Any], *, recipe: Recipe = MMDET_R50, version: str = "3.3.0"
+) -> ATSS:
+    """The detector of a checkpoint that mmdet's ATSS with a Dynamic Head has.
+
+    The depth of the ResNet or the sizes of the Swin transformer, blocks, channels and classes are
+    read from the checkpoint; every tensor in it must have its use. Batch normalisation is frozen.
+    The result takes RGB images in 0..1. On an image whose size the transform keeps it gives mmdet's
+    numbers to rounding; resizing is torchvision's, which interpolates slightly differently from
+    OpenCV and Pillow. A Swin transformer differs where a padded image has at most 32 * window
+    pixels on a side: torchvision does not shift windows in a map of one window.
+
+    Args:
+        state_dict: a state dict, or a checkpoint with one under "state_dict"; its tensors are
+            copied.
+        recipe: of the configuration that it was trained with.
+        version: of the mmdet that trained it, see :func:`dyhead_cuda.compat.from_mmdet`.
+
+    Returns:
+        The detector in evaluation mode, float32, on the CPU.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, all of them listed; a backbone or
+            predictors that do not fit the recipe.
+        TypeError: not a mapping.
+    """
+    head = compat.from_mmdet(state_dict, version=version, prefix=MMDET_ATSS.tower)
+    return _build(state_dict, MMDET_ATSS, head.cpu(), recipe)
+
+
+def atss_from_microsoft(state_dict: Mapping[str, Any], *, recipe: Recipe = MICROSOFT_R50) -> ATSS:
+    """The detector of a checkpoint of microsoft/DynamicHead on detectron2.
+
+    As :func:`atss_from_mmdet`; the state dict may be under "model", with numpy arrays.
+    """
+    head = compat.from_microsoft(state_dict, prefix=MICROSOFT_ATSS.tower)
+    return _build(state_dict, MICROSOFT_ATSS, head.cpu(), recipe)

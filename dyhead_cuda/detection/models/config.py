@@ -1,0 +1,211 @@
+"""A detector from a configuration, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyhead_cuda import backend, checks
+from dyhead_cuda.detection.models.atss import ATSS
+from dyhead_cuda.detection.models.backbones import Extra, Pyramid, check_levels
+from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
+from dyhead_cuda.detection.models.two_stage import BoxHead, FasterRCNN
+from dyhead_cuda.modules import ATTENTIONS, Attention, Init
+from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
+
+ONE_STAGE = ("atss", "retinanet", "fcos")
+TWO_STAGE = ("faster_rcnn", "faster_rcnn_task")
+DETECTORS = ONE_STAGE + TWO_STAGE
+# How each one's publication makes the levels beyond the backbone.
+EXTRA_LEVELS: dict[str, Extra] = {
+    "atss": "conv",
+    "retinanet": "conv_relu",
+    "fcos": "conv_relu",
+    "faster_rcnn": "pool",
+    "faster_rcnn_task": "pool",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that says what a detector is; :func:`build` makes it.
+
+    Args:
+        detector: "atss", "retinanet", "fcos", "faster_rcnn" (Dynamic Head on the pyramid, ordinary
+            box head) or "faster_rcnn_task" (the paper's figure: the task attention is the box
+            head).
+        num_classes: without the background.
+        backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset,
+            init: see :class:`~dyhead_cuda.detection.models.backbones.Pyramid`; 0 blocks are the
+            plain head. Two-stage detectors are published with levels 2 to 6.
+        convs: convolutions in each tower before the predictors of a one-stage detector. None: 0
+            with a Dynamic Head, as published, and 4 without.
+        min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
+            or its longer side ``max_size`` if that makes it smaller.
+        keypoints: of each object; 0 for none. Two-stage detectors only.
+
+    Raises:
+        ValueError: values that no detector can be made of.
+    """
+
+    detector: str
+    num_classes: int
+    backbone: str = "resnet50"
+    weights: str | None = None
+    first_level: int = 3
+    last_level: int = 7
+    channels: int = 256
+    blocks: int = 6
+    convs: int | None = None
+    attentions: tuple[Attention, ...] = ATTENTIONS
+    high_offset: HighOffset = "flat"
+    init: Init = "mmdet"
+    min_size: int = 800
+    max_size: int = 1333
+    keypoints: int = 0
+
+    def __post_init__(self) -> None:
+        checks.one_of("detector", self.detector, DETECTORS)
+        checks.positive(
+            num_classes=self.num_classes,
+            channels=self.channels,
+            min_size=self.min_size,
+            max_size=self.max_size,
+        )
+        if not isinstance(self.backbone, str):
+            raise ValueError(f"expected the name of a backbone, got {self.backbone!r}")
+        for name in ("blocks", "convs", "keypoints"):
+            value = getattr(self, name)
+            if value is None and name == "convs":
+                continue
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"expected {name} as an integer of at least 0, got {value!r}")
+        check_levels(self.first_level, self.last_level)
+        if self.min_size > self.max_size:
+            raise ValueError(
+                f"expected min_size <= max_size, got {self.min_size} and {self.max_size}"
+            )
+        object.__setattr__(self, "attentions", tuple(self.attentions))  # JSON has lists
+        for attention in self.attentions:
+            checks.one_of("attentions", attention, ATTENTIONS)
+        checks.one_of("high_offset", self.high_offset, HIGH_OFFSETS)
+        checks.one_of("init", self.init, get_args(Init))
+        if self.detector in ONE_STAGE and self.keypoints:
+            raise ValueError(
+                f"expected keypoints 0 for the one-stage detector {self.detector}, got "
+                f"{self.keypoints}; {' and '.join(TWO_STAGE)} predict keypoints"
+            )
+        if self.detector in TWO_STAGE and self.convs:
+            raise ValueError(
+                f"expected convs None or 0 for {self.detector}, whose predictors have no towers, "
+                f"got {self.convs}"
+            )
+        if self.detector == "faster_rcnn_task" and not self.blocks:
+            raise ValueError(
+                "expected at least 1 block for faster_rcnn_task, got 0; the plain detector is "
+                '"faster_rcnn" with 0 blocks'
+            )
+
+    @property
+    def tower_convs(self) -> int:
+        """``convs`` with its default filled in."""
+        return (0 if self.blocks else 4) if self.convs is None else self.convs
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, as JSON has them."""
+        return {**asdict(self), "attentions": list(self.attentions)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The configuration of :meth:`to_dict`; names left out have their defaults.
+
+        Raises:
+            ValueError: unknown or missing names, or wrong values.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        missing = sorted({"detector", "num_classes"} - set(values))
+        if unknown:
+            raise ValueError(f"expected model settings among {known}, got {unknown}")
+        if missing:
+            raise ValueError(f"expected model settings {missing}, which are missing")
+        return cls(**values)
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """The detector that ``config`` describes, with torchvision's interface.
+
+    In training, ``model(images, targets)`` returns a dict of scalar losses; in evaluation,
+    ``model(images)`` a list of dicts with boxes [m, 4] (xyxy, pixels of the input), scores [m],
+    labels [m] from 1, and keypoints [m, K, 3] if it has them. ``model.backbone`` is a
+    :class:`~dyhead_cuda.detection.models.backbones.Pyramid`.
+
+    Raises:
+        ValueError: channels that the Dynamic Head cannot group, levels or weights that the backbone
+            does not have.
+    """
+    return _build(config, load_weights=True)
+
+
+def build_empty(config: ModelConfig) -> nn.Module:
+    """As :func:`build`, for a model whose state is loaded next: no weights are downloaded."""
+    return _build(config, load_weights=False)
+
+
+def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
+    task_head = config.detector == "faster_rcnn_task"
+    pyramid = Pyramid(
+        config.backbone,
+        weights=config.weights,
+        first_level=config.first_level,
+        last_level=config.last_level,
+        channels=config.channels,
+        blocks=config.blocks,
+        # There, the task attention comes after RoI pooling.
+        attentions=[a for a in config.attentions if not (task_head and a == "task")],
+        high_offset=config.high_offset,
+        init=config.init,
+        extra=EXTRA_LEVELS[config.detector],
+        load_weights=load_weights,
+    )
+    sizes = {"min_size": config.min_size, "max_size": config.max_size}
+    if config.detector in ONE_STAGE:
+        detector = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS}[config.detector]
+        return detector(pyramid, config.num_classes, convs=config.tower_convs, **sizes)
+    box_head: BoxHead = "mlp"
+    if task_head:
+        box_head = "task" if "task" in config.attentions else "linear"
+    return FasterRCNN(
+        pyramid, config.num_classes, box_head=box_head, keypoints=config.keypoints, **sizes
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Values in all parameters of ``model``, frozen ones among them."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gflops(model: nn.Module, height: int, width: int) -> float:
+    """Floating-point operations of one image [3, height, width] in evaluation, in 1e9.
+
+    A multiply-add counts as two. Convolutions and matrix products count, as torch's
+    ``FlopCounterMode`` has them: those of deformable convolutions, too, but not their
+    interpolation. What runs counts: an attention that is left out runs with fixed values, at the
+    same cost. The image is resized as the model does it; for a two-stage detector the number
+    depends on how many proposals it makes.
+    """
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    image = image.to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        # In plain PyTorch the head's products are ones that torch can count.
+        with torch.no_grad(), backend("reference"), FlopCounterMode(display=False) as counter:
+            model([image])
+    finally:
+        model.train(training)
+    return counter.get_total_flops() / 1e9

@@ -1,0 +1,1 @@
+"""Training: optimiser and schedule, run folders, several processes, progress."""

@@ -1,0 +1,128 @@
+"""Shows a training as it goes: a bar in a terminal, lines elsewhere, TensorBoard.
+
+All take the records that :func:`~dyhead_cuda.detection.training.trainer.train` gives its
+listeners.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Record = dict[str, Any]
+Listener = Callable[[Record], None]
+
+LINE_INTERVAL_S = 10.0  # between lines where there is no terminal
+SMOOTHED_STEPS = 20  # over which the shown loss and speed are means
+
+
+class _State:
+    """What is shown: means over the last steps, and the last AP."""
+
+    def __init__(self) -> None:
+        self._last: deque[tuple[float, float]] = deque(maxlen=SMOOTHED_STEPS)
+        self.ap = math.nan
+
+    def take(self, record: Record) -> None:
+        if "loss" in record:
+            self._last.append((record["loss"], record["images_per_second"]))
+        if "evaluation" in record:
+            self.ap = record["evaluation"]["summary"]["AP"]
+
+    def __str__(self) -> str:
+        losses, speeds = zip(*self._last, strict=True) if self._last else ((math.nan,), (math.nan,))
+        loss, speed = sum(losses) / len(losses), sum(speeds) / len(speeds)
+        ap = "-" if math.isnan(self.ap) else f"{100 * self.ap:.1f}"
+        return f"loss {loss:.3f}  AP {ap}  {speed:.1f} images/s"
+
+
+@contextmanager
+def shown(console: Console, steps: int) -> Iterator[Listener]:
+    """A listener that shows steps of ``steps``, loss, AP in percent, speed and the time left."""
+    if not console.is_terminal:
+        yield _lines(console, steps)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    state = _State()
+    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+        task = progress.add_task("training", total=steps, state=str(state))
+
+        def show(record: Record) -> None:
+            state.take(record)
+            what = "training"
+            if "evaluated" in record:
+                what = f"evaluation of image {record['evaluated']} of {record['to_evaluate']}"
+            progress.update(task, completed=record["step"], description=what, state=str(state))
+
+        yield show
+
+
+def _lines(console: Console, steps: int) -> Listener:
+    state = _State()
+    started = last = -math.inf
+    first_step = 0
+
+    def show(record: Record) -> None:
+        nonlocal started, last, first_step
+        state.take(record)
+        now = time.monotonic()
+        if started == -math.inf:
+            started, first_step = now, record["step"]
+        ended = record["step"] == steps and "loss" in record
+        if "evaluated" in record or not (
+            ended or "evaluation" in record or now - last >= LINE_INTERVAL_S
+        ):
+            return
+        last = now
+        left = "?"
+        if record["step"] > first_step:
+            seconds = (now - started) / (record["step"] - first_step) * (steps - record["step"])
+            left = str(timedelta(seconds=round(seconds)))
+        console.print(f"step {record['step']}/{steps}  {state}  left {left}", soft_wrap=True)
+
+    return show
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Listener]:
+    """A listener that writes TensorBoard events into ``folder``.
+
+    Raises:
+        ModuleNotFoundError: the package tensorboard is not installed.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with ExitStack() as stack:
+        writer: Any = None
+
+        def write(record: Record) -> None:
+            nonlocal writer
+            step = record["step"]
+            if writer is None:
+                # Of an earlier process, steps that the last checkpoint does not hold.
+                writer = stack.enter_context(SummaryWriter(str(folder), purge_step=step))
+            for name in ("loss", "lr", "grad_norm", "images_per_second"):
+                if name in record:
+                    writer.add_scalar(f"train/{name}", record[name], step)
+            for name, value in record.get("losses", {}).items():
+                writer.add_scalar(f"train/{name}", value, step)
+            for name, value in record.get("evaluation", {}).get("summary", {}).items():
+                writer.add_scalar(f"val/{name}", value, step)
+
+        yield write

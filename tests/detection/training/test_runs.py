@@ -1,0 +1,142 @@
+"""The run folder: atomic files, the log, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+
+from dyhead_cuda.detection.training import runs
+from dyhead_cuda.detection.training.runs import RunError, RunFolder
+
+CONFIG = {"training": {"lr": 0.1, "workers": 0}, "model": {"attentions": ("scale", "task")}}
+CHECKPOINT = {"step": 2, "config": CONFIG, "model": {"weight": torch.arange(5.0)}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """With a run of two steps, and a third after the checkpoint."""
+    folder = RunFolder(tmp_path / "new" / "run")
+    assert folder.begin(CONFIG) is None
+    for step in (1, 2):
+        folder.log({"step": step, "loss": 1 / step})
+    folder.save_last(CHECKPOINT)
+    folder.log({"step": 3, "loss": math.inf})
+    return folder
+
+
+def test_a_run_goes_on_from_its_checkpoint(folder: RunFolder) -> None:
+    assert folder.records()[-1] == {"step": 3, "loss": None}
+    checkpoint = folder.begin(CONFIG)
+    assert checkpoint is not None
+    assert torch.equal(checkpoint["model"]["weight"], torch.arange(5.0))
+    assert folder.records() == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("content", [b'{"step": 4, "lo', b'{"step": 4}'])
+def test_a_line_that_was_cut_off_is_left_out(content: bytes, folder: RunFolder) -> None:
+    with (folder.path / runs.LOG).open("ab") as file:
+        file.write(content)
+    assert [record["step"] for record in folder.records()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"loss": 1}'])
+def test_a_bad_line_is_an_error(line: str, folder: RunFolder) -> None:
+    path = folder.path / runs.LOG
+    path.write_text(f"{line}\n{path.read_text()}")
+    with pytest.raises(RunError, match=r"log\.jsonl is damaged"):
+        folder.begin(CONFIG)
+
+
+def test_differences_by_name() -> None:
+    now: dict[str, Any] = {"training": {"lr": 0.2, "workers": 4}, "model": {}, "data": "digits"}
+    assert runs.differences(CONFIG, now) == [
+        "data is None, got 'digits'",
+        "model.attentions is ['scale', 'task'], got None",
+        "training.lr is 0.1, got 0.2",
+    ]
+    assert runs.differences(json.loads(json.dumps(CONFIG)), CONFIG) == []
+
+
+def test_a_failed_write_leaves_what_was_there(folder: RunFolder) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    before = (folder.path / runs.LAST).read_bytes()
+    with pytest.raises(OSError, match="disk full"):
+        runs.write_atomically(folder.path / runs.LAST, write)
+    assert (folder.path / runs.LAST).read_bytes() == before
+    assert not list(folder.path.glob(".*"))
+
+
+def test_leftovers_of_a_kill_are_removed(folder: RunFolder) -> None:
+    leftover = folder.path / f".{runs.LAST}.123.tmp"
+    leftover.write_bytes(b"half")
+    RunFolder(folder.path)
+    assert leftover.exists(), "it may be of a process that is writing"
+    folder.begin(CONFIG)
+    assert not leftover.exists()
+
+
+def test_restart_deletes_the_run(folder: RunFolder) -> None:
+    folder.save_best({**CHECKPOINT, "ap": 0.25})
+    assert folder.best_ap() == 0.25
+    assert folder.begin({"training": {"lr": 3}}, restart=True) is None
+    assert folder.records() == []
+    assert folder.best_ap() == -math.inf
+
+
+class Unknown:
+    """What a checkpoint must not bring to life."""
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def _overwrite(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": _cut,
+    "overwritten": _overwrite,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no checkpoint"),
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a tensor": lambda path: torch.save(torch.ones(3), path),
+    "weights alone": lambda path: torch.save({"weight": torch.ones(3)}, path),
+    "an object": lambda path: torch.save({**CHECKPOINT, "config": Unknown()}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_no_checkpoint_is_refused(damage: str, folder: RunFolder) -> None:
+    path = folder.path / runs.LAST
+    DAMAGES[damage](path)
+    with pytest.raises(RunError) as error:
+        runs.read_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_cannot_be_used(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write to the run folder"):
+        RunFolder(tmp_path / "file")
+    with pytest.raises(RunError, match="cannot write to the run folder"):
+        RunFolder(tmp_path / "file" / "below")
+    (folder.path / runs.CONFIG).write_text("{")
+    with pytest.raises(RunError, match=r"cannot read .*config\.json"):
+        folder.begin(CONFIG)
+    (folder.path / runs.CONFIG).unlink()
+    with pytest.raises(RunError, match=r"holds last\.pt but no config\.json"):
+        folder.begin(CONFIG)

@@ -1,0 +1,371 @@
+"""Calls of deform_conv for tests, and what they should give, map by map."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from dyhead_cuda import reference
+from dyhead_cuda.ops.common import compute_dtype
+from dyhead_cuda.ops.deform_conv import (
+    CROP,
+    FLAT,
+    NO_MAP,
+    NONE,
+    SAME,
+    Job,
+    Map,
+    Plan,
+    deform_conv,
+    stack_maps,
+)
+from tests.helpers.compare import leaf
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Call(ABC):
+    """A plan, and tensors by name: source, predictions, weights, and where used bias and gates.
+
+    Weights and biases are stacked.
+    """
+
+    images: int = 2
+    moments: bool = False
+    wide_out: bool = False
+
+    @property
+    @abstractmethod
+    def plan(self) -> Plan: ...
+
+    @abstractmethod
+    def values(self) -> Tensors:
+        """In float64, on the CPU."""
+
+    def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensors:
+        compute = compute_dtype(dtype)
+        return {
+            name: leaf(value.to(device), dtype if name == "source" else compute)
+            for name, value in self.values().items()
+        }
+
+    def run(self, tensors: Tensors) -> list[Tensor]:
+        results = deform_conv(
+            tensors["source"],
+            tensors["predictions"],
+            tensors["weights"].unbind(),
+            self.plan,
+            tensors["bias"].unbind() if "bias" in tensors else (),
+            tensors.get("gates"),
+            wide_out=self.wide_out,
+            moments=self.moments,
+        )
+        return list(results if self.moments else results[:1])
+
+    def arguments(self, tensors: Tensors) -> tuple[Any, ...]:
+        """Of ``deform_conv_fwd``."""
+        plan = self.plan
+        return (
+            tensors["source"],
+            tensors["predictions"],
+            list(tensors["weights"].unbind()),
+            list(tensors["bias"].unbind()) if "bias" in tensors else [],
+            tensors.get("gates"),
+            *plan.tables,
+            plan.mask_logits,
+            self.wide_out,
+            self.moments,
+            False,
+        )
+
+    def backward_arguments(self, tensors: Tensors) -> tuple[Any, ...]:
+        """Of ``deform_conv_bwd``, with random gradients."""
+        plain = {name: t.detach() for name, t in tensors.items()}
+        arguments = self.arguments(plain)
+        out, mean, *_ = torch.ops.dyhead.deform_conv_fwd(*arguments)
+        grads = [torch.randn_like(mean) if self.moments else None for _ in range(3)]
+        source, predictions, weights, _, gates, *tables, _, _ = arguments
+        first = [torch.randn_like(out), *grads, source, predictions, weights, gates, out, mean]
+        return (*first, *tables, "bias" in tensors, False, False)
+
+    def reference(self, tensors: Tensors) -> list[Tensor]:
+        """The same in float64: map by map, with the reference's 3x3 convolution."""
+        t = {name: value.double() for name, value in tensors.items()}
+        plan, channels = self.plan, t["weights"].shape[1]
+        maps, statistics = [], []
+        for job in plan.jobs:
+            size, up = (job.out.height, job.out.width), job.upsampled
+            if job.offset_rule == NONE:
+                offset = t["source"].new_zeros(self.images, 18, *size)
+                mask = t["source"].new_ones(self.images, 9, *size)
+            else:
+                predictions = self.map(t["predictions"], job.predictions)
+                offset = read(predictions[:, :18], size, job.offset_rule)
+                mask = read(predictions[:, 18:], size, job.mask_rule)
+                mask = mask.sigmoid() if plan.mask_logits else mask
+            y = t["source"].new_zeros(self.images, channels, *size)
+            for source, weight in job.terms:
+                x = self.map(t["source"], plan.sources[source])
+                if "gates" in t:
+                    x = x * t["gates"][:, source].view(-1, 1, 1, 1)
+                y = y + convolution_of_size(x, offset, t["weights"][weight], mask, job.stride)
+            if "bias" in t:
+                y = y + t["bias"][job.terms[0][1]].view(1, -1, 1, 1)
+            upsampled = interpolate(y, up or size, mode="bilinear", align_corners=True)
+            maps.append(y.permute(0, 2, 3, 1).reshape(-1, channels))
+            mean = y.mean((2, 3))
+            var = (y - mean[:, :, None, None]).square().mean((2, 3))
+            statistics.append((mean, var, upsampled.mean((2, 3))))
+        moments = [torch.stack(values) for values in zip(*statistics, strict=True)]
+        return [torch.cat(maps), *(moments if self.moments else [])]
+
+    def map(self, rows: Tensor, m: Map) -> Tensor:
+        part = rows[m.first_row :][: self.images * m.pixels]
+        return part.view(self.images, m.height, m.width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def normals(seed: int) -> Any:
+    """A function of a shape that gives normal values in float64."""
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source, dtype=torch.float64)
+
+    return normal
+
+
+def off_the_grid(offsets: Tensor, noise: Tensor) -> Tensor:
+    """Away from integer coordinates, where the derivative jumps."""
+    return offsets.floor() + 0.1 + 0.8 * noise.sigmoid()
+
+
+@dataclass(frozen=True)
+class Work(Call):
+    """All that a call can do: jobs of several terms, all read rules, gates, bias and moments.
+
+    No job reads source map 2 and weights 3.
+    """
+
+    channels: int = 2
+    out_channels: int = 3
+    mask_logits: bool = True
+    with_bias: bool = True
+    with_gates: bool = True
+    moments: bool = True
+    scale: int = 1  # of all sizes
+    seed: int = 0
+
+    @property
+    def plan(self) -> Plan:
+        n, s = self.images, self.scale
+        sources = stack_maps([(3 * s, 4 * s), (2 * s, 2 * s), (s, s), (2 * s, 3 * s)], n)
+        sizes = [(3 * s, 4 * s), (2 * s, 2 * s), (2 * s, 2 * s), (s, 2 * s), (2 * s, 3 * s)]
+        outs = stack_maps(sizes, n)
+        large, small = stack_maps([(3 * s, 4 * s), (s, 2 * s)], n)
+        jobs = [
+            Job(outs[0], large, [(0, 0), (1, 1)]),
+            Job(outs[1], large, [(1, 2)], (1, 1), FLAT, CROP, (3 * s, 4 * s)),
+            Job(outs[2], large, [(0, 0)], (2, 2), CROP, FLAT, (2 * s, 5 * s)),
+            Job(outs[3], small, [(3, 1), (0, 2), (3, 1)], (1, 2), SAME, SAME, (1, 1)),
+            Job(outs[4], NO_MAP, [(3, 4), (1, 0)], (1, 1), NONE, NONE),
+        ]
+        return Plan(n, sources, jobs, mask_logits=self.mask_logits)
+
+    def values(self) -> Tensors:
+        n, plan, normal = self.images, self.plan, normals(self.seed)
+        predictions = normal(sum(n * job.predictions.pixels for job in plan.jobs[::3]), 27)
+        predictions[:, :18] = off_the_grid(predictions[:, :18], predictions[:, 18:].repeat(1, 2))
+        values = {
+            "source": normal(sum(n * m.pixels for m in plan.sources), self.channels),
+            "predictions": predictions,
+            "weights": normal(5, self.out_channels, self.channels, 3, 3) / 3,
+        }
+        if self.with_bias:
+            values["bias"] = normal(5, self.out_channels)
+        if self.with_gates:
+            values["gates"] = normal(n, len(plan.sources))
+        return values
+
+
+@dataclass(frozen=True)
+class ManyJobs(Call):
+    """More jobs, terms and sources than the tables of a CUDA launch hold."""
+
+    moments: bool = True
+    count: int = 40
+    channels: int = 8
+
+    @property
+    def plan(self) -> Plan:
+        maps, count = stack_maps([(2, 3)] * self.count, self.images), self.count
+        jobs = [
+            Job(
+                out,
+                maps[i // 2],
+                [(i, 0), ((i * 7) % count, 1), ((i + 1) % count, 0)],
+                upsampled=(4, 5),
+            )
+            for i, out in enumerate(maps)
+        ]
+        return Plan(self.images, maps, jobs)
+
+    def values(self) -> Tensors:
+        normal, channels, rows = normals(3), self.channels, self.images * 6 * self.count
+        predictions = normal(rows // 2, 27)
+        predictions[:, :18] = off_the_grid(predictions[:, :18], normal(rows // 2, 18))
+        return {
+            "source": normal(rows, channels),
+            "predictions": predictions,
+            "weights": normal(2, channels, channels, 3, 3) / 8,
+            "bias": normal(2, channels),
+            "gates": normal(self.images, self.count),
+        }
+
+
+@dataclass(frozen=True)
+class Convolution(Call):
+    """One deformable convolution of any geometry."""
+
+    images: int = 1
+    channels: int = 16
+    out_channels: int = 16
+    size: tuple[int, int] = (9, 10)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    deform_groups: int = 1
+    offset_scale: float = 1.0
+
+    @property
+    def output(self) -> tuple[int, int]:
+        height, width = (
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(
+                self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+        return height, width
+
+    @property
+    def plan(self) -> Plan:
+        out = Map(0, *self.output)
+        return Plan(
+            self.images,
+            [Map(0, *self.size)],
+            [Job(out, out, [(0, 0)], self.stride)],
+            self.kernel,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.deform_groups,
+            mask_logits=False,
+        )
+
+    def values(self) -> Tensors:
+        normal = normals(7)
+        taps = self.kernel[0] * self.kernel[1] * self.deform_groups
+        offsets = self.offset_scale * normal(self.images * math.prod(self.output), 2 * taps)
+        offsets = off_the_grid(offsets, normal(*offsets.shape))
+        masks = normal(offsets.shape[0], taps).sigmoid()
+        shape = (1, self.out_channels, self.channels // self.groups, *self.kernel)
+        return {
+            "source": normal(self.images * math.prod(self.size), self.channels),
+            "predictions": torch.cat([offsets, masks], 1),
+            "weights": normal(*shape) / math.sqrt(self.channels // self.groups * taps),
+            "bias": normal(1, self.out_channels),
+        }
+
+    def reference(self, tensors: Tensors) -> list[Tensor]:
+        t = {name: value.double() for name, value in tensors.items()}
+        predictions = self.map(t["predictions"], Map(0, *self.output))
+        offsets = predictions.shape[1] // 3 * 2
+        y = reference.modulated_deform_conv2d(
+            self.map(t["source"], Map(0, *self.size)),
+            predictions[:, :offsets],
+            t["weights"][0],
+            t["bias"][0],
+            self.stride,
+            self.padding,
+            self.dilation,
+            predictions[:, offsets:],
+        )
+        return [y.permute(0, 2, 3, 1).reshape(-1, self.out_channels)]
+
+    def displaced(self, tensors: Tensors, value: float) -> tuple[Tensors, Tensors]:
+        """With offsets of ``value``, beyond every border, and with finite ones there instead."""
+        moved = {name: t.detach().clone() for name, t in tensors.items()}
+        moved["predictions"][::3, :18] = value
+        moved["predictions"][1::3, 4] = value
+        finite = {name: t.clone() for name, t in moved.items()}
+        finite["predictions"][:, :18].nan_to_num_(1e6, 1e6, -1e6)
+        return moved, finite
+
+
+def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
+    height, width = size
+    if rule != FLAT:
+        return values[:, :, :height, :width]
+    n, k = values.shape[:2]
+    return values.flatten(1)[:, : k * height * width].reshape(n, k, height, width)
+
+
+def convolution_of_size(
+    x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, stride: tuple[int, int]
+) -> Tensor:
+    """The reference's convolution, of as many output pixels as there are offsets.
+
+    Zeros below and to the right of x change no sample, and pixels without offsets are cut off.
+    """
+    size = offset.shape[2:]
+    needed = [
+        max(have, (out - 1) * step + 1)
+        for have, out, step in zip(x.shape[2:], size, stride, strict=True)
+    ]
+    outs = [(have - 1) // step + 1 for have, step in zip(needed, stride, strict=True)]
+
+    def padded(t: Tensor, to: Sequence[int]) -> Tensor:
+        return pad(t, (0, to[1] - t.shape[3], 0, to[0] - t.shape[2]))
+
+    out = reference.modulated_deform_conv2d(
+        padded(x, needed), padded(offset, outs), weight, None, stride, 1, 1, padded(mask, outs)
+    )
+    return out[:, :, : size[0], : size[1]]
+
+
+WORKS = {
+    "all": Work(),
+    "without moments": Work(moments=False),
+    "wide": Work(moments=False, wide_out=True, channels=33),
+    "without bias and gates": Work(with_bias=False, with_gates=False),
+    "plain masks": Work(mask_logits=False, with_gates=False),
+    "many channels": Work(channels=70, out_channels=40),
+    "several chunks": Work(images=3, channels=5, out_channels=4, scale=9),
+    "no images": Work(images=0),
+}
+
+CONVOLUTIONS = {
+    "one pixel": Convolution(channels=1, out_channels=1, size=(1, 1)),
+    "vectors": Convolution(channels=72, out_channels=48, images=2, offset_scale=3),
+    "wide output": Convolution(channels=8, out_channels=264, size=(5, 27)),
+    "middle output": Convolution(channels=136, out_channels=104, size=(8, 17)),
+    "groups": Convolution(channels=32, out_channels=48, groups=2, deform_groups=4),
+    "groups across deformable groups": Convolution(
+        channels=12, out_channels=6, groups=2, deform_groups=3
+    ),
+    "depthwise": Convolution(channels=5, out_channels=10, groups=5, size=(4, 5)),
+    "large kernel": Convolution(
+        channels=72, kernel=(5, 3), padding=(2, 3), dilation=(2, 1), size=(7, 9)
+    ),
+    "strides": Convolution(stride=(2, 3), size=(11, 13), padding=(0, 2)),
+    "far offsets": Convolution(offset_scale=30),
+}

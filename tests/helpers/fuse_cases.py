@@ -1,0 +1,154 @@
+"""Inputs of ``dyhead::fuse_branches`` and its formula in plain PyTorch, for its tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from dyhead_cuda.ops.deform_conv import stack_maps
+from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
+from tests.helpers.compare import leaf, random_like
+from tests.helpers.inputs import halving_sizes
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Levels, each with its size and the sizes of its branches."""
+
+    levels: tuple[tuple[Size, tuple[Size, ...]], ...]
+    images: int = 2
+    channels: int = 5
+    reversed_maps: bool = False  # whether the branches' maps lie in the opposite order
+    seed: int = 0
+
+    def plan(self) -> dict[str, Any]:
+        """The arguments of the operator that are not tensors."""
+        sizes = list(chain.from_iterable(branches for _, branches in self.levels))
+        order = list(range(len(sizes)))
+        if self.reversed_maps:
+            order.reverse()
+        outs = stack_maps([size for size, _ in self.levels], self.images)
+        levels, used = [], 0
+        for out, (_, branches) in zip(outs, self.levels, strict=True):
+            levels.append((out, [order[used + b] for b in range(len(branches))]))
+            used += len(branches)
+        maps = stack_maps([sizes[i] for i in order], self.images)
+        return {"images": self.images, "maps": maps, "levels": levels}
+
+    def tables(self) -> tuple[list[int], list[int]]:
+        """The plan as the operator's lists of integers."""
+        plan = self.plan()
+        return fuse_tables(plan["maps"], plan["levels"])
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """y, scale, shift and coefficients, which are of the accumulation type."""
+        source = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=source, dtype=torch.float64)
+
+        plan = self.plan()
+        n, c = self.images, self.channels
+        rows = sum(n * m.pixels for m in plan["maps"])
+        count = len(self.levels)
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        return [
+            leaf(normal(rows, c), dtype),
+            *(
+                leaf(normal(*shape, c), compute)
+                for shape in ((len(plan["maps"]), n), (count, n), (count, n, 4))
+            ),
+        ]
+
+    def run(self, tensors: list[Tensor]) -> Tensor:
+        y, scale, shift, coefficients = tensors
+        return fuse_branches(y, scale, shift, coefficients, **self.plan())
+
+    def reference(self, tensors: list[Tensor]) -> Tensor:
+        """The same in float64, with autograd."""
+        return torch.maximum(*self.lines(tensors))
+
+    def cotangent(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """A random gradient of the result, in float64 with the values of ``dtype``.
+
+        Where the dynamic ReLU's lines all but meet, rounding decides which of them takes the
+        gradient: it is zero there.
+        """
+        with torch.no_grad():
+            first, second = self.lines(tensors)
+            values = random_like(first)[0].to(dtype).to(first)
+            return torch.where((first - second).abs() < 1e-4, 0, values)
+
+    def lines(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """a1 . z + b1 and a2 . z + b2."""
+        y, scale, shift, coefficients = (t.double() for t in tensors)
+        plan = self.plan()
+        first, second = [y.new_empty(0, self.channels)], [y.new_empty(0, self.channels)]
+        for level, (out, branches) in enumerate(plan["levels"]):
+            size, z = (out.height, out.width), shift[level][:, None, None]
+            if out.pixels == 0:
+                continue
+            for j in branches:
+                branch = plan["maps"][j]
+                rows = y[branch.first_row :][: self.images * branch.pixels]
+                values = rows.view(self.images, branch.height, branch.width, self.channels)
+                if self.images == 0:
+                    values = values.reshape(0, *size, self.channels)
+                elif (branch.height, branch.width) != size:
+                    values = interpolate(
+                        values.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True
+                    ).permute(0, 2, 3, 1)
+                z = z + scale[j][:, None, None] * values
+            a1, b1, a2, b2 = coefficients[level][:, :, None, None].unbind(1)
+            first.append((a1 * z + b1).reshape(-1, self.channels))
+            second.append((a2 * z + b2).reshape(-1, self.channels))
+        return torch.cat(first), torch.cat(second)
+
+
+def block_case(sizes: list[Size], *, aligned: bool = False, **options: Any) -> Case:
+    """The branches of the published block: mid, low, and high, which is of the coarser size."""
+    levels = []
+    for i, size in enumerate(sizes):
+        high = sizes[i + 1 : i + 2]
+        low = [size] if i > 0 else []
+        levels.append((size, (size, *low, *([size] if aligned and high else high))))
+    return Case(tuple(levels), **options)
+
+
+CASES = {
+    "one level": block_case([(5, 7)]),
+    "two levels": block_case(halving_sizes(9, 6, 2)),
+    "three levels, odd": block_case(halving_sizes(13, 21, 3)),
+    "five levels": block_case(halving_sizes(25, 42, 5), images=1),
+    "five levels to 1x1": block_case(halving_sizes(11, 16, 5), images=3),
+    "aligned": block_case(halving_sizes(9, 14, 3), aligned=True),
+    "one channel": block_case(halving_sizes(9, 14, 3), channels=1),
+    "many channels": block_case(halving_sizes(9, 14, 3), channels=67),
+    "reversed maps": block_case(halving_sizes(9, 14, 3), reversed_maps=True),
+    "rows wider than a task": block_case([(3, 150), (2, 75)]),
+    "from and to 1x1": Case((((1, 1), ((3, 4), (1, 1), (1, 3))), ((4, 3), ((1, 1), (4, 1))))),
+    "three upsampled": Case((((9, 8), ((5, 4), (2, 8), (9, 3))),)),
+    "smaller levels": Case((((4, 5), ((9, 11), (4, 17), (13, 5))),)),
+}
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
+RANDOM_CASES = st.builds(
+    Case,
+    levels=st.lists(
+        st.tuples(sizes, st.lists(sizes, min_size=1, max_size=3).map(tuple)),
+        min_size=1,
+        max_size=5,
+    ).map(tuple),
+    images=st.integers(0, 3),
+    channels=st.integers(1, 40),
+    reversed_maps=st.booleans(),
+    seed=st.integers(0, 10**6),
+)

@@ -1,0 +1,136 @@
+"""``dyhead::dynamic_relu_fwd`` and ``_bwd`` called directly: checks, registration, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from dyhead_cuda import backend, functional, library
+from tests.helpers.compare import TOLERANCE, assert_close, gradients
+from tests.helpers.inputs import random_relu_inputs
+
+pytestmark = pytest.mark.skipif(
+    not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
+)
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward_arguments(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """rows [N, P, C] and the parameters as the operator takes them."""
+    x, *parameters = inputs
+    rows = x.detach().transpose(1, 2).contiguous()
+    return [rows, *(t.detach().to(compute_dtype(x.dtype)) for t in parameters)]
+
+
+def backward_arguments(inputs: Sequence[Tensor]) -> list[Tensor]:
+    rows, w1, b1, w2, b2 = forward_arguments(inputs)
+    _, _, hidden, logits = torch.ops.dyhead.dynamic_relu_fwd(rows, w1, b1, w2, b2, True)
+    source = torch.Generator().manual_seed(5)
+    grad_out = torch.randn(rows.shape, generator=source, dtype=torch.float64).to(rows.dtype)
+    return [grad_out, rows, hidden, logits, w1, w2]
+
+
+def test_forward_statistics() -> None:
+    x, w1, b1, w2, b2 = random_relu_inputs((3, 8, 700))
+    arguments = forward_arguments([x, w1, b1, w2, b2])
+    _, mean, hidden, logits = torch.ops.dyhead.dynamic_relu_fwd(*arguments, True)
+    assert_close(mean, x.mean(2))
+    assert_close(hidden, (x.mean(2) @ w1.t() + b1).relu())
+    assert_close(logits, (x.mean(2) @ w1.t() + b1).relu() @ w2.t() + b2)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 6, 5), (1, 3, 1), (0, 4, 2)])
+def test_opcheck(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    inputs = random_relu_inputs(shape, dtype)
+    arguments = forward_arguments(inputs)
+    for t in arguments:
+        t.requires_grad_()
+    torch.library.opcheck(torch.ops.dyhead.dynamic_relu_fwd.default, (*arguments, True))
+    torch.library.opcheck(
+        torch.ops.dyhead.dynamic_relu_bwd.default, (*backward_arguments(inputs), False)
+    )
+
+
+def wrong(arguments: list[Tensor], place: int, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    return [make(t) if i == place else t for i, t in enumerate(arguments)]
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "shorter": lambda t: t[..., :-1].contiguous(),
+    "longer": lambda t: torch.cat([t, t], -1),
+    "fewer first": lambda t: t[:-1].contiguous(),
+    "one dimension more": lambda t: t.unsqueeze(0),
+    "one dimension less": lambda t: t[0].contiguous(),
+    "empty": lambda t: t[..., :0].contiguous(),
+    "not contiguous": lambda t: torch.stack([t, t], -1)[..., 0],
+    "another type": lambda t: t.half(),
+    "integers": lambda t: t.long(),
+}
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("fault", WRONG)
+def test_direct_calls_of_the_forward_are_checked(fault: str, place: int) -> None:
+    arguments = forward_arguments(random_relu_inputs((3, 6, 5), torch.float32, hidden=4))
+    torch.ops.dyhead.dynamic_relu_fwd(*arguments, True)
+    if place == 0 and fault in ("fewer first", "another type"):
+        return  # another batch, or rows smaller than the compute type, are no fault
+    with pytest.raises(RuntimeError, match=r"expected"):
+        torch.ops.dyhead.dynamic_relu_fwd(*wrong(arguments, place, WRONG[fault]), True)
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("fault", WRONG)
+def test_direct_calls_of_the_backward_are_checked(fault: str, place: int) -> None:
+    arguments = backward_arguments(random_relu_inputs((3, 6, 5), torch.float32, hidden=4))
+    torch.ops.dyhead.dynamic_relu_bwd(*arguments, True)
+    with pytest.raises(RuntimeError, match=r"expected"):
+        torch.ops.dyhead.dynamic_relu_bwd(*wrong(arguments, place, WRONG[fault]), True)
+
+
+# --- bitwise promises -----------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize(("shape", "hidden"), [((3, 37, 2000), 9), ((1, 64, 700), 16)])
+def test_bitwise_equal_for_any_number_of_threads(
+    threads: None, dtype: torch.dtype, shape: tuple[int, ...], hidden: int
+) -> None:
+    inputs = random_relu_inputs(shape, dtype, hidden=hidden)
+    results = []
+    for count in (1, 2, 7, 7, 1):
+        torch.set_num_threads(count)
+        out = functional.dynamic_relu(*inputs)
+        rows = [
+            out.detach(),
+            *torch.ops.dyhead.dynamic_relu_bwd(
+                *backward_arguments([t.detach() for t in inputs]), True
+            ),
+        ]
+        # Products that torch computes stay out of it: they may depend on the threads.
+        results.append([*rows, gradients(out, inputs)[0]])
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_auto_equals_the_library_on_the_cpu() -> None:
+    inputs = random_relu_inputs((2, 8, 5, 6), torch.float32)
+    auto = functional.dynamic_relu(*inputs)
+    with backend("auto"):
+        again = functional.dynamic_relu(*inputs)
+    with backend("cpu"):
+        cpu = functional.dynamic_relu(*inputs)
+    assert torch.equal(auto, cpu)
+    assert torch.equal(again, cpu)
+    for a, b in zip(gradients(auto, inputs), gradients(cpu, inputs), strict=True):
+        assert torch.equal(a, b)

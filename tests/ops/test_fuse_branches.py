@@ -1,0 +1,236 @@
+"""``dyhead::fuse_branches`` against its formula in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch import Tensor
+
+from dyhead_cuda import library
+from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
+from tests.helpers.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case
+from tests.helpers.inputs import halving_sizes
+
+library.require("cpu")
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    tensors = case.tensors(dtype)
+    exact = [leaf(t, torch.float64) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, dtype)
+    cotangent = case.cotangent(exact, dtype)
+    actual_grads = torch.autograd.grad(actual, tensors, cotangent.to(dtype))
+    if case.images == 0:
+        assert [g.shape for g in actual_grads] == [t.shape for t in tensors]
+    else:
+        wanted = torch.autograd.grad(expected, exact, cotangent)
+        assert_gradients_close(actual_grads, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_formula_with_all_gradients(name: str, dtype: torch.dtype) -> None:
+    check(CASES[name], dtype)
+
+
+@given(RANDOM_CASES)
+@example(Case((((7, 5), ((4, 3), (7, 5))),), images=0))
+def test_random_cases(case: Case) -> None:
+    check(case, torch.float64)
+
+
+def test_a_large_map_keeps_the_precision_of_float32() -> None:
+    check(Case((((200, 336), ((100, 168),)),), images=1, channels=8), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [block_case(halving_sizes(3, 5, 2)), CASES["from and to 1x1"], Case((((2, 3), ((5, 4),)),))],
+    ids=["block", "from and to 1x1", "smaller level"],
+)
+def test_gradcheck(case: Case, threads: None) -> None:
+    torch.set_num_threads(1)  # hundreds of calls with next to nothing to do
+    case = replace(case, channels=2)
+    assert torch.autograd.gradcheck(lambda *tensors: case.run(list(tensors)), case.tensors())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("images", [0, 2])
+def test_opcheck(dtype: torch.dtype, images: int) -> None:
+    case = replace(CASES["two levels"], images=images)
+    tables = (images, *case.tables())
+    tensors = case.tensors(dtype)
+    torch.library.opcheck(torch.ops.dyhead.fuse_branches_fwd, (*tensors, *tables))
+    plain = [t.detach() for t in tensors]
+    grad_out = torch.randn_like(case.run(plain))
+    torch.library.opcheck(torch.ops.dyhead.fuse_branches_bwd, (grad_out, *plain, *tables))
+
+
+def test_a_tie_is_split() -> None:
+    case = block_case(halving_sizes(3, 4, 2))
+    tensors = case.tensors()
+    with torch.no_grad():
+        tensors[3][:, :, 2:] = tensors[3][:, :, :2]
+    exact = [leaf(t) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert_close(actual, expected)
+    grads = gradients(actual, tensors)
+    assert_gradients_close(grads, gradients(expected, exact))
+    assert torch.equal(grads[3][:, :, :2], grads[3][:, :, 2:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nan_passes_through(dtype: torch.dtype) -> None:
+    case = block_case(halving_sizes(9, 14, 2), channels=20)
+    tensors = case.tensors(dtype)
+    with torch.no_grad():
+        tensors[0][::11, 3], tensors[0][5, 7:] = math.nan, math.inf
+    expected = case.reference(tensors)
+    actual = case.run(tensors)
+    assert 0 < expected.isnan().sum() < expected.numel()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    for value in (math.inf, -math.inf):
+        assert torch.equal(actual == value, expected == value)
+
+
+@pytest.mark.parametrize("empty", [(0, 4), (4, 0), (0, 0)])
+def test_levels_without_pixels(empty: Size) -> None:
+    full: tuple[Size, tuple[Size, ...]] = ((5, 4), ((5, 4), (3, 2)))
+    case = Case((full, (empty, (empty, (3, 2))), full))
+    tensors = case.tensors()
+    exact = [leaf(t) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert_close(actual, expected)
+    grads = gradients(actual, tensors)
+    assert_gradients_close(grads, gradients(expected, exact))
+    unread = case.plan()["maps"][3]
+    assert (grads[0][unread.first_row :][: 2 * unread.pixels] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_threads_and_runs_give_the_same_bits(dtype: torch.dtype, threads: None) -> None:
+    case = block_case(halving_sizes(50, 84, 4), channels=19)
+    first = None
+    for count in (1, 2, 7, 7):
+        torch.set_num_threads(count)
+        tensors = case.tensors(dtype)
+        out = case.run(tensors)
+        results = [out, *gradients(out, tensors)]
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+def test_strided_arguments_and_another_parameter_type() -> None:
+    case = CASES["two levels"]
+    tensors = case.tensors(torch.float32)
+    expected = case.run(tensors)
+    strange = [
+        leaf(t, torch.float32 if i == 0 else torch.float64).mT.contiguous().mT
+        for i, t in enumerate(tensors)
+    ]
+    assert not any(t.is_contiguous() for t in strange)
+    actual = case.run(strange)
+    assert torch.equal(actual, expected)
+    cotangent = torch.randn(expected.mT.shape).mT
+    actual_grads = torch.autograd.grad(actual, strange, cotangent)
+    expected_grads = torch.autograd.grad(expected, tensors, cotangent.contiguous())
+    assert [g.dtype for g in actual_grads] == [torch.float32, *[torch.float64] * 3]
+    assert all(torch.equal(a, b) for a, b in zip(actual_grads, expected_grads, strict=True))
+
+
+def test_a_second_derivative_raises() -> None:
+    case = CASES["one level"]
+    tensors = case.tensors()
+    (grad,) = torch.autograd.grad(case.run(tensors).sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable again"):
+        grad.sum().backward()
+
+
+# Map tables of three branches of 2x3, 1x2 and 2x3 pixels, and of two levels of 2x3.
+MAPS = [0, 2, 3, 12, 1, 2, 16, 2, 3]
+LEVELS = [0, 2, 3, 2, 0, 1, -1, 12, 2, 3, 1, 2, -1, -1]
+HUGE = 2**31 - 1
+BAD_TABLES = {
+    "no levels": (MAPS, [], "tables of 3 n and 7 n"),
+    "a level cut off": (MAPS, LEVELS[:-1], "tables of 3 n and 7 n"),
+    "a map cut off": (MAPS[:-1], LEVELS, "tables of 3 n and 7 n"),
+    "a map too few": (MAPS[:-3], LEVELS, "expected scale"),
+    "a level too few": (MAPS, LEVELS[:7], "expected shift"),
+    "a gap between maps": ([*MAPS[:3], 13, *MAPS[4:]], LEVELS, "branch maps without gaps"),
+    "a gap between levels": (MAPS, [*LEVELS[:7], 13, *LEVELS[8:]], "level maps without gaps"),
+    "rows left over": ([*MAPS[:-1], 2], LEVELS, "cover all 28 rows"),
+    "too many rows": ([*MAPS[:-1], 4], LEVELS, "within 28 rows"),
+    "a negative size": ([*MAPS[:-2], -2, -3], LEVELS, "the height of a map"),
+    "a size that overflows": ([*MAPS[:-2], HUGE, HUGE], LEVELS, "maps of at most"),
+    "a size beyond 32 bits": ([*MAPS[:-2], 2**32 + 2, 3], LEVELS, "the height of a map"),
+    "a level that overflows": (MAPS, [0, HUGE, HUGE, *LEVELS[3:]], "maps of at most"),
+    "no branches": (MAPS, [*LEVELS[:10], 0, -1, *LEVELS[12:]], "1 to 3 branches, got 0"),
+    "four branches": (MAPS, [*LEVELS[:10], 4, *LEVELS[11:]], "1 to 3 branches, got 4"),
+    "a branch too many": (MAPS, [*LEVELS[:12], 1, -1], "-1 for an unused branch, got 1"),
+    "an unknown branch": (MAPS, [*LEVELS[:11], 3, -1, -1], "out of 3 maps, got 3"),
+    "a negative branch": (MAPS, [*LEVELS[:11], -1, -1, -1], "out of 3 maps, got -1"),
+    "a branch used twice": (MAPS, [*LEVELS[:11], 1, -1, -1], "in exactly one level"),
+    "a branch without pixels": (
+        [0, 2, 3, 12, 0, 2, 12, 4, 2],
+        LEVELS,
+        "branch of pixels for a level of 2x3",
+    ),
+}  # fmt: skip
+
+
+def bad_call(*tensors: Tensor, images: int = 2, maps: list[int] = MAPS) -> None:
+    torch.ops.dyhead.fuse_branches_fwd(*tensors, images, maps, LEVELS)
+
+
+def good_tensors() -> list[Tensor]:
+    return [
+        torch.randn(28, 4),
+        torch.randn(3, 2, 4),
+        torch.randn(2, 2, 4),
+        torch.randn(2, 2, 4, 4),
+    ]
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_tables_raise(name: str) -> None:
+    maps, levels, message = BAD_TABLES[name]
+    tensors = good_tensors()
+    out = torch.ops.dyhead.fuse_branches_fwd(*tensors, 2, MAPS, LEVELS)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dyhead.fuse_branches_fwd(*tensors, 2, maps, levels)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dyhead.fuse_branches_bwd(out, *tensors, 2, maps, levels)
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_bad_tensors_raise(position: int) -> None:
+    names = ("y", "scale", "shift", "coefficients")
+    tensors = good_tensors()
+    good = tensors[position]
+    for bad in (good.unsqueeze(0), good.double(), good.mT.contiguous().mT):
+        tensors[position] = bad
+        with pytest.raises(RuntimeError, match=r"expected .*(y|scale|shift|coefficients) ?"):
+            bad_call(*tensors)
+    tensors[position] = good[..., :3].contiguous()
+    with pytest.raises(
+        RuntimeError, match=f"expected {'scale' if position == 0 else names[position]}"
+    ):
+        bad_call(*tensors)
+
+
+def test_a_bad_number_of_images_or_gradient_raises() -> None:
+    tensors = good_tensors()
+    for images in (-1, 0, 1, 3):
+        with pytest.raises(RuntimeError, match="expected scale"):
+            bad_call(*tensors, images=images)
+    for bad in (torch.randn(23, 4), torch.randn(24, 3), torch.randn(24, 4).double()):
+        with pytest.raises(RuntimeError, match="expected grad_out"):
+            torch.ops.dyhead.fuse_branches_bwd(bad, *tensors, 2, MAPS, LEVELS)
+    with pytest.raises(RuntimeError, match="at least one channel"):
+        bad_call(*(t[..., :0] for t in tensors))
