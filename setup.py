@@ -16,7 +16,6 @@ Environment:
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -220,15 +219,17 @@ def build_libraries(target: Path) -> list[Path]:
     required = required_libraries()
     target.mkdir(parents=True, exist_ok=True)
     files = []
-    schemas = hashlib.sha256((ROOT / "csrc" / "ops.cpp").read_bytes()).hexdigest()
-    record: dict[str, Any] = {"schemas": schemas, "torch": None}
+    record: dict[str, Any] = {"torch": None}
+    digest = runpy.run_path(str(ROOT / "dyhead_cuda" / "sources.py"))["digest"]
     failed = set()
     for name in LIBRARIES:
         installed = target / f"libdyhead_{name}.so"
         try:
             torch = Torch.find()
             record["torch"] = {"version": torch.version, "cuda": torch.cuda}
+            sources = digest(ROOT, name)  # before the build: what changes meanwhile is not in it
             library, record[name] = build_library(name, torch)
+            record[name]["sources"] = sources
             replace_file(installed, library.read_bytes())
             files.append(installed)
         except NotBuilt as problem:

@@ -30,9 +30,13 @@ from benchmarks.problems import (
     randomised,
     reference_of,
 )
-from dyhead_cuda import functional, fused, ops, reference
+from dyhead_cuda import functional, fused, reference
 from dyhead_cuda.modules import DynamicReLU, ModulatedDeformConv2d, UnifiedDyHeadBlock
+from dyhead_cuda.ops.block_coefficients import block_coefficients as run_block_coefficients
 from dyhead_cuda.ops.common import compute_dtype
+from dyhead_cuda.ops.deform_conv import deform_conv as run_deform_conv
+from dyhead_cuda.ops.fuse_branches import fuse_branches as run_fuse_branches
+from dyhead_cuda.ops.pack_levels import pack_levels as run_pack_levels
 from dyhead_cuda.pyramid import OFFSET_CHANNELS, TAPS
 
 Size = tuple[int, int]
@@ -87,7 +91,7 @@ def pack_levels(setting: Setting) -> Problem:
     s, n = setting.shapes, setting.batch
 
     def own(_: nn.Module, levels: Maps) -> Maps:
-        return [ops.pack_levels(levels)]
+        return [run_pack_levels(levels)]
 
     def layers(_: nn.Module, levels: Maps) -> Maps:
         return [torch.cat([x.permute(0, 2, 3, 1).reshape(-1, s.channels) for x in levels])]
@@ -191,7 +195,7 @@ def branches(setting: Setting) -> Problem:
     def own(convs: Any, inputs: Maps) -> Maps:
         rows, predictions = inputs
         weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
-        return [ops.deform_conv(rows, predictions, weights, plan.deform, biases, moments=True)[0]]
+        return [run_deform_conv(rows, predictions, weights, plan.deform, biases, moments=True)[0]]
 
     def encode(maps: Maps) -> Maps:
         return [fused.pack(maps[:count]), _wide(fused.pack(maps[count:]))]
@@ -275,7 +279,7 @@ def block_coefficients(setting: Setting) -> Problem:
     def own(p: Any, inputs: Maps) -> Maps:
         mean, var, up_mean = inputs
         return list(
-            ops.block_coefficients(
+            run_block_coefficients(
                 mean,
                 var,
                 up_mean,
@@ -284,15 +288,15 @@ def block_coefficients(setting: Setting) -> Problem:
                 p.gate.weight[0],
                 p.gate.bias,
                 *_relu_parameters(p.relu),
-                plan.levels_of,
-                plan.branches_of,
+                plan.job_levels,
+                plan.job_branches,
                 num_groups=s.num_groups,
                 eps=p.norms[0].eps,
             )
         )
 
     def layers(p: Any, inputs: Maps) -> Maps:
-        norms = [p.norms[branch] for branch in plan.branches_of]
+        norms = [p.norms[branch] for branch in plan.job_branches]
         counts = branch_counts(s.levels)
         moments = list(zip(inputs[:jobs], inputs[jobs : 2 * jobs], inputs[2 * jobs :], strict=True))
         scales, shifts, coefficients = [], [], []
@@ -345,7 +349,7 @@ def fuse_branches(setting: Setting) -> Problem:
 
     def own(_: nn.Module, inputs: Maps) -> Maps:
         y, scale, shift, coefficients = inputs
-        return [ops.fuse_branches(y, scale, shift, coefficients, n, plan.branches, plan.levels)]
+        return [run_fuse_branches(y, scale, shift, coefficients, n, plan.branches, plan.levels)]
 
     def encode(maps: Maps) -> Maps:
         ends = (0, jobs, 2 * jobs, 2 * jobs + levels, 2 * (jobs + levels))

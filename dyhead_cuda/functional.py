@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dyhead_cuda import checks, fused, ops, reference
+from dyhead_cuda import checks, fused, reference
 from dyhead_cuda.backends import select
+from dyhead_cuda.ops.dynamic_relu import dynamic_relu as fused_dynamic_relu
 from dyhead_cuda.pyramid import BlockParameters, HighOffset
 from dyhead_cuda.reference import Activation, Targets, UnifiedParameters
 from dyhead_cuda.reference import scale_attention as scale_attention
@@ -71,7 +72,7 @@ def dynamic_relu(
             x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
         )
     rows = x.flatten(2).transpose(1, 2) if x.dim() > 2 else x.unsqueeze(1)  # [N, P, C]
-    out = ops.dynamic_relu(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    out = fused_dynamic_relu(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     return out.transpose(1, 2).reshape(x.shape) if x.dim() > 2 else out.squeeze(1)
 
 

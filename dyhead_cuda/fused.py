@@ -13,29 +13,28 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dyhead_cuda import checks, ops
+from dyhead_cuda import checks
+from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import (
-    CROP,
-    FLAT,
-    NO_MAP,
-    NONE,
-    SAME,
-    Job,
-    Map,
-    Plan,
-    stack_maps,
-)
+from dyhead_cuda.ops.deform_conv import deform_conv
+from dyhead_cuda.ops.fuse_branches import fuse_branches
+from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, Size, stack_maps
+from dyhead_cuda.ops.pack_levels import pack_levels
 from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, halved
 from dyhead_cuda.reference import median_level
 from dyhead_cuda.reference.operators import no_autocast
 from dyhead_cuda.reference.published import upsample
 
 LOW, MID, HIGH = 0, 1, 2
-Size = tuple[int, int]
 
-# How the high branch reads offset and mask, by the name of the variant.
-READ_RULES = {"flat": (FLAT, FLAT), "crop": (CROP, CROP), "mmdet_main": (FLAT, CROP)}
+# How the high branch reads offset and mask, by the name of the variant. "aligned" resizes the
+# coarser level instead, so that predictions have its size.
+READ_RULES: dict[HighOffset, tuple[ReadRule, ReadRule]] = {
+    "flat": (ReadRule.FLAT, ReadRule.FLAT),
+    "crop": (ReadRule.CROP, ReadRule.CROP),
+    "mmdet_main": (ReadRule.FLAT, ReadRule.CROP),
+    "aligned": (ReadRule.SAME, ReadRule.SAME),
+}
 
 
 def pack(levels: Sequence[Tensor]) -> Tensor:
@@ -45,7 +44,7 @@ def pack(levels: Sequence[Tensor]) -> Tensor:
     """
     if len(levels) == 1 and levels[0].is_contiguous(memory_format=torch.channels_last):
         return levels[0].permute(0, 2, 3, 1).reshape(-1, levels[0].shape[1])
-    return ops.pack_levels(levels)
+    return pack_levels(levels)
 
 
 def shared_rows(levels: Sequence[Tensor]) -> Tensor | None:
@@ -87,13 +86,13 @@ def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Te
     pixel change the slope of the interpolation.
     """
     none = rows.new_zeros(0, 3 * TAPS, dtype=compute_dtype(rows.dtype))
-    out, *_ = ops.deform_conv(
+    out, *_ = deform_conv(
         rows,
         none,
         [weight],
         plan,
         [] if bias is None else [bias],
-        wide_out=True,
+        out_in_compute_dtype=True,
     )
     return out
 
@@ -101,7 +100,7 @@ def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Te
 def predict_plan(maps: list[Map], images: int, predicted: int) -> Plan:
     """A plain 3x3 convolution of the first ``predicted`` maps, with one weight matrix."""
     jobs = [
-        Job(out, NO_MAP, [(source, 0)], offset_rule=NONE, mask_rule=NONE)
+        Job(out, NO_MAP, [(source, 0)], offset_rule=ReadRule.NONE, mask_rule=ReadRule.NONE)
         for source, out in enumerate(maps[:predicted])
     ]
     return Plan(images, maps, jobs)
@@ -110,7 +109,7 @@ def predict_plan(maps: list[Map], images: int, predicted: int) -> Plan:
 class BlockPlan:
     """Jobs of one published block for given sizes: which map each branch reads, and how."""
 
-    def __init__(self, sizes: tuple[Size, ...], images: int, high_offset: str) -> None:
+    def __init__(self, sizes: tuple[Size, ...], images: int, high_offset: HighOffset) -> None:
         self.sizes = sizes
         source_sizes = list(sizes)
         predictions = stack_maps(list(sizes), images)
@@ -137,7 +136,7 @@ class BlockPlan:
         outputs = stack_maps([size for *_, size in branches], images)
         jobs = []
         for (level, branch, source, _), out in zip(branches, outputs, strict=True):
-            rules = READ_RULES.get(high_offset, (SAME, SAME)) if branch == HIGH else (SAME, SAME)
+            rules = READ_RULES[high_offset if branch == HIGH else "aligned"]
             stride = (2, 2) if branch == LOW else (1, 1)
             jobs.append(
                 Job(out, predictions[level], [(source, branch)], stride, *rules, sizes[level])
@@ -145,10 +144,10 @@ class BlockPlan:
         sources = stack_maps(source_sizes, images)
         self.predict = predict_plan(sources, images, len(sizes))
         self.deform = Plan(images, sources, jobs)
-        self.levels_of = [level for level, *_ in branches]
-        self.branches_of = [branch for _, branch, *_ in branches]
+        self.job_levels = [level for level, *_ in branches]
+        self.job_branches = [branch for _, branch, *_ in branches]
         self.levels = [
-            (out, [j for j, level_of in enumerate(self.levels_of) if level_of == level])
+            (out, [j for j, level_of in enumerate(self.job_levels) if level_of == level])
             for level, out in enumerate(predictions)
         ]
         self.branches = outputs
@@ -157,7 +156,7 @@ class BlockPlan:
 cached_block_plan = lru_cache(maxsize=256)(BlockPlan)
 
 
-def block_plan(sizes: tuple[Size, ...], images: int, high_offset: str) -> BlockPlan:
+def block_plan(sizes: tuple[Size, ...], images: int, high_offset: HighOffset) -> BlockPlan:
     """A plan is a few hundred integers; making it takes longer than a launch, so it is kept."""
     # torch.compile keeps what it traces, and warns of caches that it cannot see into.
     make = BlockPlan if torch.compiler.is_compiling() else cached_block_plan
@@ -192,7 +191,7 @@ def pyramid_block(
             rows = with_resized(rows, plan, images)
         predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
         branches = (p.low, p.mid, p.high)
-        y, mean, var, up_mean = ops.deform_conv(
+        y, mean, var, up_mean = deform_conv(
             rows,
             predictions,
             [b.weight for b in branches],
@@ -201,7 +200,7 @@ def pyramid_block(
             moments=True,
         )
         del rows, predictions  # without gradients nobody needs them: the last pass then fits there
-        coefficients = ops.block_coefficients(
+        coefficients = block_coefficients(
             mean,
             var,
             up_mean,
@@ -210,12 +209,12 @@ def pyramid_block(
             p.gate_weight,
             p.gate_bias,
             *p.task,
-            plan.levels_of,
-            plan.branches_of,
+            plan.job_levels,
+            plan.job_branches,
             num_groups=num_groups,
             eps=eps,
         )
-        out = ops.fuse_branches(y, *coefficients, images, plan.branches, plan.levels)
+        out = fuse_branches(y, *coefficients, images, plan.branches, plan.levels)
         return unpack_rows(out, sizes, images)
 
 
@@ -246,7 +245,7 @@ def modulated_deform_conv2d(
         mask = offset.new_ones(n, offset.shape[1] // 2, *geometry.output)
     predictions = pack([torch.cat([offset, mask.to(offset.dtype)], dim=1)])
     biases = [] if bias is None else [bias]
-    y, *_ = ops.deform_conv(pack([input]), predictions, [weight], plan, biases)
+    y, *_ = deform_conv(pack([input]), predictions, [weight], plan, biases)
     return unpack_rows(y, [geometry.output], n)[0]
 
 
@@ -278,5 +277,5 @@ def spatial_attention(
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)
         jobs = [Job(out, out, [(level, level) for level in range(levels)]) for out in outputs]
         plan = Plan(n, maps, jobs)
-        y, *_ = ops.deform_conv(rows, logits, weight.unbind(), plan, gates=gates / levels)
+        y, *_ = deform_conv(rows, logits, weight.unbind(), plan, gates=gates / levels)
     return y.view(len(chosen), n, height, width, y.shape[1]).permute(1, 0, 4, 2, 3)

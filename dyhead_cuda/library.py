@@ -7,16 +7,17 @@ one thread, under Python's import lock); importing never raises.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import re
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dyhead_cuda.sources import digest
 from dyhead_cuda.version import MINIMUM_TORCH
 
 logger = logging.getLogger("dyhead_cuda")
@@ -24,7 +25,7 @@ logger = logging.getLogger("dyhead_cuda")
 DIRECTORY = Path(__file__).resolve().parent / "lib"
 NAMES = ("cpu", "cuda")
 
-_SCHEMAS = DIRECTORY.parent.parent / "csrc" / "ops.cpp"
+_ROOT = DIRECTORY.parent.parent  # of a checkout; of an installed package it has no csrc/
 
 _REBUILD = "run make build, or pip install --force-reinstall --no-deps ., in the source tree"
 
@@ -54,9 +55,9 @@ def path(name: str) -> Path:
 def read_build_record(directory: Path = DIRECTORY) -> dict[str, Any]:
     """What the build wrote about itself; empty if there is no (readable) ``build.json``.
 
-    Keys: ``torch`` (version and CUDA version built against), ``schemas`` (digest of their source)
-    and, for each library, ``built``, then ``compiler``, ``flags``, ``time`` (UTC), for CUDA
-    ``nvcc`` and ``archs``; or ``reason`` and ``log_tail``.
+    Keys: ``torch`` (version and CUDA version built against) and, for each library, ``built``, then
+    ``sources`` (their digest), ``compiler``, ``flags``, ``time`` (UTC), for CUDA ``nvcc`` and
+    ``archs``; or ``reason`` and ``log_tail``.
     """
     try:
         record = json.loads((directory / "build.json").read_text())
@@ -89,9 +90,10 @@ def _check(name: str, record: dict[str, Any]) -> None:
         )
     if not path(name).is_file():
         raise _Unavailable(f"{path(name)} does not exist", _REBUILD)
-    # In a source tree the Python side may have moved on since the build.
-    if _SCHEMAS.is_file() and record.get("schemas") != sha256(_SCHEMAS.read_bytes()).hexdigest():
-        raise _Unavailable(f"it was not built from {_SCHEMAS} as it is now", _REBUILD)
+    # In a checkout the sources may have changed since the build.
+    csrc = _ROOT / "csrc"
+    if csrc.is_dir() and build.get("sources") != digest(_ROOT, name):
+        raise _Unavailable(f"it was not built from {csrc} as it is now", _REBUILD)
     built_for = (record.get("torch") or {}).get("cuda")
     if name == "cuda" and built_for and _major(built_for) != _major(str(torch.version.cuda)):
         raise _Unavailable(
@@ -156,6 +158,32 @@ def require(name: str) -> None:
     state = _state(name)
     if not state.loaded:
         raise RuntimeError(_message(name, state))
+
+
+def _tables(name: str) -> str:
+    """The tables that a library reads; "none" if it does not tell."""
+    describe = getattr(ctypes.CDLL(str(path(name))), "dyhead_tables", None)
+    if describe is None:
+        return "none"
+    describe.restype = ctypes.c_char_p
+    return str(describe().decode())
+
+
+def expect_tables(tables: str) -> None:
+    """Stops using every library that reads other integer tables than ``tables`` describes.
+
+    Args:
+        tables: the records, their fields in order, and the read rules; see
+            :mod:`dyhead_cuda.ops.jobs`, which writes the tables.
+    """
+    for name, state in _STATES.items():
+        if not state.loaded:
+            continue
+        found = _tables(name)
+        if found != tables:
+            reason = f"it reads the tables ({found}), where this package writes ({tables})"
+            _STATES[name] = _State(False, reason, _REBUILD)
+            logger.warning("%s. It is not used", _message(name, _STATES[name]))
 
 
 def cpu_capability() -> str:

@@ -55,9 +55,11 @@ def skeleton(tmp_path: Path) -> Path:
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("lib", "__pycache__")
         )
-    for kernel in ("cpu", "cuda"):
+    for kernel in ("cpu", "cuda", "host"):
         shutil.rmtree(tmp_path / "csrc" / kernel)
         (tmp_path / "csrc" / kernel).mkdir()
+    for name in ("tables.h", "tables.cpp"):  # what Python compares its own tables with
+        shutil.copy(ROOT / "csrc" / "host" / name, tmp_path / "csrc" / "host")
     for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -173,14 +175,42 @@ def test_a_cuda_compile_error_leaves_the_cpu_library_alone(skeleton: Path, build
     assert "unused" in record(skeleton)["cuda"]["reason"]  # warnings are errors
 
 
-def test_a_library_of_other_schemas_is_not_loaded(skeleton: Path, build: Build) -> None:
+REASON = "from dyhead_cuda import library as l, fused; print(l.reason('cpu'))"
+
+
+@pytest.mark.parametrize("changed", ["ops.cpp", "common/sampling.h", "cpu/new.cpp", "../cmake/x"])
+def test_a_library_of_other_sources_is_not_used(skeleton: Path, build: Build, changed: str) -> None:
     assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
-    with (skeleton / "csrc" / "ops.cpp").open("a") as file:
+    assert python_in(skeleton, "-c", REASON).stdout == "\n"
+    with (skeleton / "csrc" / changed).open("a") as file:
         file.write("// moved on\n")
-    result = python_in(
-        skeleton, "-c", "from dyhead_cuda import library as l; print(l.reason('cpu'))"
-    )
-    assert "ops.cpp as it is now" in result.stdout
+    assert "csrc as it is now" in python_in(skeleton, "-c", REASON).stdout
+
+
+def test_sources_of_the_other_library_do_not_matter(skeleton: Path, build: Build) -> None:
+    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
+    (skeleton / "csrc" / "cuda" / "new.cu").write_text("// moved on\n")
+    assert python_in(skeleton, "-c", REASON).stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("SAME = 0", "SAME = 1"),  # and with it CROP = 0
+        ('"stride_h", "stride_w"', '"stride_w", "stride_h"'),
+    ],
+)
+def test_a_library_of_other_tables_is_not_used(
+    skeleton: Path, build: Build, old: str, new: str
+) -> None:
+    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
+    jobs = skeleton / "dyhead_cuda" / "ops" / "jobs.py"
+    text = jobs.read_text()
+    assert text.count(old) == 1
+    jobs.write_text(text.replace(old, new).replace("CROP = 1", f"CROP = {int('SAME' not in old)}"))
+    result = python_in(skeleton, "-c", REASON)
+    assert "where this package writes" in result.stdout
+    assert "not used" in result.stderr
 
 
 def test_a_mistake_in_the_environment_is_told(build: Build) -> None:

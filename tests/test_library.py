@@ -16,7 +16,7 @@ from dyhead_cuda import library
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package without a source tree or a build."""
     monkeypatch.setattr(library, "DIRECTORY", tmp_path)
-    monkeypatch.setattr(library, "_SCHEMAS", tmp_path / "no" / "ops.cpp")
+    monkeypatch.setattr(library, "_ROOT", tmp_path / "no")
     return tmp_path
 
 

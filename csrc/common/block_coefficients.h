@@ -22,6 +22,8 @@
 
 namespace dyhead {
 
+class Context;
+
 inline constexpr int32_t kMostCoefficientJobs = 128;  // the tables go by value to the kernels
 inline constexpr int32_t kMostNorms = 8;
 
@@ -105,6 +107,10 @@ struct BlockCoefficientsBwdParams {
   void* grad_fc2_weight;          // [4 C, H]
   void* grad_fc2_bias;            // [4 C]
 };
+
+// The kernels of a library; see csrc/host/device.h.
+void run_block_coefficients_fwd(const BlockCoefficientsFwdParams& params, Context& context);
+void run_block_coefficients_bwd(const BlockCoefficientsBwdParams& params, Context& context);
 
 // What the backward's first step leaves for its second, which adds up the parameters' gradients.
 template <class F>

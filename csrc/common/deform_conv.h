@@ -9,6 +9,8 @@
 
 namespace dyhead {
 
+class Context;
+
 // The matrices of weights [C_out, C / groups, kh, kw], and for each its bias [C_out], or no biases.
 struct DeformWeights {
   std::vector<const void*> matrices, bias;
@@ -27,6 +29,7 @@ struct DeformFwdParams {
   void* mean;
   void* var;      // biased
   void* up_mean;  // the mean once upsampled
+  bool allow_tf32;  // float32 products on CUDA may round their operands to TF32
 };
 
 struct DeformBwdParams {
@@ -49,7 +52,12 @@ struct DeformBwdParams {
   void* grad_weights;        // [W, C_out, C / groups, kh, kw], of the compute type
   void* grad_bias;           // [W, C_out] or null
   void* grad_gates;          // [N, sources] or null
+  bool allow_tf32;           // as forward
 };
+
+// The kernels of a library; see csrc/host/device.h.
+void run_deform_conv_fwd(const DeformFwdParams& params, Context& context);
+void run_deform_conv_bwd(const DeformBwdParams& params, Context& context);
 
 // What is predicted for one tap: its offset, and its mask before a sigmoid.
 template <class F>

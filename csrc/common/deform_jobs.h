@@ -23,13 +23,16 @@ struct MapShape {
   DYHEAD_HD int64_t pixels() const { return static_cast<int64_t>(height) * width; }
 };
 
-// How a job's output pixel finds its prediction on a map of another size.
-enum class ReadRule : int32_t {
-  kSame,  // the same pixel of a map of the same size
-  kCrop,  // the same y and x: the map's upper left part
-  kFlat,  // the first K * h * w values of the map's [K, H, W], read as [K, h, w]
-  kNone,  // it has none: offsets are 0 and the mask is 1, a plain convolution
-};
+// How a job's output pixel finds its prediction on a map of another size:
+//   Same  the same pixel of a map of the same size
+//   Crop  the same y and x: the map's upper left part
+//   Flat  the first K * h * w values of the map's [K, H, W], read as [K, h, w]
+//   None  it has none: offsets are 0 and the mask is 1, a plain convolution
+#define DYHEAD_READ_RULES(X) X(Same) X(Crop) X(Flat) X(None)
+
+#define DYHEAD_READ_RULE(name) k##name,
+enum class ReadRule : int32_t { DYHEAD_READ_RULES(DYHEAD_READ_RULE) };
+#undef DYHEAD_READ_RULE
 
 struct DeformTerm {
   int32_t source;  // index of a source map

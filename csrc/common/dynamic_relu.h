@@ -13,6 +13,8 @@
 
 namespace dyhead {
 
+class Context;
+
 struct DynamicReluShape {
   int64_t images;     // N
   int64_t pixels;     // P, the positions that are averaged over
@@ -47,6 +49,10 @@ struct DynamicReluBwdParams {
   void* grad_logits;       // [N, 4 C]
   void* grad_hidden;       // [N, H], before its ReLU
 };
+
+// The kernels of a library, for at least one image; see csrc/host/device.h.
+void run_dynamic_relu_fwd(const DynamicReluFwdParams& params, Context& context);
+void run_dynamic_relu_bwd(const DynamicReluBwdParams& params, Context& context);
 
 // t = 2 s(logit) - 1.
 template <class F>

@@ -16,6 +16,8 @@
 
 namespace dyhead {
 
+class Context;
+
 inline constexpr int32_t kMostBranches = 3;
 
 struct FuseLevel {
@@ -54,6 +56,10 @@ struct FuseBranchesBwdParams {
   void* grad_shift;         // [L, N, C]
   void* grad_coefficients;  // [L, N, 4, C]
 };
+
+// The kernels of a library; see csrc/host/device.h.
+void run_fuse_branches_fwd(const FuseBranchesFwdParams& params, Context& context);
+void run_fuse_branches_bwd(const FuseBranchesBwdParams& params, Context& context);
 
 // Channel c of coefficients [4, C].
 template <class F>

@@ -9,6 +9,8 @@
 
 namespace dyhead {
 
+class Context;
+
 struct PackLevel {
   MapShape map;        // its rows
   void* data;          // [N, C, H, W]: read to pack, written to unpack
@@ -22,6 +24,10 @@ struct PackParams {
   void* rows;             // [R, C]: written to pack, read to unpack
   std::vector<PackLevel> levels;
 };
+
+// The kernels of a library; see csrc/host/device.h.
+void run_pack_levels(const PackParams& params, Context& context);
+void run_unpack_levels(const PackParams& params, Context& context);
 
 // Calls f with a value of the unsigned integer type of the elements' size.
 template <class F>

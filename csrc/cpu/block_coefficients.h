@@ -1,4 +1,4 @@
-// The CPU kernels of block_coefficients, and the parameters in the type that they compute in.
+// The parameters of block_coefficients in the type that its CPU kernels compute in.
 #pragma once
 
 #include <vector>
@@ -6,9 +6,6 @@
 #include "../common/block_coefficients.h"
 
 namespace dyhead::cpu {
-
-void run_block_coefficients_fwd(const BlockCoefficientsFwdParams& params);
-void run_block_coefficients_bwd(const BlockCoefficientsBwdParams& params);
 
 // What is stored in another type is copied; what a direction has no use for is null.
 template <class F>

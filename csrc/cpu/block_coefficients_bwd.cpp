@@ -4,6 +4,8 @@
 #include <vector>
 
 #include "block_coefficients.h"
+
+#include "context.h"
 #include "dot.h"
 #include "parallel.h"
 
@@ -197,10 +199,13 @@ class Backward {
 };
 
 }  // namespace
+}  // namespace dyhead::cpu
 
-void run_block_coefficients_bwd(const BlockCoefficientsBwdParams& params) {
-  if (params.shape.dtype == DType::kFloat64) return Backward<double>(params).run();
-  Backward<float>(params).run();
+namespace dyhead {
+
+void run_block_coefficients_bwd(const BlockCoefficientsBwdParams& params, Context&) {
+  if (params.shape.dtype == DType::kFloat64) return cpu::Backward<double>(params).run();
+  cpu::Backward<float>(params).run();
 }
 
-}  // namespace dyhead::cpu
+}  // namespace dyhead

@@ -1,4 +1,6 @@
 #include "block_coefficients.h"
+
+#include "context.h"
 #include "dot.h"
 #include "parallel.h"
 
@@ -98,10 +100,13 @@ class Forward {
 };
 
 }  // namespace
+}  // namespace dyhead::cpu
 
-void run_block_coefficients_fwd(const BlockCoefficientsFwdParams& params) {
-  if (params.shape.dtype == DType::kFloat64) return Forward<double>(params).run();
-  Forward<float>(params).run();
+namespace dyhead {
+
+void run_block_coefficients_fwd(const BlockCoefficientsFwdParams& params, Context&) {
+  if (params.shape.dtype == DType::kFloat64) return cpu::Forward<double>(params).run();
+  cpu::Forward<float>(params).run();
 }
 
-}  // namespace dyhead::cpu
+}  // namespace dyhead

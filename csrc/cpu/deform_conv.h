@@ -14,9 +14,6 @@
 
 namespace dyhead::cpu {
 
-void run_deform_fwd(const DeformFwdParams& params);
-void run_deform_bwd(const DeformBwdParams& params);
-
 // A chunk of one job's output for one image.
 struct DeformChunk {
   int32_t job;

@@ -11,6 +11,8 @@
 
 #include "deform_conv.h"
 
+#include "context.h"
+
 namespace dyhead::cpu {
 namespace {
 
@@ -419,10 +421,13 @@ class Backward {
 };
 
 }  // namespace
+}  // namespace dyhead::cpu
 
-void run_deform_bwd(const DeformBwdParams& params) {
+namespace dyhead {
+
+void run_deform_conv_bwd(const DeformBwdParams& params, Context&) {
   dispatch_dtype(params.tables->shape.dtype,
-                 [&](auto zero) { Backward<decltype(zero)>(params).run(); });
+                 [&](auto zero) { cpu::Backward<decltype(zero)>(params).run(); });
 }
 
-}  // namespace dyhead::cpu
+}  // namespace dyhead

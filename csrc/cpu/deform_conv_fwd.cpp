@@ -3,6 +3,8 @@
 #include "../common/upsample.h"
 #include "deform_conv.h"
 
+#include "context.h"
+
 namespace dyhead::cpu {
 
 template <class F>
@@ -261,10 +263,13 @@ class Forward {
 };
 
 }  // namespace
+}  // namespace dyhead::cpu
 
-void run_deform_fwd(const DeformFwdParams& params) {
+namespace dyhead {
+
+void run_deform_conv_fwd(const DeformFwdParams& params, Context&) {
   dispatch_dtype(params.tables->shape.dtype,
-                 [&](auto zero) { Forward<decltype(zero)>(params).run(); });
+                 [&](auto zero) { cpu::Forward<decltype(zero)>(params).run(); });
 }
 
-}  // namespace dyhead::cpu
+}  // namespace dyhead

@@ -1,4 +1,4 @@
-// The CPU kernels of fuse_branches, and how both directions split the work and read branches.
+// How the CPU kernels of fuse_branches split the work and read branches, in both directions.
 //
 // A task is a few whole rows of a level's map, for one image. Upsampling is done one axis at a
 // time: per row of a task the two rows of each smaller branch are blended into a line of its width,
@@ -13,9 +13,6 @@
 #include "parallel.h"
 
 namespace dyhead::cpu {
-
-void run_fuse_branches_fwd(const FuseBranchesFwdParams& params);
-void run_fuse_branches_bwd(const FuseBranchesBwdParams& params);
 
 struct FuseTask {
   int32_t level, first, last;  // rows [first, last) of the level's map

@@ -12,6 +12,8 @@
 
 #include "fuse_branches.h"
 
+#include "context.h"
+
 namespace dyhead::cpu {
 namespace {
 
@@ -233,9 +235,12 @@ class Backward {
 };
 
 }  // namespace
+}  // namespace dyhead::cpu
 
-void run_fuse_branches_bwd(const FuseBranchesBwdParams& params) {
-  dispatch_dtype(params.tables->dtype, [&](auto zero) { Backward<decltype(zero)>(params).run(); });
+namespace dyhead {
+
+void run_fuse_branches_bwd(const FuseBranchesBwdParams& params, Context&) {
+  dispatch_dtype(params.tables->dtype, [&](auto zero) { cpu::Backward<decltype(zero)>(params).run(); });
 }
 
-}  // namespace dyhead::cpu
+}  // namespace dyhead

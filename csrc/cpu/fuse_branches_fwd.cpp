@@ -1,5 +1,7 @@
 #include "fuse_branches.h"
 
+#include "context.h"
+
 namespace dyhead::cpu {
 namespace {
 
@@ -75,9 +77,12 @@ class Forward {
 };
 
 }  // namespace
+}  // namespace dyhead::cpu
 
-void run_fuse_branches_fwd(const FuseBranchesFwdParams& params) {
-  dispatch_dtype(params.tables->dtype, [&](auto zero) { Forward<decltype(zero)>(params).run(); });
+namespace dyhead {
+
+void run_fuse_branches_fwd(const FuseBranchesFwdParams& params, Context&) {
+  dispatch_dtype(params.tables->dtype, [&](auto zero) { cpu::Forward<decltype(zero)>(params).run(); });
 }
 
-}  // namespace dyhead::cpu
+}  // namespace dyhead

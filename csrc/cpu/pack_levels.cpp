@@ -1,10 +1,13 @@
 // pack_levels and unpack_levels on the CPU: one pass over each level, in blocks of pixels whose
 // rows stay in the cache while a few channels at a time are moved.
+#include "../common/pack_levels.h"
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
+#include <vector>
 
-#include "../host/pack_levels.h"
+#include "context.h"
 #include "parallel.h"
 
 namespace dyhead::cpu {
@@ -108,23 +111,17 @@ void unpack(const PackParams& p) {
   });
 }
 
-Tensor pack_levels(const std::vector<Tensor>& levels) {
-  const PackCall call = prepare_pack_levels(levels);
-  dispatch_element(call.params.element_bytes, [&](auto e) { pack<decltype(e)>(call.params); });
-  return call.rows;
-}
-
-std::vector<Tensor> unpack_levels(const Tensor& rows, int64_t images,
-                                  const std::vector<int64_t>& maps) {
-  const UnpackCall call = prepare_unpack_levels(rows, images, maps);
-  dispatch_element(call.params.element_bytes, [&](auto e) { unpack<decltype(e)>(call.params); });
-  return call.levels;
-}
-
 }  // namespace
 }  // namespace dyhead::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, m) {
-  m.impl("pack_levels", TORCH_BOX(&dyhead::cpu::pack_levels));
-  m.impl("unpack_levels", TORCH_BOX(&dyhead::cpu::unpack_levels));
+namespace dyhead {
+
+void run_pack_levels(const PackParams& params, Context&) {
+  dispatch_element(params.element_bytes, [&](auto e) { cpu::pack<decltype(e)>(params); });
 }
+
+void run_unpack_levels(const PackParams& params, Context&) {
+  dispatch_element(params.element_bytes, [&](auto e) { cpu::unpack<decltype(e)>(params); });
+}
+
+}  // namespace dyhead

@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "../common/deform_jobs.h"
+#include "tables.h"
 #include "tensors.h"
 
 namespace dyhead {
@@ -24,9 +24,9 @@ inline int32_t narrow(const char* name, int64_t value, int64_t least, int64_t mo
 // The map (first_row, height, width) at `values[at]`, within `rows` rows.
 inline MapShape read_map(const IntList& values, size_t at, int64_t images, int64_t rows,
                          const char* name) {
-  const int64_t first_row = values[at];
-  const int32_t height = narrow("the height of a map", values[at + 1], 0);
-  const int32_t width = narrow("the width of a map", values[at + 2], 0);
+  const int64_t first_row = values[at + map_field::first_row];
+  const int32_t height = narrow("the height of a map", values[at + map_field::height], 0);
+  const int32_t width = narrow("the width of a map", values[at + map_field::width], 0);
   const int64_t pixels = static_cast<int64_t>(height) * width;
   STD_TORCH_CHECK(pixels <= kMostInt32, "expected maps of at most ", kMostInt32, " pixels, got ",
                   height, "x", width);

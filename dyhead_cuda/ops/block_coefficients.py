@@ -28,8 +28,8 @@ def block_coefficients(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
-    levels_of: Sequence[int],
-    branches_of: Sequence[int],
+    job_levels: Sequence[int],
+    job_branches: Sequence[int],
     *,
     num_groups: int,
     eps: float,
@@ -44,8 +44,8 @@ def block_coefficients(
         gate_weight, gate_bias: [C] and [1], of the scale gate.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [4 C, H] and [4 C], of the dynamic
             ReLU.
-        levels_of, branches_of: level and kind of branch of each of up to 128 jobs. Every level has
-            a job.
+        job_levels, job_branches: level and kind of branch of each of up to 128 jobs. Every level
+            has a job.
         num_groups, eps: of the group normalisation.
 
     Returns:
@@ -70,8 +70,8 @@ def block_coefficients(
         fc1_bias.contiguous(),
         fc2_weight.contiguous(),
         fc2_bias.contiguous(),
-        list(levels_of),
-        list(branches_of),
+        list(job_levels),
+        list(job_branches),
         num_groups,
         eps,
     )
@@ -90,13 +90,13 @@ def _fake_fwd(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
-    levels_of: list[int],
-    branches_of: list[int],
+    job_levels: list[int],
+    job_branches: list[int],
     num_groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     jobs, images, channels = mean.shape
-    levels = max(levels_of) + 1
+    levels = max(job_levels) + 1
     return (
         torch.empty_like(mean),
         mean.new_empty(levels, images, channels),
@@ -119,8 +119,8 @@ def _fake_bwd(
     gate_weight: Tensor,
     fc1_weight: Tensor,
     fc2_weight: Tensor,
-    levels_of: list[int],
-    branches_of: list[int],
+    job_levels: list[int],
+    job_branches: list[int],
     num_groups: int,
 ) -> tuple[Tensor, ...]:
     channels, hidden = mean.shape[2], fc1_weight.shape[0]
@@ -147,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         mean, up_mean, norms, layers, gate_weight, fc1_weight, fc2_weight,
         *norm_weights, *norm_biases,
     )  # fmt: skip
-    ctx.levels_of, ctx.branches_of, ctx.num_groups, _ = inputs[11:]
+    ctx.job_levels, ctx.job_branches, ctx.num_groups, _ = inputs[11:]
     ctx.norms = len(norm_weights)
     ctx.shapes = [t.shape for t in (scale, shift, coefficients)]
     ctx.dtypes = [t.dtype for t in parameters]
@@ -172,12 +172,12 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             gate_weight,
             fc1_weight,
             fc2_weight,
-            ctx.levels_of,
-            ctx.branches_of,
+            ctx.job_levels,
+            ctx.job_branches,
             ctx.num_groups,
         )
     )
-    used = set(ctx.branches_of)  # what no job has gets no gradient, as if it were not there
+    used = set(ctx.job_branches)  # what no job has gets no gradient, as if it were not there
 
     def unstack(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor | None]:
         return [stacked[b].to(t.dtype) if b in used else None for b, t in enumerate(like)]

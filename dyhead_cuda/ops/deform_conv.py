@@ -2,14 +2,12 @@
 
 One operator serves the published block (a job per branch and level), the paper's spatial attention
 (a job per target level with a term per level) and the plain convolution (one job); see
-``csrc/common/deform_jobs.h`` for what jobs and terms are.
+:mod:`dyhead_cuda.ops.jobs` for what jobs and terms are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,83 +15,10 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative, tf32_allowed
+from dyhead_cuda.ops.jobs import GEOMETRY_FIELDS, JOB_FIELDS, MAP_FIELDS, Plan
 
-SAME, CROP, FLAT, NONE = 0, 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Map:
-    """Pixel p of image n is row ``first_row + n * height * width + p`` of a matrix of rows."""
-
-    first_row: int
-    height: int
-    width: int
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    def numbers(self) -> list[int]:
-        return [self.first_row, self.height, self.width]
-
-
-NO_MAP = Map(0, 0, 0)
-
-
-def stack_maps(sizes: list[tuple[int, int]], images: int) -> list[Map]:
-    """Maps of the given sizes, one after the other, each with its images."""
-    maps, row = [], 0
-    for height, width in sizes:
-        maps.append(Map(row, height, width))
-        row += images * height * width
-    return maps
-
-
-@dataclass(frozen=True)
-class Job:
-    """One output map: which maps it reads with which weights, and where its predictions are."""
-
-    out: Map
-    predictions: Map  # NO_MAP with rules NONE: a plain convolution
-    terms: list[tuple[int, int]]  # source map, weight matrix
-    stride: tuple[int, int] = (1, 1)
-    offset_rule: int = SAME
-    mask_rule: int = SAME
-    upsampled: tuple[int, int] | None = None  # size for the mean after upsampling
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A list of jobs and the geometry that they share, as the operator's integer tables."""
-
-    images: int
-    sources: list[Map]
-    jobs: list[Job]
-    kernel: tuple[int, int] = (3, 3)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    deform_groups: int = 1
-    mask_logits: bool = True
-    tables: tuple[list[int], list[int], list[int], list[int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        geometry = [self.images, self.groups, self.deform_groups]
-        geometry += [*self.kernel, *self.padding, *self.dilation]
-        sources = list(chain.from_iterable(m.numbers() for m in self.sources))
-        terms: list[int] = []
-        jobs: list[int] = []
-        for job in self.jobs:
-            up = job.upsampled or (job.out.height, job.out.width)
-            jobs += [*job.out.numbers(), *job.predictions.numbers()]
-            jobs += [job.offset_rule, job.mask_rule, *job.stride, len(terms) // 2, len(job.terms)]
-            jobs += [max(size, 1) for size in up]
-            terms += list(chain.from_iterable(job.terms))
-        object.__setattr__(self, "tables", (geometry, sources, terms, jobs))
-
-    @property
-    def out_rows(self) -> int:
-        return sum(self.images * job.out.pixels for job in self.jobs)
+_IMAGES = GEOMETRY_FIELDS.index("images")
+_OUT_HEIGHT, _OUT_WIDTH = JOB_FIELDS.index("out_height"), JOB_FIELDS.index("out_width")
 
 
 def deform_conv(
@@ -104,7 +29,7 @@ def deform_conv(
     bias: Sequence[Tensor] = (),
     gates: Tensor | None = None,
     *,
-    wide_out: bool = False,
+    out_in_compute_dtype: bool = False,
     moments: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a plan.
@@ -116,8 +41,8 @@ def deform_conv(
         weights: matrices [C_out, C / groups, kh, kw].
         bias: a bias [C_out] for each matrix, or none at all.
         gates: [N, sources] or None, a factor of every source map.
-        wide_out: return rows of the accumulation type instead of the source's.
-        moments: whether to return moments (not with ``wide_out``).
+        out_in_compute_dtype: return rows of the accumulation type instead of the source's.
+        moments: whether to return moments (not with ``out_in_compute_dtype``).
 
     Returns:
         Rows [S, C_out] of the jobs' outputs, and per job, image and channel the mean, the biased
@@ -135,7 +60,7 @@ def deform_conv(
         None if gates is None else gates.to(dtype).contiguous(),
         *plan.tables,
         plan.mask_logits,
-        wide_out,
+        out_in_compute_dtype,
         moments,
         source.is_cuda and tf32_allowed(),
     )
@@ -152,16 +77,17 @@ def _fake_fwd(
     terms: list[int],
     jobs: list[int],
     mask_logits: bool,
-    wide_out: bool,
+    out_in_compute_dtype: bool,
     moments: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, channels, fields = geometry[0], weights[0].shape[0], 14
-    rows = sum(images * jobs[i + 1] * jobs[i + 2] for i in range(0, len(jobs), fields))
-    count = len(jobs) // fields if moments else 0
+    images, channels, step = geometry[_IMAGES], weights[0].shape[0], len(JOB_FIELDS)
+    pixels = sum(jobs[i + _OUT_HEIGHT] * jobs[i + _OUT_WIDTH] for i in range(0, len(jobs), step))
+    count = len(jobs) // step if moments else 0
     mean = predictions.new_empty(count, images, channels)
+    like = predictions if out_in_compute_dtype else source
     return (
-        source.new_empty(rows, channels, dtype=predictions.dtype if wide_out else None),
+        like.new_empty(images * pixels, channels),
         mean,
         torch.empty_like(mean),
         torch.empty_like(mean),
@@ -184,27 +110,28 @@ def _fake_bwd(
     terms: list[int],
     jobs: list[int],
     mask_logits: bool,
-    wide_out: bool,
+    out_in_compute_dtype: bool,
     with_bias: bool,
     allow_tf32: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gated_images = 0 if gates is None else geometry[_IMAGES]
     return (
         torch.empty_like(source),
         torch.empty_like(predictions),
         predictions.new_empty(len(weights), *weights[0].shape),
         predictions.new_empty(len(weights) if with_bias else 0, weights[0].shape[0]),
-        predictions.new_empty(0 if gates is None else geometry[0], len(sources) // 3),
+        predictions.new_empty(gated_images, len(sources) // len(MAP_FIELDS)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     source, predictions, weights, bias, gates, *tables = inputs
-    *tables, mask_logits, wide_out, moments, ctx.allow_tf32 = tables
+    *tables, mask_logits, out_in_compute_dtype, moments, ctx.allow_tf32 = tables
     out, mean, _, _ = output
     # Only the gradients of the moments read the outputs.
     ctx.save_for_backward(source, predictions, gates, out if moments else None, mean, *weights)
-    ctx.tables, ctx.biases = [*tables, mask_logits, wide_out], len(bias)
+    ctx.tables, ctx.biases = [*tables, mask_logits, out_in_compute_dtype], len(bias)
     ctx.set_materialize_grads(False)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
-from dyhead_cuda.ops.deform_conv import Map
+from dyhead_cuda.ops.jobs import LEVEL_FIELDS, Map, level_numbers
 
-MOST_BRANCHES = 3
+_HEIGHT, _WIDTH = LEVEL_FIELDS.index("height"), LEVEL_FIELDS.index("width")
 
 
 def fuse_branches(
@@ -61,12 +61,11 @@ def fuse_branches(
 def fuse_tables(
     maps: Sequence[Map], levels: Sequence[tuple[Map, Sequence[int]]]
 ) -> tuple[list[int], list[int]]:
-    """The operator's integer tables (csrc/host/fuse_branches.h)."""
-    table: list[int] = []
-    for out, branches in levels:
-        unused = [-1] * (MOST_BRANCHES - len(branches))
-        table += [*out.numbers(), len(branches), *branches, *unused]
-    return list(chain.from_iterable(m.numbers() for m in maps)), table
+    """The operator's integer tables."""
+    return (
+        list(chain.from_iterable(m.numbers() for m in maps)),
+        list(chain.from_iterable(level_numbers(out, branches) for out, branches in levels)),
+    )
 
 
 def _fake_fwd(
@@ -78,9 +77,9 @@ def _fake_fwd(
     maps: list[int],
     levels: list[int],
 ) -> Tensor:
-    fields = 4 + MOST_BRANCHES
-    rows = sum(images * levels[i + 1] * levels[i + 2] for i in range(0, len(levels), fields))
-    return y.new_empty(rows, y.shape[1])
+    step = len(LEVEL_FIELDS)
+    pixels = sum(levels[i + _HEIGHT] * levels[i + _WIDTH] for i in range(0, len(levels), step))
+    return y.new_empty(images * pixels, y.shape[1])
 
 
 def _fake_bwd(

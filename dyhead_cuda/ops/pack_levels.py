@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import forbid_second_derivative
-from dyhead_cuda.ops.deform_conv import stack_maps
+from dyhead_cuda.ops.jobs import MAP_FIELDS, stack_maps
+
+_HEIGHT, _WIDTH = MAP_FIELDS.index("height"), MAP_FIELDS.index("width")
 
 
 def pack_levels(levels: Sequence[Tensor]) -> Tensor:
@@ -39,8 +41,8 @@ def _fake_pack(levels: Sequence[Tensor]) -> Tensor:
 
 def _fake_unpack(rows: Tensor, images: int, maps: Sequence[int]) -> list[Tensor]:
     return [
-        rows.new_empty(images, rows.shape[1], maps[i + 1], maps[i + 2])
-        for i in range(0, len(maps), 3)
+        rows.new_empty(images, rows.shape[1], maps[i + _HEIGHT], maps[i + _WIDTH])
+        for i in range(0, len(maps), len(MAP_FIELDS))
     ]
 
 

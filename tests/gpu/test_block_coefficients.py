@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyhead_cuda.ops import block_coefficients
+from dyhead_cuda.ops.block_coefficients import block_coefficients
 from tests.helpers.coefficients import (
     CASES,
     Case,

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import Job, Map, Plan, deform_conv
+from dyhead_cuda.ops.deform_conv import deform_conv
+from dyhead_cuda.ops.jobs import Job, Map, Plan
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
@@ -85,7 +86,7 @@ def check(call: Call, dtype: torch.dtype, tensors: Tensors | None = None) -> Non
     """Results and all gradients against the reference in float64."""
     tensors = tensors or call.tensors(dtype, DEVICE)
     actual, grads = results(call, tensors, dtype)
-    assert actual[0].dtype == (compute_dtype(dtype) if call.wide_out else dtype)
+    assert actual[0].dtype == (compute_dtype(dtype) if call.out_in_compute_dtype else dtype)
     assert {x.dtype for x in actual[1:]} <= {compute_dtype(dtype)}
     assert [g.dtype for g in grads] == [t.dtype for t in tensors.values()]
     if call.images == 0:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.deform_conv import Map
 from dyhead_cuda.ops.fuse_branches import fuse_branches
+from dyhead_cuda.ops.jobs import Map
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
 from tests.helpers.fuse_cases import CASES, Case, block_case
 from tests.helpers.inputs import halving_sizes

@@ -25,8 +25,8 @@ LOW, MID, HIGH = 0, 1, 2
 class Case:
     """Jobs, sizes and options."""
 
-    levels_of: tuple[int, ...] = (0, 0, 1, 1, 1, 2, 2)
-    branches_of: tuple[int, ...] = (MID, HIGH, MID, LOW, HIGH, MID, LOW)
+    job_levels: tuple[int, ...] = (0, 0, 1, 1, 1, 2, 2)
+    job_branches: tuple[int, ...] = (MID, HIGH, MID, LOW, HIGH, MID, LOW)
     images: int = 2
     channels: int = 8
     num_groups: int = 2
@@ -51,7 +51,7 @@ class Case:
             return around + scale * torch.randn(shape, generator=source, dtype=torch.float64)
 
         c, hidden = self.channels, self.hidden
-        shape = (len(self.levels_of), self.images, c)
+        shape = (len(self.job_levels), self.images, c)
         mean = normal(*shape)
         moments = [mean, 0.05 + normal(*shape).square(), mean + 0.3 * normal(*shape)]
         parameters = [
@@ -82,8 +82,8 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         return {
-            "levels_of": list(self.levels_of),
-            "branches_of": list(self.branches_of),
+            "job_levels": list(self.job_levels),
+            "job_branches": list(self.job_branches),
             "num_groups": self.num_groups,
             "eps": self.eps,
         }
@@ -122,10 +122,10 @@ def plain(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor
     """scale, shift and coefficients with autograd, in the type of the tensors."""
     mean, var, up_mean, norm_weights, norm_biases, *parameters = case.arguments(tensors)
     gate_weight, gate_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
-    norm_weight = torch.stack([norm_weights[b] for b in case.branches_of]).unsqueeze(1)
-    norm_bias = torch.stack([norm_biases[b] for b in case.branches_of]).unsqueeze(1)
-    levels = range(max(case.levels_of) + 1)
-    members = mean.new_tensor([[float(of == level) for of in case.levels_of] for level in levels])
+    norm_weight = torch.stack([norm_weights[b] for b in case.job_branches]).unsqueeze(1)
+    norm_bias = torch.stack([norm_biases[b] for b in case.job_branches]).unsqueeze(1)
+    levels = range(max(case.job_levels) + 1)
+    members = mean.new_tensor([[float(of == level) for of in case.job_levels] for level in levels])
 
     grouped = mean.unflatten(2, (case.num_groups, -1))
     group_mean = grouped.mean(3, keepdim=True)

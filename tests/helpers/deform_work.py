@@ -14,18 +14,8 @@ from torch.nn.functional import interpolate, pad
 
 from dyhead_cuda import reference
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import (
-    CROP,
-    FLAT,
-    NO_MAP,
-    NONE,
-    SAME,
-    Job,
-    Map,
-    Plan,
-    deform_conv,
-    stack_maps,
-)
+from dyhead_cuda.ops.deform_conv import deform_conv
+from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, stack_maps
 from tests.helpers.compare import leaf
 
 Tensors = dict[str, Tensor]
@@ -40,7 +30,7 @@ class Call(ABC):
 
     images: int = 2
     moments: bool = False
-    wide_out: bool = False
+    out_in_compute_dtype: bool = False
 
     @property
     @abstractmethod
@@ -65,7 +55,7 @@ class Call(ABC):
             self.plan,
             tensors["bias"].unbind() if "bias" in tensors else (),
             tensors.get("gates"),
-            wide_out=self.wide_out,
+            out_in_compute_dtype=self.out_in_compute_dtype,
             moments=self.moments,
         )
         return list(results if self.moments else results[:1])
@@ -81,7 +71,7 @@ class Call(ABC):
             tensors.get("gates"),
             *plan.tables,
             plan.mask_logits,
-            self.wide_out,
+            self.out_in_compute_dtype,
             self.moments,
             False,
         )
@@ -103,7 +93,7 @@ class Call(ABC):
         maps, statistics = [], []
         for job in plan.jobs:
             size, up = (job.out.height, job.out.width), job.upsampled
-            if job.offset_rule == NONE:
+            if job.offset_rule == ReadRule.NONE:
                 offset = t["source"].new_zeros(self.images, 18, *size)
                 mask = t["source"].new_ones(self.images, 9, *size)
             else:
@@ -172,10 +162,18 @@ class Work(Call):
         large, small = stack_maps([(3 * s, 4 * s), (s, 2 * s)], n)
         jobs = [
             Job(outs[0], large, [(0, 0), (1, 1)]),
-            Job(outs[1], large, [(1, 2)], (1, 1), FLAT, CROP, (3 * s, 4 * s)),
-            Job(outs[2], large, [(0, 0)], (2, 2), CROP, FLAT, (2 * s, 5 * s)),
-            Job(outs[3], small, [(3, 1), (0, 2), (3, 1)], (1, 2), SAME, SAME, (1, 1)),
-            Job(outs[4], NO_MAP, [(3, 4), (1, 0)], (1, 1), NONE, NONE),
+            Job(outs[1], large, [(1, 2)], (1, 1), ReadRule.FLAT, ReadRule.CROP, (3 * s, 4 * s)),
+            Job(outs[2], large, [(0, 0)], (2, 2), ReadRule.CROP, ReadRule.FLAT, (2 * s, 5 * s)),
+            Job(
+                outs[3],
+                small,
+                [(3, 1), (0, 2), (3, 1)],
+                (1, 2),
+                ReadRule.SAME,
+                ReadRule.SAME,
+                (1, 1),
+            ),
+            Job(outs[4], NO_MAP, [(3, 4), (1, 0)], (1, 1), ReadRule.NONE, ReadRule.NONE),
         ]
         return Plan(n, sources, jobs, mask_logits=self.mask_logits)
 
@@ -313,7 +311,7 @@ class Convolution(Call):
 
 def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
     height, width = size
-    if rule != FLAT:
+    if rule != ReadRule.FLAT:
         return values[:, :, :height, :width]
     n, k = values.shape[:2]
     return values.flatten(1)[:, : k * height * width].reshape(n, k, height, width)
@@ -345,7 +343,7 @@ def convolution_of_size(
 WORKS = {
     "all": Work(),
     "without moments": Work(moments=False),
-    "wide": Work(moments=False, wide_out=True, channels=33),
+    "wide": Work(moments=False, out_in_compute_dtype=True, channels=33),
     "without bias and gates": Work(with_bias=False, with_gates=False),
     "plain masks": Work(mask_logits=False, with_gates=False),
     "many channels": Work(channels=70, out_channels=40),

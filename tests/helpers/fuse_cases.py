@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dyhead_cuda.ops.deform_conv import stack_maps
 from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
+from dyhead_cuda.ops.jobs import stack_maps
 from tests.helpers.compare import leaf, random_like
 from tests.helpers.inputs import halving_sizes
 

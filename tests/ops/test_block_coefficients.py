@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import group_norm, interpolate, linear
 
 from dyhead_cuda import backend, functional, library
-from dyhead_cuda.ops import block_coefficients
+from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.pyramid import BlockParameters
 from dyhead_cuda.reference import hsigmoid
 from tests.helpers.coefficients import (
@@ -77,7 +77,7 @@ def test_parameters_of_any_type(kinds: list[torch.dtype], dtype: torch.dtype) ->
 
 
 @given(
-    levels_of=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    job_levels=st.lists(st.integers(0, 4), min_size=1, max_size=12),
     images=st.integers(1, 4),
     width=st.integers(1, 9),
     num_groups=st.integers(1, 6),
@@ -87,7 +87,7 @@ def test_parameters_of_any_type(kinds: list[torch.dtype], dtype: torch.dtype) ->
     data=st.data(),
 )
 def test_random_cases(
-    levels_of: list[int],
+    job_levels: list[int],
     images: int,
     width: int,
     num_groups: int,
@@ -96,8 +96,8 @@ def test_random_cases(
     seed: int,
     data: st.DataObject,
 ) -> None:
-    used = sorted(set(levels_of))
-    jobs = tuple(used.index(level) for level in levels_of)
+    used = sorted(set(job_levels))
+    jobs = tuple(used.index(level) for level in job_levels)
     branches = tuple(data.draw(st.integers(0, norms - 1)) for _ in jobs)
     case = Case(jobs, branches, images, width * num_groups, num_groups, hidden, norms, 1e-3, seed)
     check(case, case.tensors())
@@ -114,7 +114,7 @@ def test_equals_the_layers() -> None:
     ys = random_pyramid(2, 8, job_sizes)
     ups = [
         interpolate(y, level_sizes[level], mode="bilinear", align_corners=True)
-        for y, level in zip(ys, case.levels_of, strict=True)
+        for y, level in zip(ys, case.job_levels, strict=True)
     ]
     moments = [
         torch.stack([y.mean((2, 3)) for y in ys]),
@@ -123,13 +123,13 @@ def test_equals_the_layers() -> None:
     ]
     scale, shift, relu = run(case, [*moments, *tensors[3:]])
     for level, size in enumerate(level_sizes):
-        jobs = [j for j, of in enumerate(case.levels_of) if of == level]
+        jobs = [j for j, of in enumerate(case.job_levels) if of == level]
         actual = shift[level][:, :, None, None] + sum(
             scale[j][:, :, None, None] * ups[j] for j in jobs
         )
         expected = torch.zeros(2, 8, *size, dtype=torch.float64)
         for j in jobs:
-            branch = case.branches_of[j]
+            branch = case.job_branches[j]
             y = group_norm(ys[j], 2, weights[branch], biases[branch], case.eps)
             y = interpolate(y, size, mode="bilinear", align_corners=True)
             gate = hsigmoid((y.mean((2, 3)) @ gate_weight + gate_bias).relu())
@@ -336,17 +336,17 @@ def test_torch_compile_of_a_block() -> None:
 # --- checks -------------------------------------------------------------------------------------
 
 BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
-    "no jobs": ({"levels_of": [], "branches_of": []}, "at least one job"),
-    "a branch too few": ({"branches_of": [1, 2, 1]}, "a level and a branch for each"),
-    "too many jobs": ({"levels_of": [0] * 129, "branches_of": [0] * 129}, "at most 128 jobs"),
-    "a level without jobs": ({"levels_of": [0, 0, 2, 2]}, "none of level 1 out of 3"),
-    "a negative level": ({"levels_of": [0, -1, 1, 1]}, "not negative"),
-    "negative levels": ({"levels_of": [-1] * 4}, "a level from 0"),
-    "a level beyond": ({"levels_of": [0, 0, 1, 2**40]}, "a level from 0 to 127"),
-    "an unknown branch": ({"branches_of": [0, 1, 2, 3]}, "a branch from 0 to 2, got 3"),
-    "a negative branch": ({"branches_of": [0, 1, 2, -1]}, "a branch from 0 to 2, got -1"),
-    "more jobs than moments": ({"levels_of": [0] * 5, "branches_of": [0] * 5}, "expected mean"),
-    "fewer jobs than moments": ({"levels_of": [0], "branches_of": [0]}, "expected mean"),
+    "no jobs": ({"job_levels": [], "job_branches": []}, "at least one job"),
+    "a branch too few": ({"job_branches": [1, 2, 1]}, "a level and a branch for each"),
+    "too many jobs": ({"job_levels": [0] * 129, "job_branches": [0] * 129}, "at most 128 jobs"),
+    "a level without jobs": ({"job_levels": [0, 0, 2, 2]}, "none of level 1 out of 3"),
+    "a negative level": ({"job_levels": [0, -1, 1, 1]}, "not negative"),
+    "negative levels": ({"job_levels": [-1] * 4}, "a level from 0"),
+    "a level beyond": ({"job_levels": [0, 0, 1, 2**40]}, "a level from 0 to 127"),
+    "an unknown branch": ({"job_branches": [0, 1, 2, 3]}, "a branch from 0 to 2, got 3"),
+    "a negative branch": ({"job_branches": [0, 1, 2, -1]}, "a branch from 0 to 2, got -1"),
+    "more jobs than moments": ({"job_levels": [0] * 5, "job_branches": [0] * 5}, "expected mean"),
+    "fewer jobs than moments": ({"job_levels": [0], "job_branches": [0]}, "expected mean"),
     "no groups": ({"num_groups": 0}, "num_groups from 1"),
     "groups that do not divide": ({"num_groups": 3}, "8 channels and 3 groups"),
     "huge groups": ({"num_groups": 2**33}, "num_groups from 1"),

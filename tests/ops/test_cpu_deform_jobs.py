@@ -20,7 +20,7 @@ def check_work(work: Work, dtype: torch.dtype) -> None:
     tensors = work.tensors(dtype)
     exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
     actual, expected = work.run(tensors), work.reference(exact)
-    assert actual[0].dtype == (compute_dtype(dtype) if work.wide_out else dtype)
+    assert actual[0].dtype == (compute_dtype(dtype) if work.out_in_compute_dtype else dtype)
     if work.images == 0:
         assert [t.shape for t in actual] == [t.shape for t in expected]
         grads = gradients(actual, list(tensors.values()))

@@ -15,11 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.deform_conv import (
-    CROP,
-    FLAT,
-    NONE,
-)
+from dyhead_cuda.ops.jobs import ReadRule
 from tests.helpers.deform_work import Work
 from tests.helpers.paths import ROOT
 
@@ -32,10 +28,10 @@ GEOMETRY, SOURCES, TERMS, JOBS = range(4)
 HUGE = 2**31 - 1
 # name: table, index of a value (or None: the last one is cut off), new value, message
 BAD_TABLES: dict[str, tuple[int, int | None, int, str]] = {
-    "a geometry cut off": (GEOMETRY, None, 0, "expected tables"),
-    "a source cut off": (SOURCES, None, 0, "expected tables"),
-    "a term cut off": (TERMS, None, 0, "expected tables"),
-    "a job cut off": (JOBS, None, 0, "expected tables"),
+    "a geometry cut off": (GEOMETRY, None, 0, "expected a geometry of 9 integers, got 8"),
+    "a source cut off": (SOURCES, None, 0, "expected sources of 3 n integers"),
+    "a term cut off": (TERMS, None, 0, "expected terms of 2 n integers"),
+    "a job cut off": (JOBS, None, 0, "expected jobs of 14 n integers"),
     "images that overflow": (GEOMETRY, 0, 2**61, "expected"),
     "negative images": (GEOMETRY, 0, -1, "expected"),
     "another kernel": (GEOMETRY, 3, 1, "expected"),
@@ -59,8 +55,8 @@ BAD_TABLES: dict[str, tuple[int, int | None, int, str]] = {
     "predictions before the rows": (JOBS, 45, -1, "expected"),
     "an unknown offset rule": (JOBS, 6, 4, "expected"),
     "an unknown mask rule": (JOBS, 7, -1, "expected"),
-    "a mask without offsets": (JOBS, 6, NONE, "expected"),
-    "offsets without a mask": (JOBS, 7, NONE, "expected"),
+    "a mask without offsets": (JOBS, 6, ReadRule.NONE, "expected"),
+    "offsets without a mask": (JOBS, 7, ReadRule.NONE, "expected"),
     "no stride": (JOBS, 8, 0, "expected"),
     "a negative first term": (JOBS, 10, -1, "expected"),
     "a first term beyond the list": (JOBS, 10, 9, "expected"),
@@ -98,7 +94,7 @@ def test_bad_tables_raise(name: str) -> None:
     raises_in_both_directions(Work(), tables, message)
 
 
-@pytest.mark.parametrize("rule", [CROP, FLAT])
+@pytest.mark.parametrize("rule", [ReadRule.CROP, ReadRule.FLAT])
 def test_predictions_that_overflow_raise(rule: int) -> None:
     # 4 (2^31 - 1)^2 is negative in 64 bits.
     work = Work(images=4)
@@ -155,7 +151,7 @@ def test_the_backward_needs_all_gradients_of_moments_or_none() -> None:
 
 def test_moments_of_wide_rows_are_refused() -> None:
     with pytest.raises(RuntimeError, match="expected moments of an output of the source's type"):
-        Work(wide_out=True).run(Work().tensors())
+        Work(out_in_compute_dtype=True).run(Work().tensors())
 
 
 ODD_VALUES = [-(2**63), -(2**31), -1, 0, 1, 2, 3, 5, 12, 24, 26, 40, HUGE, 2**31]

@@ -56,7 +56,7 @@ class Emulated(TorchDispatchMode):
         gates: Tensor | None,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
-        *tables, mask_logits, wide_out, moments, allow_tf32 = rest
+        *tables, mask_logits, out_in_compute_dtype, moments, allow_tf32 = rest
         results = self.simt.deform_conv.forward(
             _name(source),
             to_array(source),
@@ -67,13 +67,13 @@ class Emulated(TorchDispatchMode):
             _array(gates),
             *tables,
             mask_logits,
-            wide_out,
+            out_in_compute_dtype,
             moments,
             allow_tf32=allow_tf32,
             device=self.device,
         )
         wide = compute_dtype(source.dtype)
-        out = to_tensor(results["out"], wide if wide_out else source.dtype)
+        out = to_tensor(results["out"], wide if out_in_compute_dtype else source.dtype)
         return out, *(to_tensor(results[name], wide) for name in ("mean", "var", "up_mean"))
 
     def _deform_conv_bwd(
@@ -90,7 +90,7 @@ class Emulated(TorchDispatchMode):
         mean: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
-        *tables, mask_logits, wide_out, with_bias, allow_tf32, deterministic = rest
+        *tables, mask_logits, out_in_compute_dtype, with_bias, allow_tf32, deterministic = rest
         moments = None if grad_mean is None else [grad_mean, grad_var, grad_up_mean]
         results = self.simt.deform_conv.backward(
             _name(source),
@@ -105,7 +105,7 @@ class Emulated(TorchDispatchMode):
             to_array(mean),
             *tables,
             mask_logits,
-            wide_out,
+            out_in_compute_dtype,
             with_bias=with_bias,
             allow_tf32=allow_tf32,
             deterministic=deterministic,

@@ -115,7 +115,7 @@ def test_parameters_of_any_type(simt: Any, kinds: list[torch.dtype], dtype: torc
 
 @settings(max_examples=15)
 @given(
-    levels_of=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    job_levels=st.lists(st.integers(0, 2), min_size=1, max_size=6),
     images=st.integers(1, 3),
     width=st.integers(1, 40),
     num_groups=st.integers(1, 5),
@@ -126,7 +126,7 @@ def test_parameters_of_any_type(simt: Any, kinds: list[torch.dtype], dtype: torc
 )
 def test_random_cases(
     simt: Any,
-    levels_of: list[int],
+    job_levels: list[int],
     images: int,
     width: int,
     num_groups: int,
@@ -136,8 +136,8 @@ def test_random_cases(
     seed: int,
 ) -> None:
     simt.set_seed(seed)
-    used = sorted(set(levels_of))
-    jobs = tuple(used.index(level) for level in levels_of)
+    used = sorted(set(job_levels))
+    jobs = tuple(used.index(level) for level in job_levels)
     branches = tuple((seed + 3 * j) % norms for j in range(len(jobs)))
     case = Case(jobs, branches, images, width * num_groups, num_groups, hidden, norms, 1e-3, seed)
     check(simt, case, case.tensors(dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import Plan
+from dyhead_cuda.ops.jobs import Plan
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
@@ -51,7 +51,7 @@ class Operator:
         plan: Plan,
         tensors: dict[str, Tensor],
         *,
-        wide_out: bool = False,
+        out_in_compute_dtype: bool = False,
         moments: bool = False,
     ) -> list[Tensor]:
         source, weights = tensors["source"], tensors["weights"]
@@ -65,13 +65,13 @@ class Operator:
             to_array(tensors["gates"]) if "gates" in tensors else None,
             *plan.tables,
             plan.mask_logits,
-            wide_out,
+            out_in_compute_dtype,
             moments,
             allow_tf32=self.allow_tf32,
             far=self.far,
             device=self.device(),
         )
-        out_dtype = compute_dtype(source.dtype) if wide_out else source.dtype
+        out_dtype = compute_dtype(source.dtype) if out_in_compute_dtype else source.dtype
         names = ("mean", "var", "up_mean") if moments else ()
         return [
             to_tensor(results["out"], out_dtype),
@@ -85,7 +85,7 @@ class Operator:
         results: Sequence[Tensor],
         grads: Sequence[Tensor],
         *,
-        wide_out: bool = False,
+        out_in_compute_dtype: bool = False,
         deterministic: bool = False,
     ) -> dict[str, Tensor]:
         """Of all but the weights, from what the forward returned and the gradients of that."""
@@ -105,7 +105,7 @@ class Operator:
             to_array(mean),
             *plan.tables,
             plan.mask_logits,
-            wide_out,
+            out_in_compute_dtype,
             with_bias="bias" in tensors,
             allow_tf32=self.allow_tf32,
             deterministic=deterministic,
@@ -115,7 +115,9 @@ class Operator:
         return {name: to_tensor(array, source.dtype) for name, array in gradients.items()}
 
     def run(self, work: Call, tensors: dict[str, Tensor]) -> list[Tensor]:
-        return self.forward(work.plan, tensors, wide_out=work.wide_out, moments=work.moments)
+        return self.forward(
+            work.plan, tensors, out_in_compute_dtype=work.out_in_compute_dtype, moments=work.moments
+        )
 
 
 def check(work: Call, dtype: torch.dtype, operator: Operator) -> None:
@@ -149,7 +151,7 @@ def check_backward(
         tensors,
         results,
         cotangents,
-        wide_out=work.wide_out,
+        out_in_compute_dtype=work.out_in_compute_dtype,
         deterministic=deterministic,
     )
     names = [name for name in tensors if name != "weights"]

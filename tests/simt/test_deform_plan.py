@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dyhead_cuda.fused import BlockPlan
-from dyhead_cuda.ops.deform_conv import Job, Map, Plan, stack_maps
+from dyhead_cuda.ops.jobs import Job, Map, Plan, stack_maps
 
 # 800 x 1344 pixels, padded to multiples of 32.
 PYRAMID = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))

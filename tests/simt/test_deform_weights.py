@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.deform_conv import NO_MAP, NONE, Job, Plan, stack_maps
+from dyhead_cuda.ops.jobs import NO_MAP, Job, Plan, ReadRule, stack_maps
 from tests.helpers.compare import TOLERANCE, leaf, random_like, relative_l2
 from tests.helpers.deform_work import WORKS, Work
 
@@ -175,7 +175,8 @@ class Tables:
     def plan(self) -> Plan:
         maps = stack_maps(self.sizes, self.images)
         jobs = [
-            Job(m, NO_MAP, [(i, i % 4), (i, 0)], (1, 1), NONE, NONE) for i, m in enumerate(maps)
+            Job(m, NO_MAP, [(i, i % 4), (i, 0)], (1, 1), ReadRule.NONE, ReadRule.NONE)
+            for i, m in enumerate(maps)
         ]
         return Plan(self.images, maps, jobs)
 

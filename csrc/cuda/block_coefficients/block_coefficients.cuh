@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../context.h"
 #include "block_coefficients.h"
 #include "../tile/primitives.cuh"
 

@@ -290,3 +290,12 @@ cudaError_t launch_block_coefficients_bwd(const BlockCoefficientsBwdParams& para
 }
 
 }  // namespace dyhead::cuda
+
+namespace dyhead {
+
+void run_block_coefficients_bwd(const BlockCoefficientsBwdParams& params, Context& context) {
+  context.check_shared_memory(cuda::block_coefficients_bwd_shared_bytes(params.shape));
+  context.check(cuda::launch_block_coefficients_bwd(params, context.stream()));
+}
+
+}  // namespace dyhead

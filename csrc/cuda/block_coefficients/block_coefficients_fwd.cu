@@ -185,3 +185,12 @@ cudaError_t launch_block_coefficients_fwd(const BlockCoefficientsFwdParams& para
 }
 
 }  // namespace dyhead::cuda
+
+namespace dyhead {
+
+void run_block_coefficients_fwd(const BlockCoefficientsFwdParams& params, Context& context) {
+  context.check_shared_memory(cuda::block_coefficients_fwd_shared_bytes(params.shape));
+  context.check(cuda::launch_block_coefficients_fwd(params, context.stream()));
+}
+
+}  // namespace dyhead

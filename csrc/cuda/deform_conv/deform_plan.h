@@ -4,14 +4,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "../context.h"
 #include "deform_conv.h"
 
 namespace dyhead::cuda {
-
-struct DeviceLimits {
-  int processors;
-  size_t shared_bytes;  // dynamic shared memory that a block may have
-};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

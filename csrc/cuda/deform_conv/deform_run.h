@@ -7,10 +7,6 @@
 
 namespace dyhead::cuda {
 
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 // Why a call cannot run, or null. Kept apart from cudaError_t, whose names would not help.
 inline const char* deform_problem(const DeformTables& tables) {
   constexpr int64_t kMostTiles = 1 << 29;
@@ -34,8 +30,6 @@ inline const char* deform_problem(const DeformTables& tables) {
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-inline int64_t compute_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 // Whether the channels of the source can be read in 16-byte vectors.
 inline bool reads_vectors(const DeformShape& s, const void* source) {

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-#include "dynamic_relu.h"
+#include "../context.h"
 #include "../tile/rows.cuh"
+#include "dynamic_relu.h"
 
 namespace dyhead::cuda {
 
@@ -73,6 +74,27 @@ DYHEAD_DEVICE void publish(unsigned* arrived) {
 DYHEAD_DEVICE void wait_published(const unsigned* arrived, int blocks) {
   if (threadIdx.x == 0) wait_until(arrived, static_cast<unsigned>(blocks) + 1);
   __syncthreads();
+}
+
+// Allocates what a kernel needs beside its tensors, for `quantities` sums per channel, and launches
+// it on the `resident` blocks that the device holds at once.
+template <class Params>
+void run_dynamic_relu(const Params& params, Context& context, int resident, int quantities,
+                      cudaError_t (*launch)(const Params&, const DynamicReluGrid&,
+                                            const DynamicReluWorkspace&, cudaStream_t)) {
+  const DynamicReluShape& s = params.shape;
+  if (resident <= 0) {
+    throw std::runtime_error(
+        "expected channels whose sums fit the shared memory of a block, got " +
+        std::to_string(s.channels) + " channels with a hidden layer of " +
+        std::to_string(s.hidden) + "; run this layer under backend(\"reference\")");
+  }
+  const DynamicReluGrid grid = dynamic_relu_grid(s.images, s.pixels, resident);
+  const int64_t bytes = s.images * s.channels * compute_bytes(s.dtype);
+  const DynamicReluWorkspace workspace{
+      context.allocate(bytes * grid.blocks_per_image * quantities), context.allocate(bytes),
+      static_cast<unsigned*>(context.allocate_zeros(s.images * sizeof(unsigned)))};
+  context.check(launch(params, grid, workspace, context.stream()));
 }
 
 }  // namespace dyhead::cuda

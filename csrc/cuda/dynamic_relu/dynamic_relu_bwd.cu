@@ -191,3 +191,12 @@ cudaError_t launch_dynamic_relu_bwd(const DynamicReluBwdParams& params, const Dy
 }
 
 }  // namespace dyhead::cuda
+
+namespace dyhead {
+
+void run_dynamic_relu_bwd(const DynamicReluBwdParams& params, Context& context) {
+  cuda::run_dynamic_relu(params, context, cuda::dynamic_relu_bwd_resident(params), 4,
+                         cuda::launch_dynamic_relu_bwd);
+}
+
+}  // namespace dyhead

@@ -154,3 +154,12 @@ cudaError_t launch_dynamic_relu_fwd(const DynamicReluFwdParams& params, const Dy
 }
 
 }  // namespace dyhead::cuda
+
+namespace dyhead {
+
+void run_dynamic_relu_fwd(const DynamicReluFwdParams& params, Context& context) {
+  cuda::run_dynamic_relu(params, context, cuda::dynamic_relu_fwd_resident(params), 1,
+                         cuda::launch_dynamic_relu_fwd);
+}
+
+}  // namespace dyhead

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/upsample.h"
+#include "../context.h"
 #include "fuse_branches.h"
 #include "../tile/rows.cuh"
 

@@ -349,3 +349,17 @@ cudaError_t launch_fuse_branches_bwd(const FuseBranchesBwdParams& params,
 }
 
 }  // namespace dyhead::cuda
+
+namespace dyhead {
+
+void run_fuse_branches_bwd(const FuseBranchesBwdParams& params, Context& context) {
+  const FuseTables& t = *params.tables;
+  const cuda::FuseLaunches launches = cuda::fuse_launches(t, cuda::fuse_bwd_tiling(t.channels));
+  const int64_t kept_bytes = t.dtype == DType::kFloat16 ? 4 : element_bytes(t.dtype);
+  const cuda::FuseBwdWorkspace workspace{
+      context.allocate(launches.partials * cuda::kFuseSums * t.channels * compute_bytes(t.dtype)),
+      context.allocate(launches.grad_z_rows * t.channels * kept_bytes)};
+  context.check(cuda::launch_fuse_branches_bwd(params, launches, workspace, context.stream()));
+}
+
+}  // namespace dyhead

@@ -79,3 +79,13 @@ cudaError_t launch_fuse_branches_fwd(const FuseBranchesFwdParams& params,
 }
 
 }  // namespace dyhead::cuda
+
+namespace dyhead {
+
+void run_fuse_branches_fwd(const FuseBranchesFwdParams& params, Context& context) {
+  const FuseTables& t = *params.tables;
+  const cuda::FuseLaunches launches = cuda::fuse_launches(t, cuda::fuse_fwd_tiling(t.channels));
+  context.check(cuda::launch_fuse_branches_fwd(params, launches, context.stream()));
+}
+
+}  // namespace dyhead

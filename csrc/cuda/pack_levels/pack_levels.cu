@@ -1,4 +1,6 @@
 #include "pack_levels.h"
+
+#include "../context.h"
 #include "../tile/primitives.cuh"
 
 namespace dyhead::cuda {
@@ -152,3 +154,15 @@ cudaError_t launch_unpack_levels(const PackParams& params, const std::vector<Pac
 }
 
 }  // namespace dyhead::cuda
+
+namespace dyhead {
+
+void run_pack_levels(const PackParams& params, Context& context) {
+  context.check(cuda::launch_pack_levels(params, cuda::pack_tables(params), context.stream()));
+}
+
+void run_unpack_levels(const PackParams& params, Context& context) {
+  context.check(cuda::launch_unpack_levels(params, cuda::pack_tables(params), context.stream()));
+}
+
+}  // namespace dyhead

@@ -1,46 +1,43 @@
-// Checks, allocates and fills the parameters of block_coefficients; what both libraries do alike.
-#pragma once
+#include "../common/block_coefficients.h"
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "../common/block_coefficients.h"
+#include "device.h"
 #include "maps.h"
 
 namespace dyhead {
+namespace {
 
 using TensorList = std::vector<Tensor>;
 
-namespace detail {
-
 // A parameter may be of any floating type.
-inline Parameter read_parameter(const char* name, const Tensor& t,
+Parameter read_parameter(const char* name, const Tensor& t,
                                 std::initializer_list<int64_t> sizes, const Tensor& like) {
   check_tensor(name, t, sizes, t.scalar_type(), like);
   return {t.const_data_ptr(), dtype_of(t)};
 }
 
 // Sorts the jobs by level.
-inline BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s,
-                                                       const IntList& levels_of,
-                                                       const IntList& branches_of) {
-  STD_TORCH_CHECK(!levels_of.empty() && levels_of.size() == branches_of.size(),
+BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s,
+                                                       const IntList& job_levels,
+                                                       const IntList& job_branches) {
+  STD_TORCH_CHECK(!job_levels.empty() && job_levels.size() == job_branches.size(),
                   "expected a level and a branch for each of at least one job, got ",
-                  levels_of.size(), " levels and ", branches_of.size(), " branches");
-  STD_TORCH_CHECK(levels_of.size() <= kMostCoefficientJobs, "expected at most ",
-                  kMostCoefficientJobs, " jobs, got ", levels_of.size(),
+                  job_levels.size(), " levels and ", job_branches.size(), " branches");
+  STD_TORCH_CHECK(job_levels.size() <= kMostCoefficientJobs, "expected at most ",
+                  kMostCoefficientJobs, " jobs, got ", job_levels.size(),
                   "; run this pyramid under backend(\"reference\")");
-  s.jobs = static_cast<int32_t>(levels_of.size());
-  s.levels = 1 + narrow("a level", *std::max_element(levels_of.begin(), levels_of.end()), 0,
+  s.jobs = static_cast<int32_t>(job_levels.size());
+  s.levels = 1 + narrow("a level", *std::max_element(job_levels.begin(), job_levels.end()), 0,
                         kMostCoefficientJobs - 1);
   BlockCoefficientsTables t{};
   int16_t used = 0;
   for (int32_t level = 0; level < s.levels; ++level) {
     t.first[level] = used;
     for (int32_t j = 0; j < s.jobs; ++j) {
-      if (levels_of[j] == level) t.order[used++] = static_cast<int16_t>(j);
+      if (job_levels[j] == level) t.order[used++] = static_cast<int16_t>(j);
     }
     STD_TORCH_CHECK(used > t.first[level], "expected a job of every level, got none of level ",
                     level, " out of ", s.levels);
@@ -49,7 +46,7 @@ inline BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s
   t.first[s.levels] = used;
   STD_TORCH_CHECK(used == s.jobs, "expected levels that are not negative");
   for (int32_t j = 0; j < s.jobs; ++j) {
-    t.norm[j] = static_cast<int16_t>(narrow("a branch", branches_of[j], 0, s.norms - 1));
+    t.norm[j] = static_cast<int16_t>(narrow("a branch", job_branches[j], 0, s.norms - 1));
   }
   return t;
 }
@@ -59,8 +56,8 @@ template <class Params>
 void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mean,
                              const TensorList& norm_weights, const TensorList& norm_biases,
                              const Tensor& gate_weight, const Tensor& fc1_weight,
-                             const Tensor& fc2_weight, const IntList& levels_of,
-                             const IntList& branches_of, int64_t num_groups) {
+                             const Tensor& fc2_weight, const IntList& job_levels,
+                             const IntList& job_branches, int64_t num_groups) {
   constexpr int64_t kMostWidth = 1 << 24;  // of a layer: products of two and offsets fit
   STD_TORCH_CHECK(mean.dim() == 3, "expected mean [J, N, C], got ", shape_string(mean));
   STD_TORCH_CHECK(
@@ -81,7 +78,7 @@ void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mea
                   s.channels, " channels and ", s.groups, " groups");
   STD_TORCH_CHECK(norm_biases.size() == norm_weights.size(), "expected as many norm_biases as ",
                   norm_weights.size(), " norm_weights, got ", norm_biases.size());
-  p.tables = read_coefficient_tables(s, levels_of, branches_of);
+  p.tables = read_coefficient_tables(s, job_levels, job_branches);
 
   const ScalarType type = mean.scalar_type();
   check_tensor("mean", mean, {s.jobs, s.images, s.channels}, type, mean);
@@ -98,31 +95,28 @@ void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mea
   p.up_mean = up_mean.const_data_ptr();
 }
 
-}  // namespace detail
-
 using BlockCoefficientsFwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BlockCoefficientsBwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                               Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Checks, allocates and calls run(const BlockCoefficientsFwdParams&). Returns scale, shift,
-// coefficients, norms and layers.
-template <class Run>
-BlockCoefficientsFwdResult block_coefficients_fwd_with(
-    Run&& run, const Tensor& mean, const Tensor& var, const Tensor& up_mean,
+// Returns scale, shift, coefficients, norms and layers.
+BlockCoefficientsFwdResult block_coefficients_fwd(
+    const Tensor& mean, const Tensor& var, const Tensor& up_mean,
     const TensorList& norm_weights, const TensorList& norm_biases, const Tensor& gate_weight,
     const Tensor& gate_bias, const Tensor& fc1_weight, const Tensor& fc1_bias,
-    const Tensor& fc2_weight, const Tensor& fc2_bias, const IntList& levels_of,
-    const IntList& branches_of, int64_t num_groups, double eps) {
+    const Tensor& fc2_weight, const Tensor& fc2_bias, const IntList& job_levels,
+    const IntList& job_branches, int64_t num_groups, double eps) {
+  Call call(mean);
   BlockCoefficientsFwdParams p{};
-  detail::fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight,
-                                  fc1_weight, fc2_weight, levels_of, branches_of, num_groups);
+  fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight,
+                                  fc1_weight, fc2_weight, job_levels, job_branches, num_groups);
   BlockCoefficientsShape& s = p.shape;
   s.eps = eps;
   check_tensor("var", var, {s.jobs, s.images, s.channels}, mean.scalar_type(), mean);
   p.var = var.const_data_ptr();
-  p.parameters.gate_bias = detail::read_parameter("gate_bias", gate_bias, {1}, mean);
-  p.parameters.fc1_bias = detail::read_parameter("fc1_bias", fc1_bias, {s.hidden}, mean);
-  p.parameters.fc2_bias = detail::read_parameter("fc2_bias", fc2_bias, {4 * s.channels}, mean);
+  p.parameters.gate_bias = read_parameter("gate_bias", gate_bias, {1}, mean);
+  p.parameters.fc1_bias = read_parameter("fc1_bias", fc1_bias, {s.hidden}, mean);
+  p.parameters.fc2_bias = read_parameter("fc2_bias", fc2_bias, {4 * s.channels}, mean);
   BlockCoefficientsFwdResult results{
       torch::stable::empty_like(mean),
       torch::stable::new_empty(mean, {s.levels, s.images, s.channels}),
@@ -134,22 +128,22 @@ BlockCoefficientsFwdResult block_coefficients_fwd_with(
   p.coefficients = std::get<2>(results).mutable_data_ptr();
   p.norms = std::get<3>(results).mutable_data_ptr();
   p.layers = std::get<4>(results).mutable_data_ptr();
-  run(p);
+  run_block_coefficients_fwd(p, call);
   return results;
 }
 
-// The same, of BlockCoefficientsBwdParams. Returns the gradients of mean, var, up_mean, of all norm
-// weights [B, C] and biases [B, C], and of the other parameters.
-template <class Run>
-BlockCoefficientsBwdResult block_coefficients_bwd_with(
-    Run&& run, const Tensor& grad_scale, const Tensor& grad_shift, const Tensor& grad_coefficients,
+// Returns the gradients of mean, var, up_mean, of all norm weights [B, C] and biases [B, C], and of
+// the other parameters.
+BlockCoefficientsBwdResult block_coefficients_bwd(
+    const Tensor& grad_scale, const Tensor& grad_shift, const Tensor& grad_coefficients,
     const Tensor& mean, const Tensor& up_mean, const Tensor& norms, const Tensor& layers,
     const TensorList& norm_weights, const TensorList& norm_biases, const Tensor& gate_weight,
-    const Tensor& fc1_weight, const Tensor& fc2_weight, const IntList& levels_of,
-    const IntList& branches_of, int64_t num_groups) {
+    const Tensor& fc1_weight, const Tensor& fc2_weight, const IntList& job_levels,
+    const IntList& job_branches, int64_t num_groups) {
+  Call call(mean);
   BlockCoefficientsBwdParams p{};
-  detail::fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight,
-                                  fc1_weight, fc2_weight, levels_of, branches_of, num_groups);
+  fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight,
+                                  fc1_weight, fc2_weight, job_levels, job_branches, num_groups);
   const BlockCoefficientsShape& s = p.shape;
   const ScalarType type = mean.scalar_type();
   check_tensor("grad_scale", grad_scale, {s.jobs, s.images, s.channels}, type, mean);
@@ -182,8 +176,14 @@ BlockCoefficientsBwdResult block_coefficients_bwd_with(
                                      empty(p.grad_fc1_bias, {s.hidden}),
                                      empty(p.grad_fc2_weight, {4 * s.channels, s.hidden}),
                                      empty(p.grad_fc2_bias, {4 * s.channels})};
-  run(p);
+  run_block_coefficients_bwd(p, call);
   return results;
 }
 
+}  // namespace
 }  // namespace dyhead
+
+DYHEAD_REGISTER(m) {
+  m.impl("block_coefficients_fwd", TORCH_BOX(&dyhead::block_coefficients_fwd));
+  m.impl("block_coefficients_bwd", TORCH_BOX(&dyhead::block_coefficients_bwd));
+}

@@ -1,27 +1,26 @@
-// Reads the tables of fuse_branches from lists of integers and checks them and the tensors; what
-// both libraries do alike.
-#pragma once
+#include "../common/fuse_branches.h"
 
 #include <algorithm>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "../common/fuse_branches.h"
+#include "device.h"
 #include "maps.h"
 
 namespace dyhead {
+namespace {
 
-// The tables as dyhead_cuda/ops/fuse_branches.py writes them:
-//   maps    first_row, height, width of each branch map
-//   levels  first_row, height, width, count, and `count` branches followed by -1, of each level
-inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& shift,
+// `maps` has the fields of map_field for each branch map; `levels` those of level_field for each
+// level, where a branch that does not exist is -1.
+FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& shift,
                                    const Tensor& coefficients, int64_t images, const IntList& maps,
                                    const IntList& levels) {
-  constexpr size_t kMapFields = 3, kLevelFields = 4 + kMostBranches;
+  constexpr size_t kMapFields = map_field::kFieldCount, kLevelFields = level_field::kFieldCount;
   STD_TORCH_CHECK(
       !levels.empty() && levels.size() % kLevelFields == 0 && maps.size() % kMapFields == 0,
-      "expected tables of 3 n and 7 n integers, got ", maps.size(), " and ", levels.size());
+      "expected tables of ", kMapFields, " n and ", kLevelFields, " n integers, got ", maps.size(),
+      " and ", levels.size());
   STD_TORCH_CHECK(y.dim() == 2 && y.size(1) > 0, "expected y [S, C] of at least one channel, got ",
                   shape_string(y));
   FuseTables t{};
@@ -50,12 +49,12 @@ inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const T
     FuseLevel level{};
     level.out = read_next_map(levels, i, images, t.out_rows, most_rows, "level");
     t.out_rows += images * level.out.pixels();
-    const int64_t count = levels[i + 3];
+    const int64_t count = levels[i + level_field::branches];
     STD_TORCH_CHECK(count >= 1 && count <= kMostBranches, "expected a level of 1 to ",
                     kMostBranches, " branches, got ", count);
     level.branches = static_cast<int32_t>(count);
     for (int32_t b = 0; b < kMostBranches; ++b) {
-      const int64_t index = levels[i + 4 + b];
+      const int64_t index = levels[i + level_field::branch_0 + b];
       if (b >= count) {
         STD_TORCH_CHECK(index == -1, "expected -1 for an unused branch, got ", index);
         continue;
@@ -64,8 +63,7 @@ inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const T
                       " maps, got ", index);
       const MapShape& map = t.maps[index];
       STD_TORCH_CHECK(level.out.pixels() == 0 || map.pixels() > 0,
-                      "expected a branch of pixels "
-                      "for a level of ",
+                      "expected a branch of pixels for a level of ",
                       level.out.height, "x", level.out.width, ", got ", map.height, "x", map.width);
       level.branch[b] = static_cast<int32_t>(index);
       ++uses[index];
@@ -78,36 +76,43 @@ inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const T
   return t;
 }
 
-// Checks, allocates and calls run(const FuseBranchesFwdParams&). Returns out.
-template <class Run>
-Tensor fuse_branches_fwd_with(Run&& run, const Tensor& y, const Tensor& scale, const Tensor& shift,
-                              const Tensor& coefficients, int64_t images, const IntList& maps,
-                              const IntList& levels) {
+Tensor fuse_branches_fwd(const Tensor& y, const Tensor& scale, const Tensor& shift,
+                         const Tensor& coefficients, int64_t images, const IntList& maps,
+                         const IntList& levels) {
+  Call call(y);
   const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, maps, levels);
-  Tensor out = torch::stable::new_empty(y, {tables.out_rows, tables.channels});
-  run(FuseBranchesFwdParams{&tables, y.const_data_ptr(), scale.const_data_ptr(),
-                            shift.const_data_ptr(), coefficients.const_data_ptr(),
-                            out.mutable_data_ptr()});
+  const Tensor out = torch::stable::new_empty(y, {tables.out_rows, tables.channels});
+  run_fuse_branches_fwd({&tables, y.const_data_ptr(), scale.const_data_ptr(),
+                         shift.const_data_ptr(), coefficients.const_data_ptr(),
+                         out.mutable_data_ptr()},
+                        call);
   return out;
 }
 
-// The same, of FuseBranchesBwdParams. Returns the gradients of y, scale, shift and coefficients.
-template <class Run>
-std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd_with(
-    Run&& run, const Tensor& grad_out, const Tensor& y, const Tensor& scale, const Tensor& shift,
+// Returns the gradients of y, scale, shift and coefficients.
+std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd(
+    const Tensor& grad_out, const Tensor& y, const Tensor& scale, const Tensor& shift,
     const Tensor& coefficients, int64_t images, const IntList& maps, const IntList& levels) {
+  Call call(y);
   const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, maps, levels);
   check_tensor("grad_out", grad_out, {tables.out_rows, tables.channels}, y.scalar_type(), y);
-  Tensor grad_y = torch::stable::empty_like(y);
-  Tensor grad_scale = torch::stable::empty_like(scale);
-  Tensor grad_shift = torch::stable::empty_like(shift);
-  Tensor grad_coefficients = torch::stable::empty_like(coefficients);
-  run(FuseBranchesBwdParams{&tables, grad_out.const_data_ptr(), y.const_data_ptr(),
-                            scale.const_data_ptr(), shift.const_data_ptr(),
-                            coefficients.const_data_ptr(), grad_y.mutable_data_ptr(),
-                            grad_scale.mutable_data_ptr(), grad_shift.mutable_data_ptr(),
-                            grad_coefficients.mutable_data_ptr()});
+  const Tensor grad_y = torch::stable::empty_like(y);
+  const Tensor grad_scale = torch::stable::empty_like(scale);
+  const Tensor grad_shift = torch::stable::empty_like(shift);
+  const Tensor grad_coefficients = torch::stable::empty_like(coefficients);
+  run_fuse_branches_bwd({&tables, grad_out.const_data_ptr(), y.const_data_ptr(),
+                         scale.const_data_ptr(), shift.const_data_ptr(),
+                         coefficients.const_data_ptr(), grad_y.mutable_data_ptr(),
+                         grad_scale.mutable_data_ptr(), grad_shift.mutable_data_ptr(),
+                         grad_coefficients.mutable_data_ptr()},
+                        call);
   return {grad_y, grad_scale, grad_shift, grad_coefficients};
 }
 
+}  // namespace
 }  // namespace dyhead
+
+DYHEAD_REGISTER(m) {
+  m.impl("fuse_branches_fwd", TORCH_BOX(&dyhead::fuse_branches_fwd));
+  m.impl("fuse_branches_bwd", TORCH_BOX(&dyhead::fuse_branches_bwd));
+}

@@ -1,0 +1,323 @@
+#include "../common/deform_conv.h"
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "device.h"
+#include "maps.h"
+
+namespace dyhead {
+namespace {
+
+constexpr int64_t kMostStep = 1 << 20;  // strides, paddings and dilations: products fit
+
+void check_rule(const DeformJob& job, ReadRule rule) {
+  const MapShape& out = job.out;
+  const MapShape& from = job.predictions;
+  bool fits = false;
+  switch (rule) {
+    case ReadRule::kSame:
+      fits = out.height == from.height && out.width == from.width;
+      break;
+    case ReadRule::kCrop:
+      fits = out.height <= from.height && out.width <= from.width;
+      break;
+    case ReadRule::kFlat:
+      fits = out.pixels() <= from.pixels();
+      break;
+    case ReadRule::kNone:
+      fits = job.offset_rule == job.mask_rule;
+      break;
+  }
+  STD_TORCH_CHECK(fits, "expected predictions that a map of ", out.height, "x", out.width,
+                  " can read by rule ", static_cast<int>(rule), ", got ", from.height, "x",
+                  from.width);
+}
+
+// Jobs either share a prediction map or read others: the gradients of a map are one task's.
+void check_disjoint_predictions(const DeformTables& t) {
+  std::vector<MapShape> maps;
+  for (const DeformJob& job : t.jobs) {
+    if (job.predictions.pixels() > 0) maps.push_back(job.predictions);
+  }
+  std::sort(maps.begin(), maps.end(),
+            [](const MapShape& a, const MapShape& b) { return a.first_row < b.first_row; });
+  for (size_t i = 1; i < maps.size(); ++i) {
+    const MapShape& a = maps[i - 1];
+    const MapShape& b = maps[i];
+    const bool same = a.first_row == b.first_row && a.height == b.height && a.width == b.width;
+    STD_TORCH_CHECK(same || a.first_row + t.shape.images * a.pixels() <= b.first_row,
+                    "expected prediction maps that are equal or apart, got maps from rows ",
+                    a.first_row, " and ", b.first_row);
+  }
+}
+
+// The shape that all jobs share; `geometry` has the fields of geometry_field.
+DeformShape read_deform_shape(const Tensor& source, const Tensor& predictions,
+                              const std::vector<Tensor>& weights, const IntList& geometry,
+                              bool mask_logits) {
+  STD_TORCH_CHECK(geometry.size() == geometry_field::kFieldCount, "expected a geometry of ",
+                  static_cast<size_t>(geometry_field::kFieldCount), " integers, got ",
+                  geometry.size());
+  STD_TORCH_CHECK(!weights.empty(), "expected at least one matrix of weights, got none");
+  STD_TORCH_CHECK(source.dim() == 2 && predictions.dim() == 2 && weights[0].dim() == 4,
+                  "expected source [R, C], predictions [Q, 3 D K] and weights [C_out, C / groups, "
+                  "kh, kw], got ",
+                  shape_string(source), ", ", shape_string(predictions), " and ",
+                  shape_string(weights[0]));
+  namespace field = geometry_field;
+  constexpr int64_t kMostTaps = 1 << 10;  // along one side of a kernel
+  const DeformShape s{narrow("images", geometry[field::images], 0),
+                      source.size(1),
+                      weights[0].size(0),
+                      narrow("groups", geometry[field::groups], 1),
+                      narrow("deform_groups", geometry[field::deform_groups], 1),
+                      narrow("kernel_h", geometry[field::kernel_h], 1, kMostTaps),
+                      narrow("kernel_w", geometry[field::kernel_w], 1, kMostTaps),
+                      narrow("pad_h", geometry[field::pad_h], 0, kMostStep),
+                      narrow("pad_w", geometry[field::pad_w], 0, kMostStep),
+                      narrow("dilation_h", geometry[field::dilation_h], 1, kMostStep),
+                      narrow("dilation_w", geometry[field::dilation_w], 1, kMostStep),
+                      mask_logits,
+                      dtype_of(source)};
+  STD_TORCH_CHECK(s.channels > 0 && s.out_channels > 0 && s.channels % s.groups == 0 &&
+                      s.out_channels % s.groups == 0 && s.channels % s.deform_groups == 0,
+                  "expected channels divisible by the groups, got ", s.channels, " and ",
+                  s.out_channels, " channels with ", s.groups, " and ", s.deform_groups, " groups");
+  return s;
+}
+
+// Source maps without gaps and overlaps, so that every row gets its gradient from one map.
+std::vector<MapShape> read_sources(const IntList& sources, int64_t images, int64_t rows) {
+  STD_TORCH_CHECK(sources.size() % map_field::kFieldCount == 0, "expected sources of ",
+                  static_cast<size_t>(map_field::kFieldCount), " n integers, got ", sources.size());
+  std::vector<MapShape> maps;
+  int64_t covered = 0;
+  for (size_t i = 0; i < sources.size(); i += map_field::kFieldCount) {
+    maps.push_back(read_next_map(sources, i, images, covered, rows, "source"));
+    covered += images * maps.back().pixels();
+  }
+  STD_TORCH_CHECK(covered == rows, "expected source maps that cover all ", rows, " rows, got ",
+                  covered);
+  return maps;
+}
+
+std::vector<DeformTerm> read_terms(const IntList& terms, int64_t sources, int64_t weights) {
+  STD_TORCH_CHECK(terms.size() % term_field::kFieldCount == 0, "expected terms of ",
+                  static_cast<size_t>(term_field::kFieldCount), " n integers, got ", terms.size());
+  std::vector<DeformTerm> read;
+  for (size_t i = 0; i < terms.size(); i += term_field::kFieldCount) {
+    const int64_t source = terms[i + term_field::source];
+    const int64_t weight = terms[i + term_field::weight];
+    STD_TORCH_CHECK(source >= 0 && source < sources && weight >= 0 && weight < weights,
+                    "expected terms of ", sources, " sources and ", weights,
+                    " weights, got source ", source, " and weight ", weight);
+    read.push_back({static_cast<int32_t>(source), static_cast<int32_t>(weight)});
+  }
+  return read;
+}
+
+// The job at jobs[at], which has the fields of job_field; its output map must follow those before.
+DeformJob read_job(const DeformTables& t, const IntList& jobs, size_t at) {
+  namespace field = job_field;
+  const DeformShape& s = t.shape;
+  const int64_t most_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
+  const auto number = [&](const char* name, size_t index, int64_t least, int64_t most) {
+    return narrow(name, jobs[at + index], least, most);
+  };
+  constexpr int64_t kLastRule = static_cast<int64_t>(ReadRule::kNone);
+  DeformJob job{};
+  job.out = read_next_map(jobs, at + field::out_first_row, s.images, t.out_rows, most_rows,
+                          "output");
+  job.predictions = read_map(jobs, at + field::predictions_first_row, s.images, t.prediction_rows,
+                             "prediction");
+  job.offset_rule =
+      static_cast<ReadRule>(number("offset_rule", field::offset_rule, 0, kLastRule));
+  job.mask_rule = static_cast<ReadRule>(number("mask_rule", field::mask_rule, 0, kLastRule));
+  job.stride_h = number("stride_h", field::stride_h, 1, kMostStep);
+  job.stride_w = number("stride_w", field::stride_w, 1, kMostStep);
+  job.first_term = number("first_term", field::first_term, 0, kMostInt32);
+  job.terms = number("terms", field::terms, 1, kMostInt32);
+  job.up_height = number("up_height", field::up_height, 1, kMostStep);
+  job.up_width = number("up_width", field::up_width, 1, kMostStep);
+  STD_TORCH_CHECK(
+      static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
+      "expected terms within the list of ", t.terms.size(), ", got ", job.terms, " from ",
+      job.first_term);
+  const auto last = [](int32_t size, int32_t stride, int32_t kernel, int32_t dilation) {
+    return static_cast<int64_t>(size) * stride + static_cast<int64_t>(kernel) * dilation;
+  };
+  STD_TORCH_CHECK(last(job.out.height, job.stride_h, s.kernel_h, s.dilation_h) <= kMostInt32 &&
+                      last(job.out.width, job.stride_w, s.kernel_w, s.dilation_w) <= kMostInt32,
+                  "expected taps whose positions fit 32 bits, got an output of ", job.out.height,
+                  "x", job.out.width, " with strides ", job.stride_h, " and ", job.stride_w);
+  check_rule(job, job.offset_rule);
+  check_rule(job, job.mask_rule);
+  return job;
+}
+
+DeformTables read_deform_tables(const Tensor& source, const Tensor& predictions,
+                                const std::vector<Tensor>& weights, const IntList& geometry,
+                                const IntList& sources, const IntList& terms, const IntList& jobs,
+                                bool mask_logits) {
+  DeformTables t{};
+  t.shape = read_deform_shape(source, predictions, weights, geometry, mask_logits);
+  t.source_rows = source.size(0);
+  t.prediction_rows = predictions.size(0);
+  t.weights = static_cast<int64_t>(weights.size());
+  check_tensor("source", source, {t.source_rows, t.shape.channels}, source.scalar_type(), source);
+  check_tensor("predictions", predictions, {t.prediction_rows, t.shape.prediction_columns()},
+               compute_type_of(source), source);
+  t.sources = read_sources(sources, t.shape.images, t.source_rows);
+  t.terms = read_terms(terms, static_cast<int64_t>(t.sources.size()), t.weights);
+  STD_TORCH_CHECK(!jobs.empty() && jobs.size() % job_field::kFieldCount == 0,
+                  "expected jobs of ", static_cast<size_t>(job_field::kFieldCount),
+                  " n integers, at least one, got ", jobs.size());
+  for (size_t i = 0; i < jobs.size(); i += job_field::kFieldCount) {
+    t.jobs.push_back(read_job(t, jobs, i));
+    t.out_rows += t.shape.images * t.jobs.back().out.pixels();
+  }
+  check_disjoint_predictions(t);
+  return t;
+}
+
+// Pointers to matrices and biases, after a check: all of one type, the compute type or, on CUDA,
+// whose kernels read half-precision weights as they are, the source's.
+DeformWeights read_deform_weights(const DeformShape& s, const std::vector<Tensor>& weights,
+                                         const std::vector<Tensor>& bias, const Tensor& source) {
+  const ScalarType type = kIsCuda && weights[0].scalar_type() == source.scalar_type()
+                              ? source.scalar_type()
+                              : compute_type_of(source);
+  STD_TORCH_CHECK(bias.empty() || bias.size() == weights.size(), "expected no bias or ",
+                  weights.size(), ", got ", bias.size());
+  DeformWeights read{{}, {}, dtype_of(weights[0])};
+  for (const Tensor& matrix : weights) {
+    check_tensor("weights", matrix, {s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w},
+                 type, source);
+    read.matrices.push_back(matrix.const_data_ptr());
+  }
+  for (const Tensor& one : bias) {
+    check_tensor("bias", one, {s.out_channels}, type, source);
+    read.bias.push_back(one.const_data_ptr());
+  }
+  return read;
+}
+
+// null for an absent tensor, else its data after a check of its shape.
+const void* optional_data(const char* name, const std::optional<Tensor>& t,
+                                 std::initializer_list<int64_t> sizes, const Tensor& like) {
+  if (!t.has_value()) return nullptr;
+  check_tensor(name, *t, sizes, compute_type_of(like), like);
+  return t->const_data_ptr();
+}
+
+// Returns out, mean, var and up_mean.
+std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
+    const Tensor& source, const Tensor& predictions, const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& bias, const std::optional<Tensor>& gates, const IntList& geometry,
+    const IntList& sources, const IntList& terms, const IntList& jobs, bool mask_logits,
+    bool out_in_compute_dtype, bool moments, bool allow_tf32) {
+  Call call(source);
+  const DeformTables tables =
+      read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
+  const DeformShape& s = tables.shape;
+  const DeformWeights matrices = read_deform_weights(s, weights, bias, source);
+  const ScalarType compute = compute_type_of(source);
+  const int64_t job_count = moments ? static_cast<int64_t>(tables.jobs.size()) : 0;
+  const auto statistics = [&] {
+    return torch::stable::new_empty(source, {job_count, s.images, s.out_channels}, compute);
+  };
+  STD_TORCH_CHECK(!(out_in_compute_dtype && moments), "expected moments of an output of the source's type");
+  const Tensor out = torch::stable::new_empty(source, {tables.out_rows, s.out_channels},
+                                              out_in_compute_dtype ? compute : source.scalar_type());
+  const Tensor mean = statistics();
+  const Tensor var = statistics();
+  const Tensor up_mean = statistics();
+  DeformFwdParams params{};
+  params.tables = &tables;
+  params.weights = &matrices;
+  params.source = source.const_data_ptr();
+  params.predictions = predictions.const_data_ptr();
+  params.gates = optional_data("gates", gates,
+                               {s.images, static_cast<int64_t>(tables.sources.size())}, source);
+  params.out = out.mutable_data_ptr();
+  params.wide_out = out_in_compute_dtype;
+  params.moments = moments;
+  params.mean = mean.mutable_data_ptr();
+  params.var = var.mutable_data_ptr();
+  params.up_mean = up_mean.mutable_data_ptr();
+  params.allow_tf32 = allow_tf32;
+  run_deform_conv_fwd(params, call);
+  return {out, mean, var, up_mean};
+}
+
+// Returns the gradients of source, predictions, weights, bias and gates.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_mean,
+    const std::optional<Tensor>& grad_var, const std::optional<Tensor>& grad_up_mean,
+    const Tensor& source, const Tensor& predictions, const std::vector<Tensor>& weights,
+    const std::optional<Tensor>& gates, const Tensor& out, const Tensor& mean,
+    const IntList& geometry, const IntList& sources, const IntList& terms, const IntList& jobs,
+    bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32,
+    bool deterministic) {
+  Call call(source);
+  const DeformTables tables =
+      read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
+  const DeformShape& s = tables.shape;
+  const DeformWeights matrices = read_deform_weights(s, weights, {}, source);
+  const ScalarType compute = compute_type_of(source);
+  const int64_t job_count = static_cast<int64_t>(tables.jobs.size());
+  const int64_t source_count = static_cast<int64_t>(tables.sources.size());
+  const ScalarType out_type = out_in_compute_dtype ? compute : source.scalar_type();
+  check_tensor("grad_out", grad_out, {tables.out_rows, s.out_channels}, out_type, source);
+  check_tensor("out", out, {tables.out_rows, s.out_channels}, out_type, source);
+  const bool moments = grad_mean.has_value();
+  STD_TORCH_CHECK(moments == grad_var.has_value() && moments == grad_up_mean.has_value(),
+                  "expected the gradients of all three moments, or of none");
+  if (moments) {
+    check_tensor("mean", mean, {job_count, s.images, s.out_channels}, compute, source);
+  }
+  const Tensor grad_source = torch::stable::empty_like(source);
+  const Tensor grad_predictions = torch::stable::empty_like(predictions);
+  const Tensor grad_weights = torch::stable::new_empty(
+      source, {tables.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w},
+      compute);
+  const Tensor grad_bias =
+      torch::stable::new_empty(source, {with_bias ? tables.weights : 0, s.out_channels}, compute);
+  const Tensor grad_gates =
+      torch::stable::new_empty(source, {gates.has_value() ? s.images : 0, source_count}, compute);
+  DeformBwdParams params{};
+  params.tables = &tables;
+  params.weights = &matrices;
+  params.source = source.const_data_ptr();
+  params.predictions = predictions.const_data_ptr();
+  params.gates = optional_data("gates", gates, {s.images, source_count}, source);
+  params.grad_out = grad_out.const_data_ptr();
+  params.out = out.const_data_ptr();
+  params.wide_out = out_in_compute_dtype;
+  params.moments = moments;
+  params.mean = moments ? mean.const_data_ptr() : nullptr;
+  const auto statistics = {job_count, s.images, s.out_channels};
+  params.grad_mean = optional_data("grad_mean", grad_mean, statistics, source);
+  params.grad_var = optional_data("grad_var", grad_var, statistics, source);
+  params.grad_up_mean = optional_data("grad_up_mean", grad_up_mean, statistics, source);
+  params.deterministic = deterministic;
+  params.grad_source = grad_source.mutable_data_ptr();
+  params.grad_predictions = grad_predictions.mutable_data_ptr();
+  params.grad_weights = grad_weights.mutable_data_ptr();
+  params.grad_bias = with_bias ? grad_bias.mutable_data_ptr() : nullptr;
+  params.grad_gates = gates.has_value() ? grad_gates.mutable_data_ptr() : nullptr;
+  params.allow_tf32 = allow_tf32;
+  run_deform_conv_bwd(params, call);
+  return {grad_source, grad_predictions, grad_weights, grad_bias, grad_gates};
+}
+
+}  // namespace
+}  // namespace dyhead
+
+DYHEAD_REGISTER(m) {
+  m.impl("deform_conv_fwd", TORCH_BOX(&dyhead::deform_conv_fwd));
+  m.impl("deform_conv_bwd", TORCH_BOX(&dyhead::deform_conv_bwd));
+}

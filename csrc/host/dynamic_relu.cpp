@@ -1,0 +1,81 @@
+#include "../common/dynamic_relu.h"
+
+#include <tuple>
+
+#include "device.h"
+
+namespace dyhead {
+namespace {
+
+DynamicReluShape dynamic_relu_shape(const Tensor& rows, const Tensor& fc1_weight,
+                                           bool hard_sigmoid) {
+  STD_TORCH_CHECK(rows.dim() == 3, "expected rows [N, P, C], got ", shape_string(rows));
+  STD_TORCH_CHECK(rows.is_contiguous(), "expected contiguous rows; call .contiguous() on them");
+  STD_TORCH_CHECK(rows.size(1) > 0 && rows.size(2) > 0,
+                  "expected rows of at least one pixel and channel, got ", shape_string(rows));
+  STD_TORCH_CHECK(fc1_weight.dim() == 2 && fc1_weight.size(0) > 0, "expected fc1_weight [H, ",
+                  rows.size(2), "], got ", shape_string(fc1_weight));
+  return {rows.size(0),       rows.size(1),   rows.size(2),
+          fc1_weight.size(0), dtype_of(rows), hard_sigmoid};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_relu_fwd(
+    const Tensor& rows, const Tensor& fc1_weight, const Tensor& fc1_bias, const Tensor& fc2_weight,
+    const Tensor& fc2_bias, bool hard_sigmoid) {
+  Call call(rows);
+  const DynamicReluShape shape = dynamic_relu_shape(rows, fc1_weight, hard_sigmoid);
+  const ScalarType compute = compute_type_of(rows);
+  const auto [n, channels, hidden] = std::tuple(shape.images, shape.channels, shape.hidden);
+  check_tensor("fc1_weight", fc1_weight, {hidden, channels}, compute, rows);
+  check_tensor("fc1_bias", fc1_bias, {hidden}, compute, rows);
+  check_tensor("fc2_weight", fc2_weight, {4 * channels, hidden}, compute, rows);
+  check_tensor("fc2_bias", fc2_bias, {4 * channels}, compute, rows);
+  const Tensor out = torch::stable::empty_like(rows);
+  const Tensor mean = torch::stable::new_empty(rows, {n, channels}, compute);
+  const Tensor hidden_layer = torch::stable::new_empty(rows, {n, hidden}, compute);
+  const Tensor logits = torch::stable::new_empty(rows, {n, 4 * channels}, compute);
+  if (n > 0) {
+    run_dynamic_relu_fwd({shape, rows.const_data_ptr(), fc1_weight.const_data_ptr(),
+                          fc1_bias.const_data_ptr(), fc2_weight.const_data_ptr(),
+                          fc2_bias.const_data_ptr(), out.mutable_data_ptr(),
+                          mean.mutable_data_ptr(), hidden_layer.mutable_data_ptr(),
+                          logits.mutable_data_ptr()},
+                         call);
+  }
+  return {out, mean, hidden_layer, logits};
+}
+
+std::tuple<Tensor, Tensor, Tensor> dynamic_relu_bwd(const Tensor& grad_out, const Tensor& rows,
+                                                    const Tensor& hidden, const Tensor& logits,
+                                                    const Tensor& fc1_weight,
+                                                    const Tensor& fc2_weight, bool hard_sigmoid) {
+  Call call(rows);
+  const DynamicReluShape shape = dynamic_relu_shape(rows, fc1_weight, hard_sigmoid);
+  const ScalarType compute = compute_type_of(rows);
+  const auto [n, channels, width] = std::tuple(shape.images, shape.channels, shape.hidden);
+  check_tensor("grad_out", grad_out, {n, shape.pixels, channels}, rows.scalar_type(), rows);
+  check_tensor("hidden", hidden, {n, width}, compute, rows);
+  check_tensor("logits", logits, {n, 4 * channels}, compute, rows);
+  check_tensor("fc1_weight", fc1_weight, {width, channels}, compute, rows);
+  check_tensor("fc2_weight", fc2_weight, {4 * channels, width}, compute, rows);
+  const Tensor grad_rows = torch::stable::empty_like(rows);
+  const Tensor grad_logits = torch::stable::empty_like(logits);
+  const Tensor grad_hidden = torch::stable::empty_like(hidden);
+  if (n > 0) {
+    run_dynamic_relu_bwd({shape, grad_out.const_data_ptr(), rows.const_data_ptr(),
+                          hidden.const_data_ptr(), logits.const_data_ptr(),
+                          fc1_weight.const_data_ptr(), fc2_weight.const_data_ptr(),
+                          grad_rows.mutable_data_ptr(), grad_logits.mutable_data_ptr(),
+                          grad_hidden.mutable_data_ptr()},
+                         call);
+  }
+  return {grad_rows, grad_logits, grad_hidden};
+}
+
+}  // namespace
+}  // namespace dyhead
+
+DYHEAD_REGISTER(m) {
+  m.impl("dynamic_relu_fwd", TORCH_BOX(&dyhead::dynamic_relu_fwd));
+  m.impl("dynamic_relu_bwd", TORCH_BOX(&dyhead::dynamic_relu_bwd));
+}
