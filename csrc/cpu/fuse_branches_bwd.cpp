@@ -16,7 +16,7 @@ namespace dyhead::cpu {
 namespace {
 
 // Sums over a task's pixels, [C] each.
-enum Sum { kA1, kB1, kA2, kB2, kShift, kScale, kSums = kScale + kMostBranches };
+enum Sum { kA1, kB1, kA2, kB2, kShift, kScale, kSums = kScale + kMaxBranches };
 
 // One pixel: writes its g_z [C] and adds to the sums.
 template <int kBranches, class T, class F>

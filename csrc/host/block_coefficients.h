@@ -29,12 +29,12 @@ inline BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s
   STD_TORCH_CHECK(!levels_of.empty() && levels_of.size() == branches_of.size(),
                   "expected a level and a branch for each of at least one job, got ",
                   levels_of.size(), " levels and ", branches_of.size(), " branches");
-  STD_TORCH_CHECK(levels_of.size() <= kMostCoefficientJobs, "expected at most ",
-                  kMostCoefficientJobs, " jobs, got ", levels_of.size(),
+  STD_TORCH_CHECK(levels_of.size() <= kMaxCoefficientJobs, "expected at most ", kMaxCoefficientJobs,
+                  " jobs, got ", levels_of.size(),
                   "; run this pyramid under backend(\"reference\")");
   s.jobs = static_cast<int32_t>(levels_of.size());
   s.levels = 1 + narrow("a level", *std::max_element(levels_of.begin(), levels_of.end()), 0,
-                        kMostCoefficientJobs - 1);
+                        kMaxCoefficientJobs - 1);
   BlockCoefficientsTables t{};
   int16_t used = 0;
   for (int32_t level = 0; level < s.levels; ++level) {
@@ -44,7 +44,7 @@ inline BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s
     }
     STD_TORCH_CHECK(used > t.first[level], "expected a job of every level, got none of level ",
                     level, " out of ", s.levels);
-    s.most_jobs = std::max(s.most_jobs, used - t.first[level]);
+    s.max_jobs = std::max(s.max_jobs, used - t.first[level]);
   }
   t.first[s.levels] = used;
   STD_TORCH_CHECK(used == s.jobs, "expected levels that are not negative");
@@ -61,7 +61,7 @@ void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mea
                              const Tensor& gate_weight, const Tensor& fc1_weight,
                              const Tensor& fc2_weight, const IntList& levels_of,
                              const IntList& branches_of, int64_t num_groups) {
-  constexpr int64_t kMostWidth = 1 << 24;  // of a layer: products of two and offsets fit
+  constexpr int64_t kMaxWidth = 1 << 24;  // of a layer: products of two and offsets fit
   STD_TORCH_CHECK(mean.dim() == 3, "expected mean [J, N, C], got ", shape_string(mean));
   STD_TORCH_CHECK(
       mean.scalar_type() == ScalarType::Double || mean.scalar_type() == ScalarType::Float,
@@ -71,11 +71,11 @@ void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mea
                   shape_string(fc1_weight));
   BlockCoefficientsShape& s = p.shape;
   s.images = mean.size(1);
-  s.channels = narrow("channels", mean.size(2), 1, kMostWidth);
+  s.channels = narrow("channels", mean.size(2), 1, kMaxWidth);
   s.groups = narrow("num_groups", num_groups, 1);
-  s.hidden = narrow("the width of the hidden layer", fc1_weight.size(0), 1, kMostWidth);
+  s.hidden = narrow("the width of the hidden layer", fc1_weight.size(0), 1, kMaxWidth);
   s.norms = narrow("the number of normalisations", static_cast<int64_t>(norm_weights.size()), 1,
-                   kMostNorms);
+                   kMaxNorms);
   s.dtype = dtype_of(mean);
   STD_TORCH_CHECK(s.channels % s.groups == 0, "expected channels divisible by num_groups, got ",
                   s.channels, " channels and ", s.groups, " groups");

@@ -80,7 +80,7 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
                   "kh, kw], got ",
                   shape_string(source), ", ", shape_string(predictions), " and ",
                   shape_string(weights[0]));
-  constexpr int64_t kMostStep = 1 << 20;  // strides, paddings and dilations: products fit
+  constexpr int64_t kMaxStep = 1 << 20;  // strides, paddings and dilations: products fit
   DeformTables t{};
   const int64_t images = narrow("images", geometry[0], 0);
   t.shape = {images,
@@ -90,10 +90,10 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
              narrow("deform_groups", geometry[2], 1),
              narrow("kernel_h", geometry[3], 1, 1 << 10),
              narrow("kernel_w", geometry[4], 1, 1 << 10),
-             narrow("pad_h", geometry[5], 0, kMostStep),
-             narrow("pad_w", geometry[6], 0, kMostStep),
-             narrow("dilation_h", geometry[7], 1, kMostStep),
-             narrow("dilation_w", geometry[8], 1, kMostStep),
+             narrow("pad_h", geometry[5], 0, kMaxStep),
+             narrow("pad_w", geometry[6], 0, kMaxStep),
+             narrow("dilation_h", geometry[7], 1, kMaxStep),
+             narrow("dilation_w", geometry[8], 1, kMaxStep),
              mask_logits,
              dtype_of(source)};
   const DeformShape& s = t.shape;
@@ -124,20 +124,20 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
                     " weights, got source ", terms[i], " and weight ", terms[i + 1]);
     t.terms.push_back({static_cast<int32_t>(terms[i]), static_cast<int32_t>(terms[i + 1])});
   }
-  const int64_t most_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
+  const int64_t max_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
   for (size_t i = 0; i < jobs.size(); i += kJobFields) {
     DeformJob job{};
-    job.out = read_next_map(jobs, i, images, t.out_rows, most_rows, "output");
+    job.out = read_next_map(jobs, i, images, t.out_rows, max_rows, "output");
     t.out_rows += images * job.out.pixels();
     job.predictions = read_map(jobs, i + 3, images, t.prediction_rows, "prediction");
     job.offset_rule = static_cast<ReadRule>(narrow("offset_rule", jobs[i + 6], 0, 3));
     job.mask_rule = static_cast<ReadRule>(narrow("mask_rule", jobs[i + 7], 0, 3));
-    job.stride_h = narrow("stride_h", jobs[i + 8], 1, kMostStep);
-    job.stride_w = narrow("stride_w", jobs[i + 9], 1, kMostStep);
+    job.stride_h = narrow("stride_h", jobs[i + 8], 1, kMaxStep);
+    job.stride_w = narrow("stride_w", jobs[i + 9], 1, kMaxStep);
     job.first_term = narrow("first_term", jobs[i + 10], 0);
     job.terms = narrow("terms", jobs[i + 11], 1);
-    job.up_height = narrow("up_height", jobs[i + 12], 1, kMostStep);
-    job.up_width = narrow("up_width", jobs[i + 13], 1, kMostStep);
+    job.up_height = narrow("up_height", jobs[i + 12], 1, kMaxStep);
+    job.up_width = narrow("up_width", jobs[i + 13], 1, kMaxStep);
     STD_TORCH_CHECK(
         static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
         "expected terms within the list of ", t.terms.size(), ", got ", job.terms, " from ",
@@ -145,8 +145,8 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
     const auto last = [](int32_t size, int32_t stride, int32_t kernel, int32_t dilation) {
       return static_cast<int64_t>(size) * stride + static_cast<int64_t>(kernel) * dilation;
     };
-    STD_TORCH_CHECK(last(job.out.height, job.stride_h, s.kernel_h, s.dilation_h) <= kMostInt32 &&
-                        last(job.out.width, job.stride_w, s.kernel_w, s.dilation_w) <= kMostInt32,
+    STD_TORCH_CHECK(last(job.out.height, job.stride_h, s.kernel_h, s.dilation_h) <= kMaxInt32 &&
+                        last(job.out.width, job.stride_w, s.kernel_w, s.dilation_w) <= kMaxInt32,
                     "expected taps whose positions fit 32 bits, got an output of ", job.out.height,
                     "x", job.out.width, " with strides ", job.stride_h, " and ", job.stride_w);
     detail::check_rule(job, job.offset_rule);

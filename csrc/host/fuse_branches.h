@@ -18,7 +18,7 @@ namespace dyhead {
 inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& shift,
                                    const Tensor& coefficients, int64_t images, const IntList& maps,
                                    const IntList& levels) {
-  constexpr size_t kMapFields = 3, kLevelFields = 4 + kMostBranches;
+  constexpr size_t kMapFields = 3, kLevelFields = 4 + kMaxBranches;
   STD_TORCH_CHECK(
       !levels.empty() && levels.size() % kLevelFields == 0 && maps.size() % kMapFields == 0,
       "expected tables of 3 n and 7 n integers, got ", maps.size(), " and ", levels.size());
@@ -44,17 +44,17 @@ inline FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const T
   STD_TORCH_CHECK(covered == y.size(0), "expected branch maps that cover all ", y.size(0),
                   " rows, got ", covered);
 
-  const int64_t most_rows = std::numeric_limits<int64_t>::max() / 8 / t.channels;
+  const int64_t max_rows = std::numeric_limits<int64_t>::max() / 8 / t.channels;
   std::vector<int> uses(map_count, 0);
   for (size_t i = 0; i < levels.size(); i += kLevelFields) {
     FuseLevel level{};
-    level.out = read_next_map(levels, i, images, t.out_rows, most_rows, "level");
+    level.out = read_next_map(levels, i, images, t.out_rows, max_rows, "level");
     t.out_rows += images * level.out.pixels();
     const int64_t count = levels[i + 3];
-    STD_TORCH_CHECK(count >= 1 && count <= kMostBranches, "expected a level of 1 to ",
-                    kMostBranches, " branches, got ", count);
+    STD_TORCH_CHECK(count >= 1 && count <= kMaxBranches, "expected a level of 1 to ", kMaxBranches,
+                    " branches, got ", count);
     level.branches = static_cast<int32_t>(count);
-    for (int32_t b = 0; b < kMostBranches; ++b) {
+    for (int32_t b = 0; b < kMaxBranches; ++b) {
       const int64_t index = levels[i + 4 + b];
       if (b >= count) {
         STD_TORCH_CHECK(index == -1, "expected -1 for an unused branch, got ", index);

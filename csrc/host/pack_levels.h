@@ -39,8 +39,8 @@ inline PackCall prepare_pack_levels(const std::vector<Tensor>& levels) {
   int64_t rows = 0;
   for (const Tensor& level : levels) {
     STD_TORCH_CHECK(level.dim() == 4 && level.size(0) == params.images &&
-                        level.size(1) == params.channels && level.size(2) <= kMostInt32 &&
-                        level.size(3) <= kMostInt32,
+                        level.size(1) == params.channels && level.size(2) <= kMaxInt32 &&
+                        level.size(3) <= kMaxInt32,
                     "expected levels [", params.images, ", ", params.channels, ", H, W], got ",
                     shape_string(level));
     STD_TORCH_CHECK(level.scalar_type() == first.scalar_type() &&

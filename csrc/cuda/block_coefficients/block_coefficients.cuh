@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "block_coefficients.h"
 #include "../tile/primitives.cuh"
+#include "block_coefficients.h"
 
 namespace dyhead::cuda {
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "dynamic_relu.h"
 #include "../tile/rows.cuh"
+#include "dynamic_relu.h"
 
 namespace dyhead::cuda {
 

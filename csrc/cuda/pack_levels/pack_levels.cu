@@ -1,5 +1,5 @@
-#include "pack_levels.h"
 #include "../tile/primitives.cuh"
+#include "pack_levels.h"
 
 namespace dyhead::cuda {
 namespace {
