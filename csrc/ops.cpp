@@ -18,14 +18,16 @@ STABLE_TORCH_LIBRARY(dyhead, m) {
   m.def(
       "deform_conv_fwd(Tensor source, Tensor predictions, Tensor[] weights, Tensor[] bias, "
       "Tensor? gates, int[] geometry, int[] sources, int[] terms, int[] jobs, bool mask_logits, "
-      "bool out_in_compute_dtype, bool moments, bool allow_tf32) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool out_in_compute_dtype, bool moments, bool allow_tf32) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   // Returns the gradients of source, predictions, weights, bias and gates; those of weights and
   // bias are stacked and of the compute type, the last two are empty where they do not exist.
   m.def(
       "deform_conv_bwd(Tensor grad_out, Tensor? grad_mean, Tensor? grad_var, "
       "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor[] weights, Tensor? gates, "
       "Tensor out, Tensor mean, int[] geometry, int[] sources, int[] terms, int[] jobs, "
-      "bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32, bool deterministic) -> "
+      "bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32, bool "
+      "deterministic) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Upsampled branches, scaled and added, through the dynamic ReLU (csrc/common/fuse_branches.h).
   m.def(

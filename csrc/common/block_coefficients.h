@@ -24,20 +24,20 @@ namespace dyhead {
 
 class Context;
 
-inline constexpr int32_t kMostCoefficientJobs = 128;  // the tables go by value to the kernels
-inline constexpr int32_t kMostNorms = 8;
+inline constexpr int32_t kMaxCoefficientJobs = 128;  // the tables go by value to the kernels
+inline constexpr int32_t kMaxNorms = 8;
 
 struct BlockCoefficientsShape {
-  int64_t images;     // N
-  int32_t levels;     // L
-  int32_t jobs;       // J
-  int32_t most_jobs;  // of one level
-  int32_t channels;   // C
-  int32_t groups;     // G
-  int32_t hidden;     // H
-  int32_t norms;      // B, the kinds of branches, each with a normalisation of its own
-  DType dtype;        // of everything but the parameters: float64 or float32
-  double eps;         // forward only
+  int64_t images;    // N
+  int32_t levels;    // L
+  int32_t jobs;      // J
+  int32_t max_jobs;  // of one level
+  int32_t channels;  // C
+  int32_t groups;    // G
+  int32_t hidden;    // H
+  int32_t norms;     // B, the kinds of branches, each with a normalisation of its own
+  DType dtype;       // of everything but the parameters: float64 or float32
+  double eps;        // forward only
 
   DYHEAD_HD int32_t group_width() const { return channels / groups; }
   // Values that the forward keeps per job and image: mu [G], rstd [G], the gate's logit.
@@ -47,9 +47,9 @@ struct BlockCoefficientsShape {
 };
 
 struct BlockCoefficientsTables {
-  int16_t first[kMostCoefficientJobs + 1];  // level l has jobs order[first[l]], ... up to, not
-  int16_t order[kMostCoefficientJobs];      // including, order[first[l + 1]]
-  int16_t norm[kMostCoefficientJobs];       // by job
+  int16_t first[kMaxCoefficientJobs + 1];  // level l has jobs order[first[l]], ... up to, not
+  int16_t order[kMaxCoefficientJobs];      // including, order[first[l + 1]]
+  int16_t norm[kMaxCoefficientJobs];       // by job
 };
 
 // A parameter in the type that its module stores it in.
@@ -59,14 +59,14 @@ struct Parameter {
 };
 
 struct BlockCoefficientsParameters {
-  Parameter norm_weight[kMostNorms];  // [C] each
-  Parameter norm_bias[kMostNorms];    // [C] each
-  Parameter gate_weight;              // [C]
-  Parameter gate_bias;                // [1], forward only
-  Parameter fc1_weight;               // [H, C]
-  Parameter fc1_bias;                 // [H], forward only
-  Parameter fc2_weight;               // [4 C, H]
-  Parameter fc2_bias;                 // [4 C], forward only
+  Parameter norm_weight[kMaxNorms];  // [C] each
+  Parameter norm_bias[kMaxNorms];    // [C] each
+  Parameter gate_weight;             // [C]
+  Parameter gate_bias;               // [1], forward only
+  Parameter fc1_weight;              // [H, C]
+  Parameter fc1_bias;                // [H], forward only
+  Parameter fc2_weight;              // [4 C, H]
+  Parameter fc2_bias;                // [4 C], forward only
 };
 
 struct BlockCoefficientsFwdParams {

@@ -27,8 +27,8 @@ struct DeformFwdParams {
   bool wide_out;                 // out has the compute type
   bool moments;                  // whether to fill the next three, [J, N, C_out] each
   void* mean;
-  void* var;      // biased
-  void* up_mean;  // the mean once upsampled
+  void* var;        // biased
+  void* up_mean;    // the mean once upsampled
   bool allow_tf32;  // float32 products on CUDA may round their operands to TF32
 };
 

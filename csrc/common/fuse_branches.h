@@ -18,12 +18,12 @@ namespace dyhead {
 
 class Context;
 
-inline constexpr int32_t kMostBranches = 3;
+inline constexpr int32_t kMaxBranches = 3;
 
 struct FuseLevel {
   MapShape out;
-  int32_t branches;               // 1 to kMostBranches
-  int32_t branch[kMostBranches];  // indices of branch maps
+  int32_t branches;              // 1 to kMaxBranches
+  int32_t branch[kMaxBranches];  // indices of branch maps
 };
 
 // One call's work.

@@ -24,8 +24,8 @@ class WideParameters {
     fc2_bias = widen(p.fc2_bias, 4 * s.channels);
   }
 
-  const F* norm_weight[kMostNorms] = {};
-  const F* norm_bias[kMostNorms] = {};
+  const F* norm_weight[kMaxNorms] = {};
+  const F* norm_bias[kMaxNorms] = {};
   const F *gate_weight, *gate_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
 
  private:

@@ -122,10 +122,10 @@ class FuseReader {
   int64_t channels_;
   const std::vector<FuseBranch<F>>& branches_;
   const T* y_;
-  const FuseBranch<F>* branch_[kMostBranches] = {};
-  const T* row_[kMostBranches] = {};
-  std::vector<F> lines_[kMostBranches];   // [w, C], blended along y
-  std::vector<F> values_[kMostBranches];  // [C]
+  const FuseBranch<F>* branch_[kMaxBranches] = {};
+  const T* row_[kMaxBranches] = {};
+  std::vector<F> lines_[kMaxBranches];   // [w, C], blended along y
+  std::vector<F> values_[kMaxBranches];  // [C]
 };
 
 }  // namespace dyhead::cpu

@@ -18,7 +18,7 @@ namespace dyhead::cpu {
 namespace {
 
 // Sums over a task's pixels, [C] each.
-enum Sum { kA1, kB1, kA2, kB2, kShift, kScale, kSums = kScale + kMostBranches };
+enum Sum { kA1, kB1, kA2, kB2, kShift, kScale, kSums = kScale + kMaxBranches };
 
 // One pixel: writes its g_z [C] and adds to the sums.
 template <int kBranches, class T, class F>
@@ -240,7 +240,8 @@ class Backward {
 namespace dyhead {
 
 void run_fuse_branches_bwd(const FuseBranchesBwdParams& params, Context&) {
-  dispatch_dtype(params.tables->dtype, [&](auto zero) { cpu::Backward<decltype(zero)>(params).run(); });
+  dispatch_dtype(params.tables->dtype,
+                 [&](auto zero) { cpu::Backward<decltype(zero)>(params).run(); });
 }
 
 }  // namespace dyhead

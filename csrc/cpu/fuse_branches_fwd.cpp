@@ -82,7 +82,8 @@ class Forward {
 namespace dyhead {
 
 void run_fuse_branches_fwd(const FuseBranchesFwdParams& params, Context&) {
-  dispatch_dtype(params.tables->dtype, [&](auto zero) { cpu::Forward<decltype(zero)>(params).run(); });
+  dispatch_dtype(params.tables->dtype,
+                 [&](auto zero) { cpu::Forward<decltype(zero)>(params).run(); });
 }
 
 }  // namespace dyhead

@@ -34,11 +34,10 @@ class Context {
   void check_shared_memory(size_t bytes) const {
     constexpr size_t kEverywhere = 48 * 1024;
     if (bytes <= kEverywhere || bytes <= limits().shared_bytes) return;
-    throw std::runtime_error("expected channels whose values fit the " +
-                             std::to_string(limits().shared_bytes) +
-                             " bytes of shared memory that a block of this device has, got " +
-                             std::to_string(bytes) +
-                             " bytes; run this layer under backend(\"reference\")");
+    throw std::runtime_error(
+        "expected channels whose values fit the " + std::to_string(limits().shared_bytes) +
+        " bytes of shared memory that a block of this device has, got " + std::to_string(bytes) +
+        " bytes; run this layer under backend(\"reference\")");
   }
 };
 

@@ -13,25 +13,25 @@ namespace {
 using TensorList = std::vector<Tensor>;
 
 // A parameter may be of any floating type.
-Parameter read_parameter(const char* name, const Tensor& t,
-                                std::initializer_list<int64_t> sizes, const Tensor& like) {
+Parameter read_parameter(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                         const Tensor& like) {
   check_tensor(name, t, sizes, t.scalar_type(), like);
   return {t.const_data_ptr(), dtype_of(t)};
 }
 
 // Sorts the jobs by level.
 BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s,
-                                                       const IntList& job_levels,
-                                                       const IntList& job_branches) {
+                                                const IntList& job_levels,
+                                                const IntList& job_branches) {
   STD_TORCH_CHECK(!job_levels.empty() && job_levels.size() == job_branches.size(),
                   "expected a level and a branch for each of at least one job, got ",
                   job_levels.size(), " levels and ", job_branches.size(), " branches");
-  STD_TORCH_CHECK(job_levels.size() <= kMostCoefficientJobs, "expected at most ",
-                  kMostCoefficientJobs, " jobs, got ", job_levels.size(),
+  STD_TORCH_CHECK(job_levels.size() <= kMaxCoefficientJobs, "expected at most ",
+                  kMaxCoefficientJobs, " jobs, got ", job_levels.size(),
                   "; run this pyramid under backend(\"reference\")");
   s.jobs = static_cast<int32_t>(job_levels.size());
   s.levels = 1 + narrow("a level", *std::max_element(job_levels.begin(), job_levels.end()), 0,
-                        kMostCoefficientJobs - 1);
+                        kMaxCoefficientJobs - 1);
   BlockCoefficientsTables t{};
   int16_t used = 0;
   for (int32_t level = 0; level < s.levels; ++level) {
@@ -41,7 +41,7 @@ BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s,
     }
     STD_TORCH_CHECK(used > t.first[level], "expected a job of every level, got none of level ",
                     level, " out of ", s.levels);
-    s.most_jobs = std::max(s.most_jobs, used - t.first[level]);
+    s.max_jobs = std::max(s.max_jobs, used - t.first[level]);
   }
   t.first[s.levels] = used;
   STD_TORCH_CHECK(used == s.jobs, "expected levels that are not negative");
@@ -58,7 +58,7 @@ void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mea
                              const Tensor& gate_weight, const Tensor& fc1_weight,
                              const Tensor& fc2_weight, const IntList& job_levels,
                              const IntList& job_branches, int64_t num_groups) {
-  constexpr int64_t kMostWidth = 1 << 24;  // of a layer: products of two and offsets fit
+  constexpr int64_t kMaxWidth = 1 << 24;  // of a layer: products of two and offsets fit
   STD_TORCH_CHECK(mean.dim() == 3, "expected mean [J, N, C], got ", shape_string(mean));
   STD_TORCH_CHECK(
       mean.scalar_type() == ScalarType::Double || mean.scalar_type() == ScalarType::Float,
@@ -68,11 +68,11 @@ void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mea
                   shape_string(fc1_weight));
   BlockCoefficientsShape& s = p.shape;
   s.images = mean.size(1);
-  s.channels = narrow("channels", mean.size(2), 1, kMostWidth);
+  s.channels = narrow("channels", mean.size(2), 1, kMaxWidth);
   s.groups = narrow("num_groups", num_groups, 1);
-  s.hidden = narrow("the width of the hidden layer", fc1_weight.size(0), 1, kMostWidth);
+  s.hidden = narrow("the width of the hidden layer", fc1_weight.size(0), 1, kMaxWidth);
   s.norms = narrow("the number of normalisations", static_cast<int64_t>(norm_weights.size()), 1,
-                   kMostNorms);
+                   kMaxNorms);
   s.dtype = dtype_of(mean);
   STD_TORCH_CHECK(s.channels % s.groups == 0, "expected channels divisible by num_groups, got ",
                   s.channels, " channels and ", s.groups, " groups");
@@ -101,15 +101,15 @@ using BlockCoefficientsBwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Te
 
 // Returns scale, shift, coefficients, norms and layers.
 BlockCoefficientsFwdResult block_coefficients_fwd(
-    const Tensor& mean, const Tensor& var, const Tensor& up_mean,
-    const TensorList& norm_weights, const TensorList& norm_biases, const Tensor& gate_weight,
-    const Tensor& gate_bias, const Tensor& fc1_weight, const Tensor& fc1_bias,
-    const Tensor& fc2_weight, const Tensor& fc2_bias, const IntList& job_levels,
-    const IntList& job_branches, int64_t num_groups, double eps) {
+    const Tensor& mean, const Tensor& var, const Tensor& up_mean, const TensorList& norm_weights,
+    const TensorList& norm_biases, const Tensor& gate_weight, const Tensor& gate_bias,
+    const Tensor& fc1_weight, const Tensor& fc1_bias, const Tensor& fc2_weight,
+    const Tensor& fc2_bias, const IntList& job_levels, const IntList& job_branches,
+    int64_t num_groups, double eps) {
   Call call(mean);
   BlockCoefficientsFwdParams p{};
-  fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight,
-                                  fc1_weight, fc2_weight, job_levels, job_branches, num_groups);
+  fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight, fc1_weight,
+                          fc2_weight, job_levels, job_branches, num_groups);
   BlockCoefficientsShape& s = p.shape;
   s.eps = eps;
   check_tensor("var", var, {s.jobs, s.images, s.channels}, mean.scalar_type(), mean);
@@ -142,8 +142,8 @@ BlockCoefficientsBwdResult block_coefficients_bwd(
     const IntList& job_branches, int64_t num_groups) {
   Call call(mean);
   BlockCoefficientsBwdParams p{};
-  fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight,
-                                  fc1_weight, fc2_weight, job_levels, job_branches, num_groups);
+  fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight, fc1_weight,
+                          fc2_weight, job_levels, job_branches, num_groups);
   const BlockCoefficientsShape& s = p.shape;
   const ScalarType type = mean.scalar_type();
   check_tensor("grad_scale", grad_scale, {s.jobs, s.images, s.channels}, type, mean);

@@ -11,7 +11,7 @@
 namespace dyhead {
 namespace {
 
-constexpr int64_t kMostStep = 1 << 20;  // strides, paddings and dilations: products fit
+constexpr int64_t kMaxStep = 1 << 20;  // strides, paddings and dilations: products fit
 
 void check_rule(const DeformJob& job, ReadRule rule) {
   const MapShape& out = job.out;
@@ -68,18 +68,18 @@ DeformShape read_deform_shape(const Tensor& source, const Tensor& predictions,
                   shape_string(source), ", ", shape_string(predictions), " and ",
                   shape_string(weights[0]));
   namespace field = geometry_field;
-  constexpr int64_t kMostTaps = 1 << 10;  // along one side of a kernel
+  constexpr int64_t kMaxTaps = 1 << 10;  // along one side of a kernel
   const DeformShape s{narrow("images", geometry[field::images], 0),
                       source.size(1),
                       weights[0].size(0),
                       narrow("groups", geometry[field::groups], 1),
                       narrow("deform_groups", geometry[field::deform_groups], 1),
-                      narrow("kernel_h", geometry[field::kernel_h], 1, kMostTaps),
-                      narrow("kernel_w", geometry[field::kernel_w], 1, kMostTaps),
-                      narrow("pad_h", geometry[field::pad_h], 0, kMostStep),
-                      narrow("pad_w", geometry[field::pad_w], 0, kMostStep),
-                      narrow("dilation_h", geometry[field::dilation_h], 1, kMostStep),
-                      narrow("dilation_w", geometry[field::dilation_w], 1, kMostStep),
+                      narrow("kernel_h", geometry[field::kernel_h], 1, kMaxTaps),
+                      narrow("kernel_w", geometry[field::kernel_w], 1, kMaxTaps),
+                      narrow("pad_h", geometry[field::pad_h], 0, kMaxStep),
+                      narrow("pad_w", geometry[field::pad_w], 0, kMaxStep),
+                      narrow("dilation_h", geometry[field::dilation_h], 1, kMaxStep),
+                      narrow("dilation_w", geometry[field::dilation_w], 1, kMaxStep),
                       mask_logits,
                       dtype_of(source)};
   STD_TORCH_CHECK(s.channels > 0 && s.out_channels > 0 && s.channels % s.groups == 0 &&
@@ -123,25 +123,24 @@ std::vector<DeformTerm> read_terms(const IntList& terms, int64_t sources, int64_
 DeformJob read_job(const DeformTables& t, const IntList& jobs, size_t at) {
   namespace field = job_field;
   const DeformShape& s = t.shape;
-  const int64_t most_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
+  const int64_t max_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
   const auto number = [&](const char* name, size_t index, int64_t least, int64_t most) {
     return narrow(name, jobs[at + index], least, most);
   };
   constexpr int64_t kLastRule = static_cast<int64_t>(ReadRule::kNone);
   DeformJob job{};
-  job.out = read_next_map(jobs, at + field::out_first_row, s.images, t.out_rows, most_rows,
-                          "output");
-  job.predictions = read_map(jobs, at + field::predictions_first_row, s.images, t.prediction_rows,
-                             "prediction");
-  job.offset_rule =
-      static_cast<ReadRule>(number("offset_rule", field::offset_rule, 0, kLastRule));
+  job.out =
+      read_next_map(jobs, at + field::out_first_row, s.images, t.out_rows, max_rows, "output");
+  job.predictions =
+      read_map(jobs, at + field::predictions_first_row, s.images, t.prediction_rows, "prediction");
+  job.offset_rule = static_cast<ReadRule>(number("offset_rule", field::offset_rule, 0, kLastRule));
   job.mask_rule = static_cast<ReadRule>(number("mask_rule", field::mask_rule, 0, kLastRule));
-  job.stride_h = number("stride_h", field::stride_h, 1, kMostStep);
-  job.stride_w = number("stride_w", field::stride_w, 1, kMostStep);
-  job.first_term = number("first_term", field::first_term, 0, kMostInt32);
-  job.terms = number("terms", field::terms, 1, kMostInt32);
-  job.up_height = number("up_height", field::up_height, 1, kMostStep);
-  job.up_width = number("up_width", field::up_width, 1, kMostStep);
+  job.stride_h = number("stride_h", field::stride_h, 1, kMaxStep);
+  job.stride_w = number("stride_w", field::stride_w, 1, kMaxStep);
+  job.first_term = number("first_term", field::first_term, 0, kMaxInt32);
+  job.terms = number("terms", field::terms, 1, kMaxInt32);
+  job.up_height = number("up_height", field::up_height, 1, kMaxStep);
+  job.up_width = number("up_width", field::up_width, 1, kMaxStep);
   STD_TORCH_CHECK(
       static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
       "expected terms within the list of ", t.terms.size(), ", got ", job.terms, " from ",
@@ -149,8 +148,8 @@ DeformJob read_job(const DeformTables& t, const IntList& jobs, size_t at) {
   const auto last = [](int32_t size, int32_t stride, int32_t kernel, int32_t dilation) {
     return static_cast<int64_t>(size) * stride + static_cast<int64_t>(kernel) * dilation;
   };
-  STD_TORCH_CHECK(last(job.out.height, job.stride_h, s.kernel_h, s.dilation_h) <= kMostInt32 &&
-                      last(job.out.width, job.stride_w, s.kernel_w, s.dilation_w) <= kMostInt32,
+  STD_TORCH_CHECK(last(job.out.height, job.stride_h, s.kernel_h, s.dilation_h) <= kMaxInt32 &&
+                      last(job.out.width, job.stride_w, s.kernel_w, s.dilation_w) <= kMaxInt32,
                   "expected taps whose positions fit 32 bits, got an output of ", job.out.height,
                   "x", job.out.width, " with strides ", job.stride_h, " and ", job.stride_w);
   check_rule(job, job.offset_rule);
@@ -172,9 +171,9 @@ DeformTables read_deform_tables(const Tensor& source, const Tensor& predictions,
                compute_type_of(source), source);
   t.sources = read_sources(sources, t.shape.images, t.source_rows);
   t.terms = read_terms(terms, static_cast<int64_t>(t.sources.size()), t.weights);
-  STD_TORCH_CHECK(!jobs.empty() && jobs.size() % job_field::kFieldCount == 0,
-                  "expected jobs of ", static_cast<size_t>(job_field::kFieldCount),
-                  " n integers, at least one, got ", jobs.size());
+  STD_TORCH_CHECK(!jobs.empty() && jobs.size() % job_field::kFieldCount == 0, "expected jobs of ",
+                  static_cast<size_t>(job_field::kFieldCount), " n integers, at least one, got ",
+                  jobs.size());
   for (size_t i = 0; i < jobs.size(); i += job_field::kFieldCount) {
     t.jobs.push_back(read_job(t, jobs, i));
     t.out_rows += t.shape.images * t.jobs.back().out.pixels();
@@ -186,7 +185,7 @@ DeformTables read_deform_tables(const Tensor& source, const Tensor& predictions,
 // Pointers to matrices and biases, after a check: all of one type, the compute type or, on CUDA,
 // whose kernels read half-precision weights as they are, the source's.
 DeformWeights read_deform_weights(const DeformShape& s, const std::vector<Tensor>& weights,
-                                         const std::vector<Tensor>& bias, const Tensor& source) {
+                                  const std::vector<Tensor>& bias, const Tensor& source) {
   const ScalarType type = kIsCuda && weights[0].scalar_type() == source.scalar_type()
                               ? source.scalar_type()
                               : compute_type_of(source);
@@ -207,7 +206,7 @@ DeformWeights read_deform_weights(const DeformShape& s, const std::vector<Tensor
 
 // null for an absent tensor, else its data after a check of its shape.
 const void* optional_data(const char* name, const std::optional<Tensor>& t,
-                                 std::initializer_list<int64_t> sizes, const Tensor& like) {
+                          std::initializer_list<int64_t> sizes, const Tensor& like) {
   if (!t.has_value()) return nullptr;
   check_tensor(name, *t, sizes, compute_type_of(like), like);
   return t->const_data_ptr();
@@ -229,9 +228,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
   const auto statistics = [&] {
     return torch::stable::new_empty(source, {job_count, s.images, s.out_channels}, compute);
   };
-  STD_TORCH_CHECK(!(out_in_compute_dtype && moments), "expected moments of an output of the source's type");
-  const Tensor out = torch::stable::new_empty(source, {tables.out_rows, s.out_channels},
-                                              out_in_compute_dtype ? compute : source.scalar_type());
+  STD_TORCH_CHECK(!(out_in_compute_dtype && moments),
+                  "expected moments of an output of the source's type");
+  const Tensor out =
+      torch::stable::new_empty(source, {tables.out_rows, s.out_channels},
+                               out_in_compute_dtype ? compute : source.scalar_type());
   const Tensor mean = statistics();
   const Tensor var = statistics();
   const Tensor up_mean = statistics();

@@ -8,7 +8,7 @@ namespace dyhead {
 namespace {
 
 DynamicReluShape dynamic_relu_shape(const Tensor& rows, const Tensor& fc1_weight,
-                                           bool hard_sigmoid) {
+                                    bool hard_sigmoid) {
   STD_TORCH_CHECK(rows.dim() == 3, "expected rows [N, P, C], got ", shape_string(rows));
   STD_TORCH_CHECK(rows.is_contiguous(), "expected contiguous rows; call .contiguous() on them");
   STD_TORCH_CHECK(rows.size(1) > 0 && rows.size(2) > 0,
@@ -35,12 +35,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_relu_fwd(
   const Tensor hidden_layer = torch::stable::new_empty(rows, {n, hidden}, compute);
   const Tensor logits = torch::stable::new_empty(rows, {n, 4 * channels}, compute);
   if (n > 0) {
-    run_dynamic_relu_fwd({shape, rows.const_data_ptr(), fc1_weight.const_data_ptr(),
-                          fc1_bias.const_data_ptr(), fc2_weight.const_data_ptr(),
-                          fc2_bias.const_data_ptr(), out.mutable_data_ptr(),
-                          mean.mutable_data_ptr(), hidden_layer.mutable_data_ptr(),
-                          logits.mutable_data_ptr()},
-                         call);
+    run_dynamic_relu_fwd(
+        {shape, rows.const_data_ptr(), fc1_weight.const_data_ptr(), fc1_bias.const_data_ptr(),
+         fc2_weight.const_data_ptr(), fc2_bias.const_data_ptr(), out.mutable_data_ptr(),
+         mean.mutable_data_ptr(), hidden_layer.mutable_data_ptr(), logits.mutable_data_ptr()},
+        call);
   }
   return {out, mean, hidden_layer, logits};
 }
@@ -62,12 +61,12 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_relu_bwd(const Tensor& grad_out, cons
   const Tensor grad_logits = torch::stable::empty_like(logits);
   const Tensor grad_hidden = torch::stable::empty_like(hidden);
   if (n > 0) {
-    run_dynamic_relu_bwd({shape, grad_out.const_data_ptr(), rows.const_data_ptr(),
-                          hidden.const_data_ptr(), logits.const_data_ptr(),
-                          fc1_weight.const_data_ptr(), fc2_weight.const_data_ptr(),
-                          grad_rows.mutable_data_ptr(), grad_logits.mutable_data_ptr(),
-                          grad_hidden.mutable_data_ptr()},
-                         call);
+    run_dynamic_relu_bwd(
+        {shape, grad_out.const_data_ptr(), rows.const_data_ptr(), hidden.const_data_ptr(),
+         logits.const_data_ptr(), fc1_weight.const_data_ptr(), fc2_weight.const_data_ptr(),
+         grad_rows.mutable_data_ptr(), grad_logits.mutable_data_ptr(),
+         grad_hidden.mutable_data_ptr()},
+        call);
   }
   return {grad_rows, grad_logits, grad_hidden};
 }

@@ -14,8 +14,8 @@ namespace {
 // `maps` has the fields of map_field for each branch map; `levels` those of level_field for each
 // level, where a branch that does not exist is -1.
 FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& shift,
-                                   const Tensor& coefficients, int64_t images, const IntList& maps,
-                                   const IntList& levels) {
+                            const Tensor& coefficients, int64_t images, const IntList& maps,
+                            const IntList& levels) {
   constexpr size_t kMapFields = map_field::kFieldCount, kLevelFields = level_field::kFieldCount;
   STD_TORCH_CHECK(
       !levels.empty() && levels.size() % kLevelFields == 0 && maps.size() % kMapFields == 0,
@@ -43,17 +43,17 @@ FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& 
   STD_TORCH_CHECK(covered == y.size(0), "expected branch maps that cover all ", y.size(0),
                   " rows, got ", covered);
 
-  const int64_t most_rows = std::numeric_limits<int64_t>::max() / 8 / t.channels;
+  const int64_t max_rows = std::numeric_limits<int64_t>::max() / 8 / t.channels;
   std::vector<int> uses(map_count, 0);
   for (size_t i = 0; i < levels.size(); i += kLevelFields) {
     FuseLevel level{};
-    level.out = read_next_map(levels, i, images, t.out_rows, most_rows, "level");
+    level.out = read_next_map(levels, i, images, t.out_rows, max_rows, "level");
     t.out_rows += images * level.out.pixels();
     const int64_t count = levels[i + level_field::branches];
-    STD_TORCH_CHECK(count >= 1 && count <= kMostBranches, "expected a level of 1 to ",
-                    kMostBranches, " branches, got ", count);
+    STD_TORCH_CHECK(count >= 1 && count <= kMaxBranches, "expected a level of 1 to ", kMaxBranches,
+                    " branches, got ", count);
     level.branches = static_cast<int32_t>(count);
-    for (int32_t b = 0; b < kMostBranches; ++b) {
+    for (int32_t b = 0; b < kMaxBranches; ++b) {
       const int64_t index = levels[i + level_field::branch_0 + b];
       if (b >= count) {
         STD_TORCH_CHECK(index == -1, "expected -1 for an unused branch, got ", index);
@@ -63,8 +63,8 @@ FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& 
                       " maps, got ", index);
       const MapShape& map = t.maps[index];
       STD_TORCH_CHECK(level.out.pixels() == 0 || map.pixels() > 0,
-                      "expected a branch of pixels for a level of ",
-                      level.out.height, "x", level.out.width, ", got ", map.height, "x", map.width);
+                      "expected a branch of pixels for a level of ", level.out.height, "x",
+                      level.out.width, ", got ", map.height, "x", map.width);
       level.branch[b] = static_cast<int32_t>(index);
       ++uses[index];
     }
@@ -82,10 +82,10 @@ Tensor fuse_branches_fwd(const Tensor& y, const Tensor& scale, const Tensor& shi
   Call call(y);
   const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, maps, levels);
   const Tensor out = torch::stable::new_empty(y, {tables.out_rows, tables.channels});
-  run_fuse_branches_fwd({&tables, y.const_data_ptr(), scale.const_data_ptr(),
-                         shift.const_data_ptr(), coefficients.const_data_ptr(),
-                         out.mutable_data_ptr()},
-                        call);
+  run_fuse_branches_fwd(
+      {&tables, y.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
+       coefficients.const_data_ptr(), out.mutable_data_ptr()},
+      call);
   return out;
 }
 
@@ -100,12 +100,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd(
   const Tensor grad_scale = torch::stable::empty_like(scale);
   const Tensor grad_shift = torch::stable::empty_like(shift);
   const Tensor grad_coefficients = torch::stable::empty_like(coefficients);
-  run_fuse_branches_bwd({&tables, grad_out.const_data_ptr(), y.const_data_ptr(),
-                         scale.const_data_ptr(), shift.const_data_ptr(),
-                         coefficients.const_data_ptr(), grad_y.mutable_data_ptr(),
-                         grad_scale.mutable_data_ptr(), grad_shift.mutable_data_ptr(),
-                         grad_coefficients.mutable_data_ptr()},
-                        call);
+  run_fuse_branches_bwd(
+      {&tables, grad_out.const_data_ptr(), y.const_data_ptr(), scale.const_data_ptr(),
+       shift.const_data_ptr(), coefficients.const_data_ptr(), grad_y.mutable_data_ptr(),
+       grad_scale.mutable_data_ptr(), grad_shift.mutable_data_ptr(),
+       grad_coefficients.mutable_data_ptr()},
+      call);
   return {grad_y, grad_scale, grad_shift, grad_coefficients};
 }
 

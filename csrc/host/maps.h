@@ -12,10 +12,10 @@ namespace dyhead {
 
 using IntList = std::vector<int64_t>;
 
-inline constexpr int64_t kMostInt32 = std::numeric_limits<int32_t>::max();
+inline constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
 // `value` as an int32, at least `least` and at most `most`.
-inline int32_t narrow(const char* name, int64_t value, int64_t least, int64_t most = kMostInt32) {
+inline int32_t narrow(const char* name, int64_t value, int64_t least, int64_t most = kMaxInt32) {
   STD_TORCH_CHECK(value >= least && value <= most, "expected ", name, " from ", least, " to ", most,
                   ", got ", value);
   return static_cast<int32_t>(value);
@@ -28,7 +28,7 @@ inline MapShape read_map(const IntList& values, size_t at, int64_t images, int64
   const int32_t height = narrow("the height of a map", values[at + map_field::height], 0);
   const int32_t width = narrow("the width of a map", values[at + map_field::width], 0);
   const int64_t pixels = static_cast<int64_t>(height) * width;
-  STD_TORCH_CHECK(pixels <= kMostInt32, "expected maps of at most ", kMostInt32, " pixels, got ",
+  STD_TORCH_CHECK(pixels <= kMaxInt32, "expected maps of at most ", kMaxInt32, " pixels, got ",
                   height, "x", width);
   STD_TORCH_CHECK(
       first_row >= 0 && first_row <= rows && (images == 0 || pixels <= (rows - first_row) / images),

@@ -27,8 +27,8 @@ Tensor pack_levels(const std::vector<Tensor>& levels) {
   int64_t rows = 0;
   for (const Tensor& level : levels) {
     STD_TORCH_CHECK(level.dim() == 4 && level.size(0) == params.images &&
-                        level.size(1) == params.channels && level.size(2) <= kMostInt32 &&
-                        level.size(3) <= kMostInt32,
+                        level.size(1) == params.channels && level.size(2) <= kMaxInt32 &&
+                        level.size(3) <= kMaxInt32,
                     "expected levels [", params.images, ", ", params.channels, ", H, W], got ",
                     shape_string(level));
     STD_TORCH_CHECK(level.scalar_type() == first.scalar_type() &&
@@ -54,13 +54,16 @@ Tensor pack_levels(const std::vector<Tensor>& levels) {
 std::vector<Tensor> unpack_levels(const Tensor& rows, int64_t images, const IntList& maps) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous(), "expected contiguous rows [R, C], got ",
                   shape_string(rows));
-  STD_TORCH_CHECK(maps.size() % map_field::kFieldCount == 0, "expected a table of ", map_field::kFieldCount,
-                  " n integers, got ", maps.size());
+  STD_TORCH_CHECK(maps.size() % map_field::kFieldCount == 0, "expected a table of ",
+                  map_field::kFieldCount, " n integers, got ", maps.size());
   STD_TORCH_CHECK(images >= 0, "expected a number of images, got ", images);
   Call call(rows);
   const int64_t channels = rows.size(1);
-  PackParams params{
-      images, channels, element_bytes(dtype_of(rows)), const_cast<void*>(rows.const_data_ptr()), {}};
+  PackParams params{images,
+                    channels,
+                    element_bytes(dtype_of(rows)),
+                    const_cast<void*>(rows.const_data_ptr()),
+                    {}};
   std::vector<Tensor> levels;
   for (size_t i = 0; i < maps.size(); i += map_field::kFieldCount) {
     const MapShape map = read_map(maps, i, images, rows.size(0), "level");

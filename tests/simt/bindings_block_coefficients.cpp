@@ -58,7 +58,7 @@ void fill(Params& p, DeviceParameters& device, DType dtype, const py::array& mea
     for (int32_t j = 0; j < s.jobs; ++j) {
       if (tables.levels_of.at(j) == s.levels) p.tables.order[used++] = static_cast<int16_t>(j);
     }
-    s.most_jobs = std::max(s.most_jobs, used - p.tables.first[s.levels]);
+    s.max_jobs = std::max(s.max_jobs, used - p.tables.first[s.levels]);
     p.tables.first[++s.levels] = used;
   }
   for (int32_t j = 0; j < s.jobs; ++j) {
@@ -172,7 +172,8 @@ py::tuple with_compute_type(const py::array& mean, Use&& use) {
 }  // namespace
 
 void bind_block_coefficients(py::module_& module) {
-  py::module_ m = module.def_submodule("block_coefficients", "csrc/cuda/block_coefficients/block_coefficients.h");
+  py::module_ m = module.def_submodule("block_coefficients",
+                                       "csrc/cuda/block_coefficients/block_coefficients.h");
   m.def("forward",
         [](const py::array& mean, const py::array& var, const py::array& up_mean,
            const std::vector<NamedArray>& norm_weights, const std::vector<NamedArray>& norm_biases,

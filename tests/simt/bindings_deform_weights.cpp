@@ -40,7 +40,8 @@ py::array gradient(const DeformTables& tables, const py::array& source,
 }  // namespace
 
 void bind_deform_weights(py::module_& module) {
-  py::module_ m = module.def_submodule("deform_weights", "csrc/cuda/deform_conv/deform_run_weights.h");
+  py::module_ m =
+      module.def_submodule("deform_weights", "csrc/cuda/deform_conv/deform_run_weights.h");
   m.def("weight_slices", &weight_slices, py::arg("tiles"), py::arg("blocks"), py::arg("resident"));
   m.def(
       "plan",

@@ -24,9 +24,9 @@ FuseTables read_tables(DType dtype, int64_t images, int64_t channels, const Numb
     return MapShape{n.at(i), static_cast<int32_t>(n.at(i + 1)), static_cast<int32_t>(n.at(i + 2))};
   };
   for (size_t i = 0; i < maps.size(); i += 3) t.maps.push_back(map_at(maps, i));
-  for (size_t i = 0; i < levels.size(); i += 4 + kMostBranches) {
+  for (size_t i = 0; i < levels.size(); i += 4 + kMaxBranches) {
     FuseLevel level{map_at(levels, i), static_cast<int32_t>(levels.at(i + 3)), {}};
-    for (int b = 0; b < kMostBranches; ++b) {
+    for (int b = 0; b < kMaxBranches; ++b) {
       level.branch[b] = static_cast<int32_t>(levels.at(i + 4 + b));
     }
     t.out_rows += images * level.out.pixels();
@@ -129,15 +129,15 @@ void bind_fuse_branches(py::module_& module) {
   py::module_ m = module.def_submodule("fuse_branches", "csrc/cuda/fuse_branches/fuse_branches.h");
   m.attr("levels_per_launch") = kFuseLevels;
   py::class_<FuseTiling>(m, "Tiling")
-      .def(py::init([](int32_t width_log2, int32_t height_log2, int32_t most_blocks,
-                       int32_t most_images) {
-             return FuseTiling{width_log2, height_log2, most_blocks, most_images};
-           }),
-           py::arg("width_log2"), py::arg("height_log2"), py::arg("most_blocks"),
-           py::arg("most_images") = 32768)
+      .def(py::init(
+               [](int32_t width_log2, int32_t height_log2, int32_t max_blocks, int32_t max_images) {
+                 return FuseTiling{width_log2, height_log2, max_blocks, max_images};
+               }),
+           py::arg("width_log2"), py::arg("height_log2"), py::arg("max_blocks"),
+           py::arg("max_images") = 32768)
       .def_readonly("width_log2", &FuseTiling::width_log2)
       .def_readonly("height_log2", &FuseTiling::height_log2)
-      .def_readonly("most_blocks", &FuseTiling::most_blocks);
+      .def_readonly("max_blocks", &FuseTiling::max_blocks);
   m.def("fwd_tiling", &fuse_fwd_tiling, py::arg("channels"));
   m.def("bwd_tiling", &fuse_bwd_tiling, py::arg("channels"));
   py::class_<Call>(m, "Call")

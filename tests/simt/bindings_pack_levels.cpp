@@ -22,7 +22,7 @@ struct Level {
 template <class E>
 py::array pack(int64_t images, int64_t channels, const std::vector<Level>& levels,
                const std::vector<py::array>& data, const std::vector<bool>& channels_last,
-               py::ssize_t skew, int32_t most_blocks) {
+               py::ssize_t skew, int32_t max_blocks) {
   std::deque<DeviceArray<E>> memory;
   PackParams params{images, channels, sizeof(E), nullptr, {}};
   int64_t rows = 0;
@@ -35,13 +35,13 @@ py::array pack(int64_t images, int64_t channels, const std::vector<Level>& level
   const auto out = DeviceArray<E>::poisoned("rows", {skew + rows * channels});
   params.rows = out.data() + skew;
   check_launch("launch_pack_levels",
-               launch_pack_levels(params, pack_tables(params, most_blocks), nullptr));
+               launch_pack_levels(params, pack_tables(params, max_blocks), nullptr));
   return out.to_numpy();
 }
 
 template <class E>
 std::vector<py::array> unpack(int64_t images, int64_t channels, const std::vector<Level>& levels,
-                              const py::array& data, py::ssize_t skew, int32_t most_blocks) {
+                              const py::array& data, py::ssize_t skew, int32_t max_blocks) {
   const auto rows = DeviceArray<E>::copy_of("rows", data);
   std::deque<DeviceArray<E>> memory;
   PackParams params{images, channels, sizeof(E), rows.data() + skew, {}};
@@ -51,7 +51,7 @@ std::vector<py::array> unpack(int64_t images, int64_t channels, const std::vecto
     params.levels.push_back({map, memory.back().data() + skew, false});
   }
   check_launch("launch_unpack_levels",
-               launch_unpack_levels(params, pack_tables(params, most_blocks), nullptr));
+               launch_unpack_levels(params, pack_tables(params, max_blocks), nullptr));
   std::vector<py::array> results;
   for (const DeviceArray<E>& array : memory) results.push_back(array.to_numpy());
   return results;
@@ -71,25 +71,24 @@ void bind_pack_levels(py::module_& module) {
       "pack",
       [](int64_t element_bytes, int64_t images, int64_t channels, const std::vector<Level>& levels,
          const std::vector<py::array>& data, const std::vector<bool>& channels_last,
-         py::ssize_t skew, int32_t most_blocks) {
+         py::ssize_t skew, int32_t max_blocks) {
         return dispatch_element(element_bytes, [&](auto e) {
-          return pack<decltype(e)>(images, channels, levels, data, channels_last, skew,
-                                   most_blocks);
+          return pack<decltype(e)>(images, channels, levels, data, channels_last, skew, max_blocks);
         });
       },
       py::arg("element_bytes"), py::arg("images"), py::arg("channels"), py::arg("levels"),
       py::arg("data"), py::arg("channels_last"), py::kw_only(), py::arg("skew"),
-      py::arg("most_blocks"));
+      py::arg("max_blocks"));
   m.def(
       "unpack",
       [](int64_t element_bytes, int64_t images, int64_t channels, const std::vector<Level>& levels,
-         const py::array& rows, py::ssize_t skew, int32_t most_blocks) {
+         const py::array& rows, py::ssize_t skew, int32_t max_blocks) {
         return dispatch_element(element_bytes, [&](auto e) {
-          return unpack<decltype(e)>(images, channels, levels, rows, skew, most_blocks);
+          return unpack<decltype(e)>(images, channels, levels, rows, skew, max_blocks);
         });
       },
       py::arg("element_bytes"), py::arg("images"), py::arg("channels"), py::arg("levels"),
-      py::arg("rows"), py::kw_only(), py::arg("skew"), py::arg("most_blocks"));
+      py::arg("rows"), py::kw_only(), py::arg("skew"), py::arg("max_blocks"));
 }
 
 }  // namespace dyhead::simt

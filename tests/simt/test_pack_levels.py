@@ -32,7 +32,7 @@ def check(
     channels_last: list[bool],
     *,
     skew: int = 0,
-    most_blocks: int = 1 << 20,
+    max_blocks: int = 1 << 20,
 ) -> None:
     """Packs random bits and unpacks them again."""
     source = np.random.default_rng(element_bytes)
@@ -46,7 +46,7 @@ def check(
         levels.append(simt.pack_levels.Level(first_row, height, width))
         first_row += images * height * width
     expected = flat(np.concatenate(rows), skew)
-    options = {"skew": skew, "most_blocks": most_blocks}
+    options = {"skew": skew, "max_blocks": max_blocks}
     arguments = (element_bytes, images, channels, levels)
     actual = simt.pack_levels.pack(*arguments, data, channels_last, **options)
     assert np.array_equal(actual[skew:], expected[skew:])
@@ -69,11 +69,11 @@ def test_sizes(simt: Any, channels: int, skew: int, element_bytes: int) -> None:
 
 @element_sizes
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize("most_blocks", [1, 3])
-def test_blocks_take_several_tiles(simt: Any, most_blocks: int, element_bytes: int) -> None:
+@pytest.mark.parametrize("max_blocks", [1, 3])
+def test_blocks_take_several_tiles(simt: Any, max_blocks: int, element_bytes: int) -> None:
     sizes = [(16, 16), (33, 9)]
     for last in ([False, False], [True, False]):
-        check(simt, element_bytes, 1, 70, sizes, last, most_blocks=most_blocks)
+        check(simt, element_bytes, 1, 70, sizes, last, max_blocks=max_blocks)
 
 
 @element_sizes
@@ -104,7 +104,7 @@ def test_more_levels_than_a_launch_takes(simt: Any) -> None:
         st.tuples(st.integers(0, 12), st.integers(0, 12), st.booleans()), min_size=1, max_size=5
     ),
     skew=st.integers(0, 2),
-    most_blocks=st.integers(1, 4),
+    max_blocks=st.integers(1, 4),
     seed=st.integers(0, 10**6),
 )
 def test_random_sizes(
@@ -114,12 +114,12 @@ def test_random_sizes(
     channels: int,
     levels: list[tuple[int, int, bool]],
     skew: int,
-    most_blocks: int,
+    max_blocks: int,
     seed: int,
 ) -> None:
     simt.set_seed(seed)
     sizes, last = [(h, w) for h, w, _ in levels], [last for *_, last in levels]
-    check(simt, element_bytes, images, channels, sizes, last, skew=skew, most_blocks=most_blocks)
+    check(simt, element_bytes, images, channels, sizes, last, skew=skew, max_blocks=max_blocks)
 
 
 # --- planted bugs -------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "../context.h"
-#include "block_coefficients.h"
 #include "../tile/primitives.cuh"
 
 namespace dyhead::cuda {

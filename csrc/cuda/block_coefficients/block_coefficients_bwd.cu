@@ -17,7 +17,7 @@ struct BwdShared {
   F* scratch;           // [threads]
 
   static size_t bytes(const BlockCoefficientsShape& s) {
-    return sizeof(F) * (5 * static_cast<size_t>(s.channels) + s.hidden + s.most_jobs +
+    return sizeof(F) * (5 * static_cast<size_t>(s.channels) + s.hidden + s.max_jobs +
                         kBlockCoefficientsThreads);
   }
 
@@ -25,10 +25,10 @@ struct BwdShared {
     const size_t hidden = 4 * static_cast<size_t>(s.channels);
     const size_t mean_z = hidden + s.hidden;
     const size_t gates = mean_z + s.channels;
-    const size_t scratch = gates + s.most_jobs;
+    const size_t scratch = gates + s.max_jobs;
     return {dynamic_shared<F>(0, hidden), dynamic_shared<F>(sizeof(F) * hidden, s.hidden),
             dynamic_shared<F>(sizeof(F) * mean_z, s.channels),
-            dynamic_shared<F>(sizeof(F) * gates, s.most_jobs),
+            dynamic_shared<F>(sizeof(F) * gates, s.max_jobs),
             dynamic_shared<F>(sizeof(F) * scratch, kBlockCoefficientsThreads)};
   }
 };
@@ -257,8 +257,8 @@ cudaError_t launch_as(const BlockCoefficientsBwdParams& params, cudaStream_t str
   const BlockCoefficientsShape& s = params.shape;
   const int64_t blocks = s.levels * s.images;
   const int64_t sum_blocks = (parameter_values(s) + kSumThreads - 1) / kSumThreads;
-  constexpr int64_t kMostBlocks = std::numeric_limits<int>::max();
-  if (blocks > kMostBlocks || sum_blocks > kMostBlocks) return cudaErrorInvalidValue;
+  constexpr int64_t kMaxBlocks = std::numeric_limits<int>::max();
+  if (blocks > kMaxBlocks || sum_blocks > kMaxBlocks) return cudaErrorInvalidValue;
   if (blocks > 0) {
     const LaunchConfig config{
         .grid = dim3(static_cast<unsigned>(blocks)),

@@ -25,11 +25,11 @@ struct FwdShared {
   F* hidden;  // [H]
 
   static size_t bytes(const BlockCoefficientsShape& s) {
-    return sizeof(F) * (static_cast<size_t>(s.most_jobs) * s.norm_values() + s.channels + s.hidden);
+    return sizeof(F) * (static_cast<size_t>(s.max_jobs) * s.norm_values() + s.channels + s.hidden);
   }
 
   DYHEAD_DEVICE static FwdShared get(const BlockCoefficientsShape& s) {
-    const size_t norms = static_cast<size_t>(s.most_jobs) * s.norm_values();
+    const size_t norms = static_cast<size_t>(s.max_jobs) * s.norm_values();
     return {dynamic_shared<F>(0, norms), dynamic_shared<F>(sizeof(F) * norms, s.channels),
             dynamic_shared<F>(sizeof(F) * (norms + s.channels), s.hidden)};
   }

@@ -2,8 +2,8 @@
 // has, where its taps read, and the blending of samples into an operand of a tile product.
 #pragma once
 
-#include "deform_conv.h"
 #include "../tile/tile_gemm.cuh"
+#include "deform_conv.h"
 
 namespace dyhead::cuda {
 

@@ -18,9 +18,9 @@ namespace dyhead::cuda {
 
 // ---- tables by value ----------------------------------------------------------------------------
 
-inline constexpr int kMostSources = 32;
-inline constexpr int kMostTerms = 128;
-inline constexpr int kMostJobs = 24;
+inline constexpr int kMaxSources = 32;
+inline constexpr int kMaxTerms = 128;
+inline constexpr int kMaxJobs = 24;
 
 struct DeformSource {
   MapShape map;
@@ -39,8 +39,8 @@ struct DeformTiles {
 };
 
 inline constexpr int kPatchWidth = 16;
-inline constexpr int32_t kMostTapsAtOnce = 9;  // whose samples are in shared memory
-inline constexpr int32_t kFewTapsAtOnce = 5;   // where that is too small for nine
+inline constexpr int32_t kMaxTapsAtOnce = 9;  // whose samples are in shared memory
+inline constexpr int32_t kFewTapsAtOnce = 5;  // where that is too small for nine
 
 // Those jobs of a call that one launch does.
 struct DeformTable {
@@ -49,10 +49,10 @@ struct DeformTable {
   int32_t first_job;    // among the call's jobs
   int32_t source_count, term_count, job_count;
   int32_t tiles;
-  DeformSource sources[kMostSources];
-  DeformTableTerm terms[kMostTerms];
-  DeformJob jobs[kMostJobs];
-  DeformTiles tiles_of[kMostJobs];
+  DeformSource sources[kMaxSources];
+  DeformTableTerm terms[kMaxTerms];
+  DeformJob jobs[kMaxJobs];
+  DeformTiles tiles_of[kMaxJobs];
 };
 
 // ---- shapes of the product ----------------------------------------------------------------------
@@ -127,7 +127,7 @@ struct DeformPanels {
 // ---- launches -----------------------------------------------------------------------------------
 
 // The first launch of a call: packs the weights and biases and clears what the others count in.
-inline constexpr int32_t kMostMatrices = 64;
+inline constexpr int32_t kMaxMatrices = 64;
 
 // Memory to clear, in words of 4 bytes.
 struct DeformZeros {
@@ -139,9 +139,9 @@ struct DeformPackParams {
   DeformShape shape;
   DeformPanels panels;
   int32_t first_matrix, matrices;
-  const void* weights[kMostMatrices];
-  const void* bias[kMostMatrices];  // null where there is none
-  DType dtype;                      // of weights and bias
+  const void* weights[kMaxMatrices];
+  const void* bias[kMaxMatrices];  // null where there is none
+  DType dtype;                     // of weights and bias
   DeformMath math;
   void* packed;
   void* packed_bias;  // [W, C_out] of the compute type

@@ -1,5 +1,5 @@
-#include "deform_conv_bwd_weights.h"
 #include "../tile/tile_gemm.cuh"
+#include "deform_conv_bwd_weights.h"
 
 namespace dyhead::cuda {
 namespace {

@@ -54,22 +54,22 @@ struct DeformBwdInputParams {
   const void* packed;
   const void* rows;
   Scatter scatter;
-  void* sums;                    // [R, C]: see Sums in deform_conv_bwd_input.cuh
-  unsigned* largest;             // bits of a float or double
-  int32_t sum_bits;              // log2 of how many values one sum may have, rounded up
-  void* derivatives;             // rows [uses, 3 D K], columns as those of the predictions
-  void* gate_partial;            // [tiles, most terms] or null
-  int32_t most_terms;            // of a job
-  int64_t use_first[kMostJobs];  // first row of each job's first term in `derivatives`
+  void* sums;                   // [R, C]: see Sums in deform_conv_bwd_input.cuh
+  unsigned* largest;            // bits of a float or double
+  int32_t sum_bits;             // log2 of how many values one sum may have, rounded up
+  void* derivatives;            // rows [uses, 3 D K], columns as those of the predictions
+  void* gate_partial;           // [tiles, most terms] or null
+  int32_t max_terms;            // of a job
+  int64_t use_first[kMaxJobs];  // first row of each job's first term in `derivatives`
 };
 
 struct DeformBwdGatherParams {
   DeformTable table;
   const void* derivatives;
-  int64_t use_first[kMostJobs];
+  int64_t use_first[kMaxJobs];
   const void* bias_partial;  // or null
   const void* gate_partial;  // or null
-  int32_t most_terms;
+  int32_t max_terms;
   void* grad_predictions;  // the three are added to
   void* grad_bias;
   void* grad_gates;

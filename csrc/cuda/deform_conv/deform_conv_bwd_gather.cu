@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kGatherThreads)
       if (table.terms[job.first_term + t].source != source) continue;
       for (int i = thread; i < tiles.per_image; i += kGatherThreads) {
         const int64_t tile = tiles.first + image * tiles.per_image + i;
-        sum += static_cast<const F*>(p.gate_partial)[tile * p.most_terms + t];
+        sum += static_cast<const F*>(p.gate_partial)[tile * p.max_terms + t];
       }
     }
   }
@@ -225,10 +225,10 @@ cudaError_t launch_deform_bwd_gather(const DeformBwdGatherParams& params, int32_
 
 cudaError_t launch_deform_bwd_finish(const DeformBwdFinishParams& params, cudaStream_t stream) {
   if (params.count == 0) return cudaSuccess;
-  constexpr int64_t kMostBlocks = 2048;
+  constexpr int64_t kMaxBlocks = 2048;
   const int64_t blocks = (params.count + kGatherThreads - 1) / kGatherThreads;
   const LaunchConfig config{
-      .grid = dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
+      .grid = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
       .block = dim3(kGatherThreads),
       .stream = stream};
   return dispatch_dtype(params.dtype, [&](auto zero) {

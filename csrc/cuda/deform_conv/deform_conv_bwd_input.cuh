@@ -345,7 +345,7 @@ class InputTile {
     if (thread == 0) {
       F total = F(0);
       for (int w = 0; w < kTileWarps; ++w) total += columns_[w];
-      static_cast<F*>(p_.gate_partial)[static_cast<int64_t>(blockIdx.x) * p_.most_terms + term] =
+      static_cast<F*>(p_.gate_partial)[static_cast<int64_t>(blockIdx.x) * p_.max_terms + term] =
           total;
     }
     __syncthreads();

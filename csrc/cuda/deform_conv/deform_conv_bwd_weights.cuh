@@ -2,9 +2,9 @@
 // Instantiated by deform_conv_bwd_weights_<arithmetic>.cu.
 #pragma once
 
+#include "../tile/tile_outer.cuh"
 #include "deform_conv.cuh"
 #include "deform_conv_bwd_weights.h"
-#include "../tile/tile_outer.cuh"
 
 namespace dyhead::cuda {
 

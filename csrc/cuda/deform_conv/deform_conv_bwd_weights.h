@@ -19,8 +19,8 @@ inline constexpr int kWeightCols = 128;  // of a block, and samples of a step
 // The matrices that the jobs of one launch use, and the slices of their tiles.
 struct DeformWeightSlices {
   int32_t count;
-  int32_t first[kMostTerms + 1];  // of each matrix's slices among all of them
-  int16_t matrix[kMostTerms];
+  int32_t first[kMaxTerms + 1];  // of each matrix's slices among all of them
+  int16_t matrix[kMaxTerms];
 };
 
 // What the blocks of one slice compute: output channels in panels of `outs` rows, slots in blocks

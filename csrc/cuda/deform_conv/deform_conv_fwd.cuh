@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../../common/upsample.h"
-#include "deform_conv.cuh"
 #include "../dynamic_relu/dynamic_relu.cuh"
+#include "deform_conv.cuh"
 
 namespace dyhead::cuda {
 

@@ -1,7 +1,7 @@
 #include <limits>
 
-#include "deform_conv.h"
 #include "../tile/tile_gemm.cuh"
+#include "deform_conv.h"
 
 namespace dyhead::cuda {
 namespace {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kPackThreads)
 
 template <class Op>
 cudaError_t launch_pack(const DeformPackParams& params, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = 4096;
+  constexpr int64_t kMaxBlocks = 4096;
   const int64_t items = pack_items(params);
   if (items > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
   int64_t work = items * kWarpSize;
@@ -120,7 +120,7 @@ cudaError_t launch_pack(const DeformPackParams& params, cudaStream_t stream) {
   }
   const int64_t blocks = (work + kPackThreads - 1) / kPackThreads;
   return launch(deform_pack_kernel<Op>,
-                {.grid = dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
+                {.grid = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
                  .block = dim3(kPackThreads),
                  .stream = stream},
                 params);

@@ -54,33 +54,33 @@ inline DeformTiling forward_tiling(const DeformTables& tables, DeformMath math, 
     return static_cast<double>(ceil_div(count_tiles(tables, rows), device.processors));
   };
   const bool large =
-      fits(forward_shared_bytes(128, 256, sizeof(Corners<float>), kMostTapsAtOnce), device);
+      fits(forward_shared_bytes(128, 256, sizeof(Corners<float>), kMaxTapsAtOnce), device);
   return {large && rounds(128) <= kCostOf64Rows * rounds(64) ? 128 : 64, 256, true};
 }
 
 // The most steps of `most` channels that a group has.
-inline int32_t most_channel_steps(const DeformShape& s, int32_t most) {
-  int32_t most_steps = 0;
+inline int32_t max_channel_steps(const DeformShape& s, int32_t most) {
+  int32_t max_steps = 0;
   for (int32_t group = 0; group < s.groups; ++group) {
     const int32_t end = static_cast<int32_t>((group + 1) * (s.channels / s.groups));
     int32_t steps = 0;
     for (int32_t c = end - static_cast<int32_t>(s.channels / s.groups); c < end; ++steps) {
       c = channel_step(s, group, c, most).last;
     }
-    most_steps = std::max(most_steps, steps);
+    max_steps = std::max(max_steps, steps);
   }
-  return most_steps;
+  return max_steps;
 }
 
 // Panels of the forward's weights: columns are output channels, the depth is input channels.
 inline DeformPanels forward_panels(const DeformShape& s, int32_t cols, int32_t depth) {
   return {cols, static_cast<int32_t>(ceil_div(s.out_channels / s.groups, cols)),
-          most_channel_steps(s, depth), depth};
+          max_channel_steps(s, depth), depth};
 }
 
 // Panels of the backward's: columns are input channels, the depth is output channels.
 inline DeformPanels backward_panels(const DeformShape& s, int32_t cols, int32_t depth) {
-  return {cols, most_channel_steps(s, cols),
+  return {cols, max_channel_steps(s, cols),
           static_cast<int32_t>(ceil_div(s.out_channels / s.groups, depth)), depth};
 }
 
@@ -99,7 +99,7 @@ inline std::vector<DeformTable> deform_launches(const DeformTables& tables, int 
   // Adds a job, or leaves the table as it is and returns false.
   const auto add = [&](const DeformJob& job) {
     DeformTable next = table;
-    if (next.job_count == kMostJobs || next.term_count + job.terms > kMostTerms) return false;
+    if (next.job_count == kMaxJobs || next.term_count + job.terms > kMaxTerms) return false;
     DeformJob& added = next.jobs[next.job_count] = job;
     added.first_term = next.term_count;
     for (int32_t t = job.first_term; t < job.first_term + job.terms; ++t) {
@@ -107,7 +107,7 @@ inline std::vector<DeformTable> deform_launches(const DeformTables& tables, int 
       int16_t source = 0;
       while (source < next.source_count && next.sources[source].index != term.source) ++source;
       if (source == next.source_count) {
-        if (source == kMostSources) return false;
+        if (source == kMaxSources) return false;
         next.sources[next.source_count++] = {tables.sources[term.source], term.source};
       }
       next.terms[next.term_count++] = {source, static_cast<int16_t>(term.weight)};

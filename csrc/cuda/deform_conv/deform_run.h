@@ -9,7 +9,7 @@ namespace dyhead::cuda {
 
 // Why a call cannot run, or null. Kept apart from cudaError_t, whose names would not help.
 inline const char* deform_problem(const DeformTables& tables) {
-  constexpr int64_t kMostTiles = 1 << 29;
+  constexpr int64_t kMaxTiles = 1 << 29;
   const int64_t channels = tables.shape.channels + tables.shape.out_channels;
   if (channels > (1 << 24)) return "expected at most 2^24 channels";
   if (tables.shape.images > (1 << 24)) return "expected at most 2^24 images";
@@ -22,7 +22,7 @@ inline const char* deform_problem(const DeformTables& tables) {
   // Tiles have 64 rows or more, panels 32 columns or more.
   const int64_t panels =
       tables.shape.groups * ceil_div(tables.shape.out_channels / tables.shape.groups, 32);
-  if (count_tiles(tables, 64) > kMostTiles / panels) return "expected at most 2^29 tiles";
+  if (count_tiles(tables, 64) > kMaxTiles / panels) return "expected at most 2^29 tiles";
   if (deform_launches(tables, 64).empty()) {
     return "expected jobs of at most 128 terms on 32 different source maps";
   }
@@ -59,9 +59,9 @@ inline cudaError_t pack_weights(const DeformShape& s, const DeformWeights& weigh
   params.packed_bias = packed_bias;
   std::copy(zeros.begin(), zeros.end(), params.zeros);
   const int32_t count = static_cast<int32_t>(weights.matrices.size());
-  for (int32_t first = 0; first < count; first += kMostMatrices) {
+  for (int32_t first = 0; first < count; first += kMaxMatrices) {
     params.first_matrix = first;
-    params.matrices = std::min(kMostMatrices, count - first);
+    params.matrices = std::min(kMaxMatrices, count - first);
     for (int32_t i = 0; i < params.matrices; ++i) {
       params.weights[i] = weights.matrices[first + i];
       params.bias[i] = packed_bias == nullptr ? nullptr : weights.bias[first + i];
@@ -75,7 +75,7 @@ inline cudaError_t pack_weights(const DeformShape& s, const DeformWeights& weigh
 // How many taps a kernel of `shared_bytes(taps)` has samples of at a time, 0 if it does not fit.
 template <class SharedBytes>
 int32_t taps_at_once(SharedBytes&& shared_bytes, const DeviceLimits& device) {
-  for (int32_t taps : {kMostTapsAtOnce, kFewTapsAtOnce}) {
+  for (int32_t taps : {kMaxTapsAtOnce, kFewTapsAtOnce}) {
     if (fits(shared_bytes(taps), device)) return taps;
   }
   return 0;
@@ -122,10 +122,9 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   DeformZeros arrived{}, mean{}, var{}, up_mean{};
   if (p.moments) {
     // Launches follow each other, so they share the memory of their tiles.
-    int64_t most_tiles = 0;
-    for (const DeformTable& table : launches)
-      most_tiles = std::max<int64_t>(most_tiles, table.tiles);
-    params.partial = allocate(most_tiles * 3 * s.out_channels * compute_bytes(s.dtype));
+    int64_t max_tiles = 0;
+    for (const DeformTable& table : launches) max_tiles = std::max<int64_t>(max_tiles, table.tiles);
+    params.partial = allocate(max_tiles * 3 * s.out_channels * compute_bytes(s.dtype));
     const int64_t counters = maps * s.groups * panels.column_panels;
     params.arrived = static_cast<unsigned*>(allocate(counters * 4));
     arrived = {params.arrived, counters};
@@ -159,7 +158,7 @@ inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, int32_t tap
 }
 
 // Rows of derivatives: one for each output pixel of each term that has predictions.
-inline int64_t use_rows(const DeformTable& table, int64_t (&first)[kMostJobs]) {
+inline int64_t use_rows(const DeformTable& table, int64_t (&first)[kMaxJobs]) {
   int64_t rows = 0;
   for (int32_t j = 0; j < table.job_count; ++j) {
     first[j] = rows;
@@ -216,18 +215,18 @@ cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allo
 
   // Launches follow each other, so they share the memory of their tiles.
   const std::vector<DeformTable> launches = deform_launches(tables, kBwdRows);
-  int64_t most_tiles = 0, most_uses = 0;
-  int64_t first[kMostJobs];
+  int64_t max_tiles = 0, max_uses = 0;
+  int64_t first[kMaxJobs];
   for (const DeformTable& table : launches) {
-    most_tiles = std::max<int64_t>(most_tiles, table.tiles);
-    most_uses = std::max(most_uses, use_rows(table, first));
+    max_tiles = std::max<int64_t>(max_tiles, table.tiles);
+    max_uses = std::max(max_uses, use_rows(table, first));
   }
-  int32_t most_terms = 0;
-  for (const DeformJob& job : tables.jobs) most_terms = std::max(most_terms, job.terms);
-  void* derivatives = allocate(most_uses * s.prediction_columns() * wide);
+  int32_t max_terms = 0;
+  for (const DeformJob& job : tables.jobs) max_terms = std::max(max_terms, job.terms);
+  void* derivatives = allocate(max_uses * s.prediction_columns() * wide);
   void* bias_partial =
-      p.grad_bias == nullptr ? nullptr : allocate(most_tiles * s.out_channels * wide);
-  void* gate_partial = p.grad_gates == nullptr ? nullptr : allocate(most_tiles * most_terms * wide);
+      p.grad_bias == nullptr ? nullptr : allocate(max_tiles * s.out_channels * wide);
+  void* gate_partial = p.grad_gates == nullptr ? nullptr : allocate(max_tiles * max_terms * wide);
 
   DeformBwdInputParams input{};
   input.panels = panels;
@@ -247,7 +246,7 @@ cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allo
   input.sum_bits = sum_bits(tables, s.groups * ceil_div(panels.steps, input.chunks));
   input.derivatives = derivatives;
   input.gate_partial = gate_partial;
-  input.most_terms = most_terms;
+  input.max_terms = max_terms;
   const bool vectors = reads_vectors(s, p.source);
   const auto run = [&](Scatter scatter) {
     input.scatter = scatter;
@@ -267,7 +266,7 @@ cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allo
       std::copy(std::begin(input.use_first), std::end(input.use_first), gather.use_first);
       gather.bias_partial = bias_partial;
       gather.gate_partial = gate_partial;
-      gather.most_terms = most_terms;
+      gather.max_terms = max_terms;
       gather.grad_predictions = p.grad_predictions;
       gather.grad_bias = p.grad_bias;
       gather.grad_gates = p.grad_gates;

@@ -34,7 +34,7 @@ inline DeformWeightColumns weight_columns(const DeformShape& s, DeformMath math,
 // Into how many slices each matrix's tiles are cut: none is longer than some length, for which the
 // blocks, one or two on a processor at a time, are through soonest. A slice costs kSliceTiles tiles
 // more than it has: until its first samples are there, and to write and add its sums. More than
-// kMostRounds rounds would gain little and take memory for the sums.
+// kMaxRounds rounds would gain little and take memory for the sums.
 //
 // Example: 3 matrices of 256 x 256 x 3 x 3 on 132 processors, with 360, 95 and 95 tiles. A slice is
 // 18 blocks. At most 95 tiles: 4 + 1 + 1 slices, 108 blocks, one round of 95 + 12. At most 45:
@@ -42,7 +42,7 @@ inline DeformWeightColumns weight_columns(const DeformShape& s, DeformMath math,
 inline std::vector<int64_t> weight_slices(const std::vector<int64_t>& tiles, int64_t blocks,
                                           int64_t resident) {
   constexpr int64_t kSliceTiles = 12;
-  constexpr int64_t kMostRounds = 4;
+  constexpr int64_t kMaxRounds = 4;
   std::vector<int64_t> best;
   int64_t least = 0;
   const int64_t most = *std::max_element(tiles.begin(), tiles.end());
@@ -52,7 +52,7 @@ inline std::vector<int64_t> weight_slices(const std::vector<int64_t>& tiles, int
     const int64_t all = std::accumulate(slices.begin(), slices.end(), int64_t{0});
     const int64_t rounds = ceil_div(all * blocks, resident);
     const int64_t cost = rounds * (length + kSliceTiles);
-    if (!best.empty() && rounds > kMostRounds) break;
+    if (!best.empty() && rounds > kMaxRounds) break;
     if (best.empty() || cost < least) {
       least = cost;
       best = slices;
@@ -111,13 +111,13 @@ cudaError_t run_deform_bwd_weights(const DeformBwdParams& p, const void* grad_ro
   add.grad_weights = p.grad_weights;
   const std::vector<DeformTable> launches = deform_launches(tables, columns.depth);
   std::vector<DeformWeightSlices> slices;
-  int32_t most_slices = 0;
+  int32_t max_slices = 0;
   for (const DeformTable& table : launches) {
     slices.push_back(plan_slices(table, columns, device));
-    most_slices = std::max(most_slices, slices.back().first[slices.back().count]);
+    max_slices = std::max(max_slices, slices.back().first[slices.back().count]);
   }
   // Launches follow each other, so they share the memory of their slices.
-  params.partial = allocate(most_slices * slice_bytes);
+  params.partial = allocate(max_slices * slice_bytes);
   add.partial = params.partial;
   for (size_t i = 0; i < launches.size(); ++i) {
     params.table = launches[i];

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "deform_conv_bwd.h"
 #include "../tile/primitives.cuh"
+#include "deform_conv_bwd.h"
 
 namespace dyhead::cuda {
 

@@ -84,10 +84,10 @@ void run_dynamic_relu(const Params& params, Context& context, int resident, int 
                                             const DynamicReluWorkspace&, cudaStream_t)) {
   const DynamicReluShape& s = params.shape;
   if (resident <= 0) {
-    throw std::runtime_error(
-        "expected channels whose sums fit the shared memory of a block, got " +
-        std::to_string(s.channels) + " channels with a hidden layer of " +
-        std::to_string(s.hidden) + "; run this layer under backend(\"reference\")");
+    throw std::runtime_error("expected channels whose sums fit the shared memory of a block, got " +
+                             std::to_string(s.channels) + " channels with a hidden layer of " +
+                             std::to_string(s.hidden) +
+                             "; run this layer under backend(\"reference\")");
   }
   const DynamicReluGrid grid = dynamic_relu_grid(s.images, s.pixels, resident);
   const int64_t bytes = s.images * s.channels * compute_bytes(s.dtype);

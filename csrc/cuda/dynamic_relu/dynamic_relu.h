@@ -28,12 +28,12 @@ struct DynamicReluGrid {
 // per image, 2 images in flight. 1000 regions of 7 x 7: 1 block each, no waiting.
 inline DynamicReluGrid dynamic_relu_grid(int64_t images, int64_t pixels, int resident_blocks) {
   constexpr int64_t kPixelsPerBlock = 64;
-  constexpr int64_t kMostBlocksPerImage = 256;
-  constexpr int64_t kMostImagesInFlight = 32768;
+  constexpr int64_t kMaxBlocksPerImage = 256;
+  constexpr int64_t kMaxImagesInFlight = 32768;
   const int64_t wanted = (pixels + kPixelsPerBlock - 1) / kPixelsPerBlock;
   const int64_t blocks =
-      std::max<int64_t>(1, std::min({wanted, resident_blocks / images, kMostBlocksPerImage}));
-  return {static_cast<int>(blocks), static_cast<int>(std::min(images, kMostImagesInFlight)),
+      std::max<int64_t>(1, std::min({wanted, resident_blocks / images, kMaxBlocksPerImage}));
+  return {static_cast<int>(blocks), static_cast<int>(std::min(images, kMaxImagesInFlight)),
           blocks > 1};
 }
 

@@ -3,7 +3,6 @@
 
 #include "../../common/upsample.h"
 #include "../context.h"
-#include "fuse_branches.h"
 #include "../tile/rows.cuh"
 
 namespace dyhead::cuda {
@@ -49,7 +48,7 @@ DYHEAD_DEVICE void for_each_pixel(const FuseDeviceTables& t, const Patch& patch,
 template <class F, int kThreads>
 class PatchPositions {
  public:
-  static constexpr int kCount = 2 * kMostBranches * kFuseMostPatchSide;
+  static constexpr int kCount = 2 * kMaxBranches * kFuseMaxPatchSide;
 
   DYHEAD_DEVICE explicit PatchPositions(Interpolation<F>* shared) : shared_(shared) {}
 
@@ -57,11 +56,11 @@ class PatchPositions {
     if (level.direct == level.branches) return;
     __syncthreads();  // the last patch's are no longer read
     for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
-      const int position = i % kFuseMostPatchSide;
-      const int b = i / (2 * kFuseMostPatchSide);
+      const int position = i % kFuseMaxPatchSide;
+      const int b = i / (2 * kFuseMaxPatchSide);
       if (b < level.direct || b >= level.branches) continue;
       const MapShape& map = level.branch[b].map;
-      if (i / kFuseMostPatchSide % 2 == 0) {
+      if (i / kFuseMaxPatchSide % 2 == 0) {
         if (position < patch.rows) {
           shared_[i] = interpolate<F>(patch.y + position, map.height, level.out.height);
         }
@@ -73,10 +72,10 @@ class PatchPositions {
   }
 
   DYHEAD_DEVICE const Interpolation<F>& row(int b, int i) const {
-    return shared_[2 * b * kFuseMostPatchSide + i];
+    return shared_[2 * b * kFuseMaxPatchSide + i];
   }
   DYHEAD_DEVICE const Interpolation<F>& column(int b, int i) const {
-    return shared_[(2 * b + 1) * kFuseMostPatchSide + i];
+    return shared_[(2 * b + 1) * kFuseMaxPatchSide + i];
   }
 
  private:
@@ -89,13 +88,13 @@ struct BranchReader {
   using F = compute_t<T>;
 
   const T* y;
-  int64_t map[kMostBranches];  // where in y its first pixel is, from the vector's first channel on
+  int64_t map[kMaxBranches];  // where in y its first pixel is, from the vector's first channel on
 
   DYHEAD_DEVICE BranchReader(const FuseDeviceTables& t, const FuseDeviceLevel& level,
                              const void* all_maps, int64_t image, int64_t channel)
       : y(static_cast<const T*>(all_maps)) {
 #pragma unroll
-    for (int b = 0; b < kMostBranches; ++b) {
+    for (int b = 0; b < kMaxBranches; ++b) {
       const MapShape& m = level.branch[b < level.branches ? b : 0].map;
       map[b] = (m.first_row + image * m.pixels()) * t.channels + channel;
     }
@@ -106,15 +105,15 @@ struct BranchReader {
   template <class Positions>
   DYHEAD_DEVICE void read(const FuseDeviceTables& t, const FuseDeviceLevel& level,
                           const Positions& positions, int64_t pixel, int row, int column,
-                          F (&u)[kMostBranches][V]) const {
+                          F (&u)[kMaxBranches][V]) const {
     // All loads of same-size branches are on their way before the first value is needed.
-    Vec<T, V> direct[kMostBranches] = {};
+    Vec<T, V> direct[kMaxBranches] = {};
 #pragma unroll
-    for (int b = 0; b < kMostBranches; ++b) {
+    for (int b = 0; b < kMaxBranches; ++b) {
       if (b < level.direct) direct[b] = load_vec_readonly<V>(y + (map[b] + pixel * t.channels));
     }
 #pragma unroll
-    for (int b = 0; b < kMostBranches; ++b) {
+    for (int b = 0; b < kMaxBranches; ++b) {
       if (b >= level.direct && b < level.branches) {
         interpolated(t, level.branch[b].map.width, y + map[b], positions.row(b, row),
                      positions.column(b, column), u[b]);
@@ -147,7 +146,7 @@ struct BranchReader {
 // Scales, shift and dynamic ReLU of one image and vector of channels.
 template <class F, int V>
 struct FuseCoefficients {
-  Vec<F, V> scale[kMostBranches];  // 0 for a branch that does not exist
+  Vec<F, V> scale[kMaxBranches];  // 0 for a branch that does not exist
   Vec<F, V> shift, a1, b1, a2, b2;
 
   DYHEAD_DEVICE FuseCoefficients(const FuseDeviceTables& t, const FuseDeviceLevel& level,
@@ -155,7 +154,7 @@ struct FuseCoefficients {
                                  int64_t image, int64_t channel)
       : scale{} {
 #pragma unroll
-    for (int b = 0; b < kMostBranches; ++b) {
+    for (int b = 0; b < kMaxBranches; ++b) {
       if (b < level.branches) {
         const int64_t row = level.branch[b].index * t.images + image;
         scale[b] = load_vec_readonly<V>(static_cast<const F*>(scales) + row * t.channels + channel);
@@ -174,10 +173,10 @@ struct FuseCoefficients {
     return {a1[i], b1[i], a2[i], b2[i]};
   }
 
-  DYHEAD_DEVICE F z(const F (&u)[kMostBranches][V], int i) const {
+  DYHEAD_DEVICE F z(const F (&u)[kMaxBranches][V], int i) const {
     F z = scale[0][i] * u[0][i] + shift[i];
 #pragma unroll
-    for (int b = 1; b < kMostBranches; ++b) z += scale[b][i] * u[b][i];
+    for (int b = 1; b < kMaxBranches; ++b) z += scale[b][i] * u[b][i];
     return z;
   }
 };

@@ -26,22 +26,22 @@ namespace dyhead::cuda {
 
 inline constexpr int kFuseThreads = 256;
 inline constexpr int kFuseLevels = 16;  // of a table, which must fit the parameters of a kernel
-inline constexpr size_t kMostParameterBytes = 4096;
-inline constexpr int kFuseMostPatchSide = 32;
+inline constexpr size_t kMaxParameterBytes = 4096;
+inline constexpr int kFuseMaxPatchSide = 32;
 
 // How pixels are split; results depend on it no further than rounding.
 struct FuseTiling {
-  int32_t width_log2, height_log2;  // of a patch; sides of at most kFuseMostPatchSide
-  int32_t most_blocks;              // per level and image
-  int32_t most_images;              // at once; a grid's y dimension ends at 65535
+  int32_t width_log2, height_log2;  // of a patch; sides of at most kFuseMaxPatchSide
+  int32_t max_blocks;               // per level and image
+  int32_t max_images;               // at once; a grid's y dimension ends at 65535
 };
 
 // Patches of at least 64 pixels, over which a block's coefficients, 32 bytes per channel, are read
 // once, and of 16384 values, so that each of 256 threads has several vectors of them.
-inline FuseTiling fuse_tiling(int64_t channels, int32_t most_blocks) {
+inline FuseTiling fuse_tiling(int64_t channels, int32_t max_blocks) {
   int32_t pixels_log2 = 6;
   while (pixels_log2 < 10 && channels << pixels_log2 < 16384) ++pixels_log2;
-  return {(pixels_log2 + 1) / 2, pixels_log2 / 2, most_blocks, 32768};
+  return {(pixels_log2 + 1) / 2, pixels_log2 / 2, max_blocks, 32768};
 }
 
 // One patch per block, but for maps of more than a million patches.
@@ -69,7 +69,7 @@ struct FuseDeviceLevel {
   FusePatches patches;       // at least one block, which writes zero gradients if there is no pixel
   int64_t first_partial;     // of its blocks' sums [N, blocks, kFuseSums, C]
   int64_t grad_z_row;        // first row [N, H, W] of g_z, where a branch is upsampled
-  FuseDeviceBranch branch[kMostBranches];
+  FuseDeviceBranch branch[kMaxBranches];
 };
 
 // The tables of one launch.
@@ -82,7 +82,7 @@ struct FuseDeviceTables {
 };
 
 // The sums of a block in the first launch of the backward, [C] each.
-enum FuseSum { kSumA1, kSumB1, kSumA2, kSumB2, kSumScale, kFuseSums = kSumScale + kMostBranches };
+enum FuseSum { kSumA1, kSumB1, kSumA2, kSumB2, kSumScale, kFuseSums = kSumScale + kMaxBranches };
 
 // What the backward needs beside its tensors.
 struct FuseBwdWorkspace {
@@ -104,13 +104,13 @@ inline FusePatches fuse_patches(const MapShape& map, const FuseTiling& tiling,
   };
   const int32_t across = patches_of(map.width, tiling.width_log2);
   const int64_t count = static_cast<int64_t>(patches_of(map.height, tiling.height_log2)) * across;
-  const int64_t blocks = std::min<int64_t>(count, tiling.most_blocks);
+  const int64_t blocks = std::min<int64_t>(count, tiling.max_blocks);
   return {across, count, first_block, static_cast<int32_t>(blocks)};
 }
 
 inline FuseLaunches fuse_launches(const FuseTables& t, const FuseTiling& tiling) {
   FuseLaunches launches{};
-  launches.images_in_flight = std::min<int64_t>(t.images, tiling.most_images);
+  launches.images_in_flight = std::min<int64_t>(t.images, tiling.max_images);
   for (size_t l = 0; l < t.levels.size(); ++l) {
     if (l % kFuseLevels == 0) {
       launches.tables.push_back(

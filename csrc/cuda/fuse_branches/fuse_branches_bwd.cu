@@ -16,7 +16,7 @@ struct BwdKernelParams {
   void* grad_coefficients;
   FuseBwdWorkspace workspace;
 };
-static_assert(sizeof(BwdKernelParams) <= kMostParameterBytes);
+static_assert(sizeof(BwdKernelParams) <= kMaxParameterBytes);
 
 // As which type g_z is kept. Its range is that of grad_y divided by the scales, which hold 1 /
 // standard deviation of a branch: float16 might round it to zero.
@@ -61,7 +61,7 @@ struct PixelPass {
     const int64_t pixel = static_cast<int64_t>(patch.y + row) * level.out.width + patch.x + column;
     const int64_t at = pixel * t.channels;
     const Vec<T, V> g = load_vec_readonly<V>(static_cast<const T*>(p.grad_out) + (out + at));
-    F u[kMostBranches][V];
+    F u[kMaxBranches][V];
     reader.read(t, level, positions, pixel, row, column, u);
     Vec<F, V> gz;
 #pragma unroll
@@ -76,10 +76,10 @@ struct PixelPass {
       sums[kSumA2][i] += second * z;
       sums[kSumB2][i] += second;
 #pragma unroll
-      for (int b = 0; b < kMostBranches; ++b) sums[kSumScale + b][i] += gz[i] * u[b][i];
+      for (int b = 0; b < kMaxBranches; ++b) sums[kSumScale + b][i] += gz[i] * u[b][i];
     }
 #pragma unroll
-    for (int b = 0; b < kMostBranches; ++b) {
+    for (int b = 0; b < kMaxBranches; ++b) {
       if (b >= level.direct) continue;
       Vec<T, V> grad;
 #pragma unroll
@@ -204,7 +204,7 @@ DYHEAD_DEVICE void sum_partials(const BwdKernelParams& p, const FuseDeviceLevel&
 // Which rows and columns of the level read those of a patch of an upsampled branch.
 template <class F>
 struct PatchReaders {
-  static constexpr int kCount = 2 * kFuseMostPatchSide;
+  static constexpr int kCount = 2 * kFuseMaxPatchSide;
 
   Readers<F>* shared;
 
@@ -215,7 +215,7 @@ struct PatchReaders {
     if (i < patch.rows) {
       shared[i] = readers_of<F>(patch.y + i, map.height, level.out.height);
     }
-    const int column = i - kFuseMostPatchSide;
+    const int column = i - kFuseMaxPatchSide;
     if (column >= 0 && column < patch.columns) {
       shared[i] = readers_of<F>(patch.x + column, map.width, level.out.width);
     }
@@ -223,7 +223,7 @@ struct PatchReaders {
   }
 
   DYHEAD_DEVICE const Readers<F>& row(int i) const { return shared[i]; }
-  DYHEAD_DEVICE const Readers<F>& column(int i) const { return shared[kFuseMostPatchSide + i]; }
+  DYHEAD_DEVICE const Readers<F>& column(int i) const { return shared[kFuseMaxPatchSide + i]; }
 };
 
 // grad_y of an upsampled branch: at each of its pixels, the scaled sum of g_z over the level's

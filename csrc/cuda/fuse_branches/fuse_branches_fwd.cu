@@ -11,7 +11,7 @@ struct FwdKernelParams {
   const void* coefficients;
   void* out;
 };
-static_assert(sizeof(FwdKernelParams) <= kMostParameterBytes);
+static_assert(sizeof(FwdKernelParams) <= kMaxParameterBytes);
 
 template <class T, int V>
 __global__ void __launch_bounds__(kFuseThreads, 2)
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kFuseThreads, 2)
         for_each_pixel(t, patch, tiling, [&](int row, int column) {
           const int64_t pixel =
               static_cast<int64_t>(patch.y + row) * level.out.width + patch.x + column;
-          F u[kMostBranches][V];
+          F u[kMaxBranches][V];
           reader.read(t, level, positions, pixel, row, column, u);
           Vec<T, V> result;
 #pragma unroll

@@ -32,8 +32,8 @@ struct PackTables {
   PackDeviceLevel level[kPackLevels];
 };
 
-// The tables of each launch. Blocks take more than one tile only beyond `most_blocks` per image.
-inline std::vector<PackTables> pack_tables(const PackParams& p, int32_t most_blocks = 1 << 20) {
+// The tables of each launch. Blocks take more than one tile only beyond `max_blocks` per image.
+inline std::vector<PackTables> pack_tables(const PackParams& p, int32_t max_blocks = 1 << 20) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   std::vector<PackTables> tables;
   for (const PackLevel& from : p.levels) {
@@ -45,7 +45,7 @@ inline std::vector<PackTables> pack_tables(const PackParams& p, int32_t most_blo
     const int64_t tiles = from.channels_last
                               ? ceil_div(pixels * p.channels * p.element_bytes, kPackCopyBytes)
                               : ceil_div(pixels, kPackPixels) * ceil_div(p.channels, kPackChannels);
-    const int32_t blocks = static_cast<int32_t>(std::min<int64_t>(tiles, most_blocks));
+    const int32_t blocks = static_cast<int32_t>(std::min<int64_t>(tiles, max_blocks));
     table.level[table.levels++] = {from.map,     from.data, from.channels_last,
                                    table.blocks, blocks,    tiles};
     table.blocks += blocks;
