@@ -5,6 +5,7 @@
 
 #include "../context.h"
 #include "../tile/primitives.cuh"
+#include "block_coefficients.h"
 
 namespace dyhead::cuda {
 

@@ -4,6 +4,7 @@
 #include "../../common/upsample.h"
 #include "../context.h"
 #include "../tile/rows.cuh"
+#include "fuse_branches.h"
 
 namespace dyhead::cuda {
 
