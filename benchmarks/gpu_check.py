@@ -89,7 +89,7 @@ def _benchmarks(options: Mapping[str, Sequence[str]], output: Path) -> list[Step
     ]
 
 
-def plan(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step]:
+def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step]:
     """All steps, in order: what tells about the targets comes first.
 
     Args:
@@ -180,7 +180,7 @@ def run_step(step: Step, output: Path, limit_s: float) -> Outcome:
     return Outcome(step, "passed", seconds, remark if step.name in ("tests", *SANITIZERS) else "")
 
 
-def run_plan(steps: Sequence[Step], output: Path, budget_s: float = BUDGET_S) -> list[Outcome]:
+def run_steps(steps: Sequence[Step], output: Path, budget_s: float = BUDGET_S) -> list[Outcome]:
     """Runs the steps until the time is up; what did not get its turn counts as failed."""
     output.mkdir(parents=True, exist_ok=True)
     for log in {step.log for step in steps}:
@@ -217,7 +217,7 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
 
 def format_targets(output: Path) -> str:
     """The targets, as far as the benchmarks' results in ``output`` tell."""
-    from benchmarks import results, targets
+    from benchmarks.reports import results, targets
 
     found = [output / name for name in HEAD_BENCHMARKS if (output / name).is_file()]
     if not found:
@@ -239,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
     if arguments.dry_run:
         if not archs:
-            print("no GPU here; for a compute capability of 9.0 the plan would be:")
-        for step in plan(archs or ["90a"], sanitizer, output):
+            print("no GPU here; for a compute capability of 9.0 the steps would be:")
+        for step in steps_for(archs or ["90a"], sanitizer, output):
             variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
             note = f"  # not available: {step.unavailable}" if step.unavailable else ""
             print(" ".join([*variables, shlex.join(step.command)]) + note)
@@ -248,14 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not archs:
         print(
             f"gpu-check: expected a CUDA GPU, but torch {torch.__version__} sees none; run it on a "
-            "machine with a GPU and a CUDA build of torch, or see the plan with --dry-run",
+            "machine with a GPU and a CUDA build of torch, or see the steps with --dry-run",
             file=sys.stderr,
         )
         return 2
     names = ", ".join(torch.cuda.get_device_name(gpu) for gpu in gpus)
     for name in (*HEAD_BENCHMARKS, *OPERATOR_BENCHMARKS):
         (output / name).unlink(missing_ok=True)
-    outcomes = run_plan(plan(archs, sanitizer, output), output)
+    outcomes = run_steps(steps_for(archs, sanitizer, output), output)
     table = f"{names}; torch {torch.__version__}\n{format_table(outcomes)}"
     table += f"\n\n{format_targets(output)}"
     print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import os
@@ -16,7 +15,6 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dyhead_cuda.detection.evaluation import Metrics
-from dyhead_cuda.detection.training.parallel import DEVICES
 
 MEANINGS = {
     "AP": "average precision, mean over IoU 0.50 to 0.95",
@@ -29,19 +27,6 @@ MEANINGS = {
     "AR10": "with 10",
     "AR100": "with 100",
 }
-
-
-def add_images(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that run a trained detector on image files."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="a folder that train wrote, or a checkpoint in it",
-    )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
 def check_names(paths: Sequence[Path]) -> None:

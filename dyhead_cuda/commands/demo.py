@@ -25,13 +25,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from dyhead_cuda import backends, info, library
 from dyhead_cuda.commands import images
-from dyhead_cuda.commands.options import integer
 from dyhead_cuda.inspect import figure, record
 from dyhead_cuda.modules import DyHead
 
 CHANNELS = 256
 LEVELS = ("P3", "P4", "P5", "P6", "P7")
-SMALLEST_SIZE, LARGEST_SIZE = 64, 4096
 
 # Relative L2 error between the two backends, both in this dtype, that counts as agreement.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10, "float16": 1e-2, "bfloat16": 5e-2}
@@ -45,26 +43,6 @@ T = TypeVar("T")
 
 class _UsageError(Exception):
     """What the user asked for cannot be done: one line that says why."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda demo``."""
-    parser.add_argument("--image", type=Path, help="a photograph (default: one of scikit-image's)")
-    parser.add_argument(
-        "--size",
-        type=integer(SMALLEST_SIZE, LARGEST_SIZE),
-        default=800,
-        help="its longer side in pixels, to which it is resized (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--blocks", type=integer(1, 100), default=6, help="of the head (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of all weights")
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), help="directory (default: %(default)s)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,10 +1,12 @@
-"""Types of command-line options."""
+"""Types of command-line options: from text to a value, or an error that says what was expected."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+
+from dyhead_cuda.modules import ATTENTIONS
 
 
 def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -37,3 +39,42 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def levels(text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected two levels such as 3-7, got {text!r}")
+    return int(first), int(last)
+
+
+def attentions(text: str) -> tuple[str, ...]:
+    names = () if text == "none" else tuple(text.split(","))
+    if not set(names) <= set(ATTENTIONS) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"expected some of {','.join(ATTENTIONS)} or none, got {text!r}"
+        )
+    return tuple(name for name in ATTENTIONS if name in names)
+
+
+def point(text: str) -> tuple[float, float, str | None]:
+    x, _, rest = text.partition(",")
+    y, _, level = rest.partition(",")
+    try:
+        return float(x), float(y), level or None
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected X,Y or X,Y,LEVEL such as 120,80,P4, got {text!r}"
+        ) from None
+
+
+def blocks(text: str) -> list[int] | None:
+    if text == "all":
+        return None
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected all or numbers from 1 as 1,3,6, got {text!r}")
+    return [number - 1 for number in numbers]

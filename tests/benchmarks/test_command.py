@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import heads, machine, peers, probes, results, runner, timing
+from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.problems import BOTH, DIRECTIONS, FORWARD, OURS, Problem, Setting
-from benchmarks.results import Row
-from benchmarks.shapes import SHAPE_SETS
-from benchmarks.timing import COLD, GRAPH, QUICK, WARM, Effort, Timing
+from benchmarks.cases import heads, peers
+from benchmarks.cases.problems import BOTH, DIRECTIONS, FORWARD, OURS, Problem, Setting
+from benchmarks.cases.shapes import SHAPE_SETS
+from benchmarks.measuring import probes, runner, timing
+from benchmarks.measuring.timing import COLD, GRAPH, QUICK, WARM, Effort, Timing
+from benchmarks.reports import results
+from benchmarks.reports.results import Row
 from tests.helpers.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -176,12 +179,12 @@ def test_a_peer_that_breaks_is_reported_and_ours_must_not(
 
 
 def test_what_there_is_no_time_for_is_skipped() -> None:
-    plan = [
+    entries = [
         runner.Entry(Setting("dynamic_relu", SHAPE_SETS["tiny"]), ("float32",)),
         runner.Entry(Setting("offset_conv", SHAPE_SETS["tiny"]), ("float32",)),
     ]
     options = runner.Options(CPU, QUICK, (WARM,), deadline=0.0)
-    rows = [row for _, row in runner.run_plan(plan, options, _quietly)]
+    rows = [row for _, row in runner.run_entries(entries, options, _quietly)]
     assert [(r.case, r.direction, r.status) for r in rows] == [
         (case, direction, results.SKIPPED)
         for case in ("dynamic_relu", "offset_conv")
@@ -204,7 +207,7 @@ def test_a_precision_that_falls_back_is_measured_once(monkeypatch: pytest.Monkey
         (FORWARD,),
         ("reference",),
     )
-    rows = [r for _, r in runner.run_plan([entry], MICRO, _quietly)]
+    rows = [r for _, r in runner.run_entries([entry], MICRO, _quietly)]
     assert measured == [(OURS, "float32"), ("reference", "float32"), (OURS, "bfloat16")]
     assert [r.precision for r in rows] == ["float32", "float32", "bfloat16", "bfloat16"]
     assert rows[1].times == rows[3].times
@@ -225,12 +228,12 @@ def test_gradients_too_large_for_the_reference_are_checked_small(
 ) -> None:
     setting = Setting("block", SHAPE_SETS["tiny"])
     problem = heads.problem_of(setting)
-    forward = runner.actions.reference_bytes(problem, FORWARD)
-    assert forward < runner.actions.reference_bytes(problem, BOTH)
+    forward = runner.checking.reference_bytes(problem, FORWARD)
+    assert forward < runner.checking.reference_bytes(problem, BOTH)
     for room, expected in ((2 * forward, ["small", "real, outputs only"]), (forward, ["small"])):
-        monkeypatch.setattr(runner.actions, "available_bytes", _NoRoom(room))
+        monkeypatch.setattr(runner.checking, "available_bytes", _NoRoom(room))
         entry = runner.Entry(setting, ("float32",), (BOTH,), ())
-        rows = [r for _, r in runner.run_plan([entry], MICRO, _quietly)]
+        rows = [r for _, r in runner.run_entries([entry], MICRO, _quietly)]
         assert [r.checked for r in rows] == [expected]
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dyhead_cuda.detection.data.scenes import Scene, SceneStyle, compose
+from dyhead_cuda.detection.names import SPLITS, Split
 
-Split = Literal["train", "val"]
-
-SPLITS: tuple[Split, ...] = ("train", "val")
 NUM_IMAGES = {"train": 2000, "val": 400}
 KEYPOINT_NAMES = ("top", "right", "bottom", "left")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from torchvision.ops import (
 from dyhead_cuda import checks
 from dyhead_cuda.detection.models.adapters import PyramidAnchors, check_images, check_targets
 from dyhead_cuda.detection.models.atss_assigner import assign, centers, margins
+from dyhead_cuda.detection.names import Postprocess
 
-Postprocess = Literal["mmdet", "microsoft"]
 Target = dict[str, Any]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,9 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dyhead_cuda import checks
+from dyhead_cuda.detection.names import Extra
 from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init
 from dyhead_cuda.pyramid import HighOffset
-
-Extra = Literal["conv", "conv_relu", "pool"]
 
 FIRST_LEVEL, LAST_LEVEL = 2, 7
 TIMM = "timm/"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,15 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead_cuda import backend, checks
 from dyhead_cuda.detection.models.atss import ATSS
-from dyhead_cuda.detection.models.backbones import Extra, Pyramid, check_levels
+from dyhead_cuda.detection.models.backbones import Pyramid, check_levels
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
-from dyhead_cuda.detection.models.two_stage import BoxHead, FasterRCNN
+from dyhead_cuda.detection.models.two_stage import FasterRCNN
+from dyhead_cuda.detection.names import DETECTORS, ONE_STAGE, TWO_STAGE, BoxHead, Extra
+from dyhead_cuda.detection.settings import Settings
 from dyhead_cuda.modules import ATTENTIONS, Attention, Init
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
-ONE_STAGE = ("atss", "retinanet", "fcos")
-TWO_STAGE = ("faster_rcnn", "faster_rcnn_task")
-DETECTORS = ONE_STAGE + TWO_STAGE
 # How each one's publication makes the levels beyond the backbone.
 EXTRA_LEVELS: dict[str, Extra] = {
     "atss": "conv",
@@ -31,7 +30,7 @@ EXTRA_LEVELS: dict[str, Extra] = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Everything that says what a detector is; :func:`build` makes it.
 
     Args:
@@ -114,26 +113,6 @@ class ModelConfig:
     def tower_convs(self) -> int:
         """``convs`` with its default filled in."""
         return (0 if self.blocks else 4) if self.convs is None else self.convs
-
-    def to_dict(self) -> dict[str, Any]:
-        """All values, as JSON has them."""
-        return {**asdict(self), "attentions": list(self.attentions)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """The configuration of :meth:`to_dict`; names left out have their defaults.
-
-        Raises:
-            ValueError: unknown or missing names, or wrong values.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        missing = sorted({"detector", "num_classes"} - set(values))
-        if unknown:
-            raise ValueError(f"expected model settings among {known}, got {unknown}")
-        if missing:
-            raise ValueError(f"expected model settings {missing}, which are missing")
-        return cls(**values)
 
 
 def build(config: ModelConfig) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 from torchvision.models import detection
@@ -15,9 +15,8 @@ from torchvision.ops.poolers import LevelMapper
 
 from dyhead_cuda import checks
 from dyhead_cuda.detection.models.adapters import CheckedDetector, PyramidAnchors, widen
+from dyhead_cuda.detection.names import BoxHead
 from dyhead_cuda.modules import DynamicReLU
-
-BoxHead = Literal["mlp", "task", "linear"]
 
 ANCHOR_SCALE = 8  # in strides
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)

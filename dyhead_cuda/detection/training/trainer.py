@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dyhead_cuda.detection.data import DetectionDataset, collate
+from dyhead_cuda.detection.data import DataConfig, DetectionDataset, collate
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models.config import ModelConfig, build, build_empty
 from dyhead_cuda.detection.training import parallel, random_state, signals
+from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.detection.training.parallel import Processes
 from dyhead_cuda.detection.training.recipe import (
-    DataConfig,
     Stream,
-    TrainConfig,
     batches,
     learning_rate,
     make_optimizer,

@@ -12,7 +12,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from dyhead_cuda.detection.models.backbones import Extra, Pyramid
+from dyhead_cuda.detection.models.backbones import Pyramid
+from dyhead_cuda.detection.names import Extra
 from dyhead_cuda.modules import Attention
 
 TIMM_RESNET = "timm/test_resnet.r160_in1k"

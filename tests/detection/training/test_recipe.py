@@ -11,15 +11,9 @@ import torch
 from torch import nn
 
 from dyhead_cuda import DyHead
-from dyhead_cuda.detection.data import HorizontalFlip
-from dyhead_cuda.detection.training.recipe import (
-    DataConfig,
-    Stream,
-    TrainConfig,
-    batches,
-    learning_rate,
-    make_optimizer,
-)
+from dyhead_cuda.detection.data import DataConfig, HorizontalFlip
+from dyhead_cuda.detection.training.config import TrainConfig
+from dyhead_cuda.detection.training.recipe import Stream, batches, learning_rate, make_optimizer
 from tests.helpers.detection.trainees import IMAGES, Detector, Pictures
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import peers
-from benchmarks.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
-from benchmarks.problems import (
+from benchmarks.cases import peers
+from benchmarks.cases.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
+from benchmarks.cases.problems import (
     NCHW,
     Implementation,
     Layout,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
-from benchmarks.problems import OURS
-from benchmarks.results import OK, SKIPPED, Results, ResultsError, Row
+from benchmarks.cases.problems import OURS
+from benchmarks.reports.results import OK, SKIPPED, Results, ResultsError, Row, read
 
 SAME = ("device", "processor", "threads")
 SMALLEST_MEMORY = 2**20  # bytes; less of a difference is the allocator's
@@ -25,6 +26,16 @@ class Change:
     after: Row | None
     ratio: float | None
     regression: str = ""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints how two runs differ; returns 1 if there is a regression."""
+    before, after = read(arguments.before), read(arguments.after)
+    if not arguments.force:
+        same_machine(before, after)
+    changes = compare(before, after, arguments.threshold)
+    print(format_changes(changes))
+    return int(any(change.regression for change in changes))
 
 
 def same_machine(before: Results, after: Results) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import operators, peers
-from benchmarks.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
-from benchmarks.problems import (
+from benchmarks.cases import operators, peers
+from benchmarks.cases.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
+from benchmarks.cases.problems import (
     BOTH,
     NCHW,
     OURS,

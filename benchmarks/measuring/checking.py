@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.precisions import PEER_GRADIENT_FACTOR, PEER_TOLERANCE, PRECISIONS, products
-from benchmarks.problems import BOTH, FORWARD, Implementation, Maps, Problem, random_maps
+from benchmarks.cases.precisions import PEER_GRADIENT_FACTOR, PEER_TOLERANCE, PRECISIONS, products
+from benchmarks.cases.problems import BOTH, FORWARD, Implementation, Maps, Problem, random_maps
 from dyhead_cuda import backends
 
 COTANGENT_SEED = 99

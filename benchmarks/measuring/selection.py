@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.heads import CASES, STACKED
-from benchmarks.problems import DIRECTIONS, FAMILIES, Setting
-from benchmarks.shapes import SHAPE_SETS, SMALL_BATCH, SMALL_LEVELS
+from benchmarks.cases.heads import CASES, STACKED
+from benchmarks.cases.problems import DIRECTIONS, FAMILIES, Setting
+from benchmarks.cases.shapes import SHAPE_SETS, SMALL_BATCH, SMALL_LEVELS
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ SWEEP_PRECISION = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def entries(selection: Selection, device: str) -> list[Entry]:
-    """The plan of a run on a "cpu" or "cuda" device, most important first."""
+    """What a run measures on a "cpu" or "cuda" device, most important first."""
     families = FAMILIES if selection.families is None else selection.families
     if selection.quick:
         selection = replace(selection, shapes=selection.shapes or ("tiny",))
@@ -70,7 +70,7 @@ def entries(selection: Selection, device: str) -> list[Entry]:
     shapes = selection.shapes or ("glip",)
     precisions = selection.precisions or DEFAULT_PRECISIONS[device]
     batches = selection.batches or DEFAULT_BATCHES[device]
-    plan = []
+    found = []
     for case in selection.cases or DEFAULT_CASES[device]:
         chosen = families
         if selection.families is None and case not in COMPILED_CASES[device]:
@@ -79,9 +79,9 @@ def entries(selection: Selection, device: str) -> list[Entry]:
             for blocks in _blocks(case, name, selection.blocks):
                 for batch in batches:
                     setting = Setting(case, SHAPE_SETS[name], batch, blocks)
-                    plan.append(Entry(setting, precisions, directions, chosen))
+                    found.append(Entry(setting, precisions, directions, chosen))
     if selection == Selection():
-        plan += [
+        found += [
             Entry(
                 Setting("block", SHAPE_SETS[name], batch),
                 (SWEEP_PRECISION[device],),
@@ -90,7 +90,7 @@ def entries(selection: Selection, device: str) -> list[Entry]:
             )
             for name, batch in SWEEP
         ]
-    return plan
+    return found
 
 
 def _blocks(case: str, shapes: str, asked: Sequence[int]) -> Sequence[int]:

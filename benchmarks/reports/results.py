@@ -14,9 +14,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.precisions import PRECISIONS
-from benchmarks.problems import DIRECTIONS, OURS
-from benchmarks.timing import COLD, GRAPH, METHODS, WARM, Timing
+from benchmarks.cases.precisions import PRECISIONS
+from benchmarks.cases.problems import DIRECTIONS, OURS
+from benchmarks.measuring.timing import COLD, GRAPH, METHODS, WARM, Timing
 
 SCHEMA = 1
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import readme
+from benchmarks.cases.problems import OURS
 from benchmarks.machine import one_line
-from benchmarks.plots import PLOTS
-from benchmarks.problems import OURS
 from benchmarks.readme import table
-from benchmarks.results import OK, Row, ratio, read
-from benchmarks.tables import mebibytes, milliseconds
-
-SECTION = "bench"
+from benchmarks.reports.plots import PLOTS
+from benchmarks.reports.results import OK, Row, ratio, read
+from benchmarks.reports.tables import mebibytes, milliseconds
 
 NOTE = " \\*"  # another precision
 
@@ -29,6 +29,18 @@ PEERS = {
 
 # What a README shows where it was measured; every case is in the file behind the link.
 SHOWN = ("block", "head", "unified", "deform_conv", "spatial_attention")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the tables of files, or writes them into a README; returns the exit status."""
+    target: Path | None = arguments.write
+    base = Path.cwd() if target is None else target.resolve().parent
+    text = section(arguments.files, base)
+    if target is None:
+        print(text)
+    else:
+        readme.write_section(target, readme.BENCHMARKS, text)
+    return 0
 
 
 def section(paths: Sequence[Path], base: Path) -> str:

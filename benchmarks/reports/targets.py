@@ -7,13 +7,14 @@ for the levels of an 800x1344 image with 256 channels.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.heads import RECOMPUTE
-from benchmarks.problems import BOTH, FORWARD, OURS
-from benchmarks.results import OK, Results, Row, ratio
-from benchmarks.timing import GRAPH
+from benchmarks.cases.heads import RECOMPUTE
+from benchmarks.cases.problems import BOTH, FORWARD, OURS
+from benchmarks.measuring.timing import GRAPH
+from benchmarks.reports.results import OK, Results, Row, ratio, read
 
 LAYERS, COMPILED = "torchvision", "torchvision, torch.compile"
 REACHED, FIRST_STEP, MISSED, NOT_MEASURED = "reached", "first step", "missed", "not measured"
@@ -128,6 +129,12 @@ TARGETS = (
         form=".2f",
     ),
 )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what files say about every target; returns the exit status."""
+    print(format_verdicts(judge([read(path) for path in arguments.files])))
+    return 0
 
 
 def judge(runs: Sequence[Results]) -> list[Verdict]:

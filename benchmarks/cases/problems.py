@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
-from benchmarks.precisions import GRADIENT_TOLERANCE, PRECISIONS, TOLERANCE
-from benchmarks.shapes import ShapeSet
+from benchmarks.cases import peers
+from benchmarks.cases.precisions import GRADIENT_TOLERANCE, PRECISIONS, TOLERANCE
+from benchmarks.cases.shapes import ShapeSet
 
 Maps = list[Tensor]  # each [N, ...]: one entry of the first dimension for each image
 Run = Callable[[Any, Maps], Maps]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from benchmarks.cases.problems import BOTH, DIRECTIONS, FORWARD, OURS
+from benchmarks.cases.shapes import SHAPE_SETS
 from benchmarks.machine import one_line
-from benchmarks.problems import BOTH, DIRECTIONS, FORWARD, OURS
-from benchmarks.results import OK, Results, Row, ratio
-from benchmarks.shapes import SHAPE_SETS
+from benchmarks.reports.results import OK, Results, Row, ratio, read
 
 # Of Okabe and Ito's palette, which every kind of colour vision tells apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -27,6 +28,14 @@ FIRST = (OURS, FORWARD)
 MARKERS = {FORWARD: "o", BOTH: "s"}
 
 Draw = Callable[[Results, Figure], bool]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draws the plots of files beside them; returns the exit status."""
+    for path in arguments.files:
+        for written in draw_all(read(path), path.with_suffix("")):
+            print(written)
+    return 0
 
 
 def draw_all(results: Results, stem: Path) -> list[Path]:
