@@ -25,7 +25,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520.0  # under nine minutes, with room for the start of Python
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# Options of the benchmarks by the file that each writes, and how many seconds it may start work.
+# Options of the benchmarks by the file that each writes; --seconds limits when it starts work.
 _PEERS = ("--peers", "torchvision", "layers", "dense")
 HEAD_BENCHMARKS = {
     "head-batch8.json": (
@@ -56,7 +56,7 @@ class Step:
     limit_s: float
     log: str
     environment: Mapping[str, str] = field(default_factory=dict)
-    essential: bool = False  # nothing after it makes sense if it fails
+    essential: bool = False  # skip everything after it if it fails
     unavailable: str = ""  # why it cannot run here, which is no failure
 
 
@@ -113,7 +113,7 @@ def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list
         Step("tests", [*pytest, "tests", "-m", "gpu"], 210, "tests.log"),
     ]
     for tool in SANITIZERS:
-        # Tensors that torch packs into one allocation would hide a read past the end of one.
+        # Without this, torch packs tensors into one allocation, which hides reads past their ends.
         steps.append(
             Step(
                 tool,

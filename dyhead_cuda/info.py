@@ -30,7 +30,7 @@ def covering_code(archs: Sequence[str], capability: tuple[int, int]) -> str | No
         major, minor = divmod(number, 10)
         exact = (major, minor) == capability
         if exact or (not specific and major == capability[0] and minor < capability[1]):
-            # Of two that fit, the later one is closer; an "a" target counts before the plain one.
+            # The later of two that fit is closer; an "a" target is preferred to the plain one.
             best = max(best or (0, ""), (2 * number + specific, f"sm_{arch}"))
     if best is not None:
         return best[1]

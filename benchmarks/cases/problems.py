@@ -22,8 +22,21 @@ Run = Callable[[Any, Maps], Maps]
 OURS = "dyhead_cuda"
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
-# How an implementation may be asked for; ours always runs.
+
+
+# The peers that can be selected; ours always runs.
 FAMILIES = ("reference", "torchvision", "mmcv", "layers", "compile", "dense")
+
+
+def with_gradients(direction: str) -> bool:
+    """Whether gradients are part of a direction.
+
+    Raises:
+        ValueError: there is no such direction.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"expected direction to be one of {DIRECTIONS}, got {direction!r}")
+    return direction == BOTH
 
 
 @dataclass(frozen=True)
@@ -60,11 +73,11 @@ class Work:
     writes: int
 
     def flops_of(self, direction: str) -> int:
-        return self.flops * (3 if direction == BOTH else 1)
+        return self.flops * (3 if with_gradients(direction) else 1)
 
     def bytes_of(self, direction: str, itemsize: int) -> int:
         values = self.reads + self.writes
-        if direction == BOTH:
+        if with_gradients(direction):
             values += 2 * self.reads + self.writes
         return values * itemsize
 
@@ -126,10 +139,14 @@ class Implementation:
     directions: tuple[str, ...] = DIRECTIONS
     bar: bool = False
 
+    def __post_init__(self) -> None:
+        if self.family not in ("", *FAMILIES):
+            raise ValueError(f"expected family to be one of {FAMILIES}, got {self.family!r}")
+
     def precision_for(self, precision: str, device: torch.device) -> str:
         """The precision that people run it in who want ``precision``: the best one it has."""
         if self.family == "reference" and precision in ("float16", "bfloat16"):
-            return "float32"  # what it computes in anyway
+            return "float32"  # the reference computes in float32 anyway
         if self.operator is None:
             return precision
         better = ["float16", "float32"] if device.type == "cuda" else ["float32"]
@@ -160,8 +177,8 @@ class Problem:
     work: Work
     tolerance: Mapping[str, float] = field(default_factory=lambda: TOLERANCE)  # of ours
     gradient_tolerance: Mapping[str, float] = field(default_factory=lambda: GRADIENT_TOLERANCE)
-    # Among millions of values a few lie so close to an edge (of a maximum, of a pixel) that
-    # rounding decides on which side, and gradients jump there: what they may err by at real sizes.
+    # The error that gradients may have at real sizes: of millions of values a few lie so close to a
+    # kink (a maximum, a pixel's edge) that rounding decides the side, and gradients jump there.
     jumps: float = 2e-3
 
 
@@ -199,7 +216,7 @@ def exact(t: Tensor) -> Tensor:
 
 
 def random_maps(shapes: Sequence[Sequence[int]], batch: int, seed: int) -> Maps:
-    """Normal values [N, *shape]; the i-th image from the end is the same for every ``batch``."""
+    """Normal values [N, *shape]. Images count from the last: it is the same for every ``batch``."""
     maps = []
     for index, shape in enumerate(shapes):
         images = []

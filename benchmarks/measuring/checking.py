@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.precisions import PEER_GRADIENT_FACTOR, PEER_TOLERANCE, PRECISIONS, products
-from benchmarks.cases.problems import BOTH, FORWARD, Implementation, Maps, Problem, random_maps
+from benchmarks.cases.problems import Implementation, Maps, Problem, random_maps, with_gradients
 from dyhead_cuda import backends
 
 COTANGENT_SEED = 99
-# Gradients whose terms cancel are judged by the size of the others.
-SMALLEST_SHARE = 1e-3
+# A gradient much smaller than the others, whose terms cancel, is judged relative to this share of
+# the largest.
+MIN_SHARE = 1e-3
 
 
 class WrongResultError(Exception):
@@ -49,7 +50,7 @@ class Action:
 
     def prepare(self, direction: str) -> Callable[[], Maps]:
         """What to time. For both directions it returns the outputs, then the gradients."""
-        if direction == FORWARD:
+        if not with_gradients(direction):
             return self._forward
         with self.context():
             outputs = self._forward()
@@ -126,7 +127,7 @@ def expected(problem: Problem, device: torch.device, direction: str, last_only: 
 def relative_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
     """||found - right|| / ||right|| of each, in float64; NaN where there is one."""
     norms = [float(x.double().norm()) for x in right]
-    floor = SMALLEST_SHARE * max(norms, default=0.0)
+    floor = MIN_SHARE * max(norms, default=0.0)
     errors = []
     for a, b, norm in zip(found, right, norms, strict=True):
         if a.shape != b.shape:
@@ -181,7 +182,7 @@ def reference_bytes(problem: Problem, direction: str) -> int:
     """
     blocks = max(1, problem.setting.blocks)
     columns = problem.work.flops / problem.setting.batch / blocks / problem.setting.shapes.channels
-    return int(columns * (40 if direction == BOTH else 13))
+    return int(columns * (40 if with_gradients(direction) else 13))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from benchmarks.reports.plots import draw_all
 from benchmarks.reports.results import FAILED, WRONG, Results, Row
 from dyhead_cuda import library
 
-WIDTH = 150  # of tables that no terminal limits
+WIDTH = 150  # of tables in characters where there is no terminal
 
 
 def selection_of(arguments: argparse.Namespace) -> Selection:
@@ -101,7 +101,7 @@ def _run(
     arguments: argparse.Namespace,
 ) -> None:
     asked = [precision for entry in entries for precision in entry.precisions]
-    precisions = list(dict.fromkeys([*asked, "float32"]))  # what others fall back to, too
+    precisions = list(dict.fromkeys([*asked, "float32"]))  # peers fall back to float32
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     shown = console.is_terminal
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown) as progress:
@@ -128,7 +128,9 @@ def _run(
             rows.append(row)
             found.rows.append(row)
             if arguments.json not in (None, "-"):
-                results.write(found, arguments.json)  # what is there if this is interrupted
+                results.write(
+                    found, arguments.json
+                )  # keep what was measured if this is interrupted
         if current is not None:
             console.print(tables.table_of(current.setting.title, found, rows))
         progress.advance(task)

@@ -40,7 +40,7 @@ def _start_counting() -> bool:
     try:
         ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
         _CLEAR.write_text("5")
-    except (OSError, AttributeError):  # not Linux with glibc, or not allowed
+    except (OSError, AttributeError):  # not Linux with glibc, or no permission
         return False
     return True
 

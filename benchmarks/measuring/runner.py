@@ -12,7 +12,14 @@ import torch
 
 from benchmarks.cases.heads import problem_of
 from benchmarks.cases.precisions import PRECISIONS
-from benchmarks.cases.problems import BOTH, FORWARD, Implementation, Problem, Setting
+from benchmarks.cases.problems import (
+    BOTH,
+    FORWARD,
+    Implementation,
+    Problem,
+    Setting,
+    with_gradients,
+)
 from benchmarks.measuring import checking, probes, selection
 from benchmarks.measuring.checking import Action, WrongResultError
 from benchmarks.measuring.selection import Entry
@@ -97,7 +104,7 @@ class Runner:
             row = self._measure(row, problem, entry, how, ran_in, direction)
         except WrongResultError as error:
             row = replace(row, status=WRONG, remark=str(error))
-        except Exception as error:  # other people's code may raise anything; the rest goes on
+        except Exception as error:  # a peer may raise anything; keep measuring the others
             row = replace(row, status=FAILED, remark=_first_line(error))
         _free(device)
         self._measured[setting, how.name, ran_in, direction] = row
@@ -114,7 +121,7 @@ class Runner:
     ) -> Row:
         options = self.options
         checked, errors = [], []
-        # A compiled one compiles for every size: it is checked at the size that is measured.
+        # torch.compile compiles for every size anew, so check only the size that is measured.
         if not how.bar and not how.compiled:
             errors.append(self._small_error(problem.setting, how, precision, direction))
             checked.append("small")
@@ -139,7 +146,9 @@ class Runner:
                 del results
             del found
             times, remark = self._times(run, first)
-            kernels = probes.launches(run, options.device) if direction == FORWARD else None
+            kernels = (
+                probes.launches(run, options.device) if not with_gradients(direction) else None
+            )
         return replace(
             row,
             status=OK,
@@ -235,7 +244,7 @@ def _first_line(error: BaseException) -> str:
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # of a kernel that failed before
+        with contextlib.suppress(RuntimeError):  # a kernel that failed earlier makes it raise
             torch.cuda.empty_cache()
 
 

@@ -47,14 +47,14 @@ DEFAULT_PRECISIONS = {
     "cuda": ("bfloat16", "float16", "tf32", "float32"),
 }
 DEFAULT_BATCHES = {"cpu": (1,), "cuda": (8, 1)}
-# A head of six blocks, forward and backward on peers, takes minutes on a CPU: only if asked for.
+# On a CPU the peers take minutes for a head of six blocks, so it is measured only on request.
 DEFAULT_CASES = {
     "cpu": tuple(case for case in CASES if case not in (*STACKED, "branches")),
     "cuda": ("head", *(case for case in CASES if case != "head")),
 }
-# Where code is generated for it, which takes a minute each on a CPU.
+# Cases that torch.compile is measured on: compiling takes about a minute each on a CPU.
 COMPILED_CASES = {"cpu": ("block",), "cuda": tuple(CASES)}
-# How time grows with pixels and batch: shapes and batch of a block.
+# Shapes and batches of a block that show how time grows with pixels and batch.
 SWEEP = (("glip", 2), ("glip", 8), ("yolo", 1), ("mmdet", 1), ("swin", 1), ("masa", 1))
 SWEEP_FAMILIES: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("torchvision",)}
 SWEEP_PRECISION = {"cpu": "float32", "cuda": "bfloat16"}

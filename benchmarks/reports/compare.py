@@ -9,7 +9,7 @@ from benchmarks.cases.problems import OURS
 from benchmarks.reports.results import OK, SKIPPED, Results, ResultsError, Row, read
 
 SAME = ("device", "processor", "threads")
-SMALLEST_MEMORY = 2**20  # bytes; less of a difference is the allocator's
+MIN_MEMORY_GROWTH = 2**20  # bytes; smaller differences are noise of the allocator
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _change(before: Row, after: Row | None, threshold: float) -> Change:
         reasons.append(f"{ratio - 1:.0%} slower")
     if before.memory is not None and after.memory is not None:
         growth = after.memory - before.memory
-        if growth > max(threshold * before.memory, SMALLEST_MEMORY):
+        if growth > max(threshold * before.memory, MIN_MEMORY_GROWTH):
             reasons.append(f"{growth / 2**20:.0f} MiB more memory")
     return Change(before, after, ratio, ", ".join(reasons) if own else "")
 

@@ -12,12 +12,12 @@ from benchmarks.cases.problems import OURS
 from benchmarks.machine import one_line
 from benchmarks.readme import table
 from benchmarks.reports.plots import PLOTS
-from benchmarks.reports.results import OK, Row, ratio, read
+from benchmarks.reports.results import OK, Results, Row, ratio, read
 from benchmarks.reports.tables import mebibytes, milliseconds
 
-NOTE = " \\*"  # another precision
+NOTE = " \\*"  # marks a peer that ran in another precision
 
-# Columns of times relative to ours, and the implementations that can stand in one.
+# Columns of times relative to ours, and the implementations that each may show.
 PEERS = {
     "layer by layer": ("torchvision", "layer by layer"),
     "torch.compile": ("torchvision, torch.compile", "layer by layer, torch.compile"),
@@ -27,7 +27,7 @@ PEERS = {
 }
 
 
-# What a README shows where it was measured; every case is in the file behind the link.
+# The cases that a README shows; the file behind the link has all.
 SHOWN = ("block", "head", "unified", "deform_conv", "spatial_attention")
 
 
@@ -51,40 +51,53 @@ def section(paths: Sequence[Path], base: Path) -> str:
 def _report(path: Path, base: Path) -> str:
     results = read(path)
     facts = results.environment
+    groups = _shown(results)
+    columns = [name for name in PEERS if any(_peer(name, group, OK) for group in groups)]
+    rated = results.ceilings is not None
+    header = ["case", "precision", "direction", OURS, *columns, *["roofline"] * rated, "memory"]
+    rows = [_cells(results, group, columns) for group in groups]
     lines = [
         f"{one_line(facts)}, {str(facts['date'])[:10]}, commit {facts['commit'] or 'unknown'}:",
         "",
         f"    {facts['command']}",
         "",
+        table(header, rows, text_columns=3),
+        "",
+        _legend(rated, noted=any(NOTE in cell for row in rows for cell in row)),
+        "",
+        _links(path, base),
     ]
-    groups = [g for g in results.groups() if OURS in g and len(g) > 1]
-    groups = [g for g in groups if g[OURS].case in SHOWN] or groups
-    columns = [
-        name
-        for name, kinds in PEERS.items()
-        if any(kind in g and g[kind].status == OK for g in groups for kind in kinds)
-    ]
-    rated = results.ceilings is not None
-    header = ["case", "precision", "direction", OURS, *columns, *["roofline"] * rated, "memory"]
-    rows = []
-    noted = False
-    for group in groups:
-        own = group[OURS]
-        cells = [_case(own), own.precision, own.direction]
-        cells.append(milliseconds(own.time.median) if own.time else own.status)
-        for column in columns:
-            peer = next((group[kind] for kind in PEERS[column] if kind in group), None)
-            times = ratio(peer, own)
-            other = peer is not None and peer.ran_in != peer.precision
-            noted = noted or (other and times is not None)
-            cells.append("" if times is None else f"{times:.1f} x" + NOTE * other)
-        share = results.of_roofline(own)
-        cells += ["" if share is None else f"{share:.0%}"] * rated
-        cells.append(_memory(group))
-        rows.append(cells)
-    lines.append(table(header, rows, text_columns=3))
-    lines += ["", _legend(rated, noted), "", _links(path, base)]
     return "\n".join(lines)
+
+
+def _shown(results: Results) -> list[dict[str, Row]]:
+    """The groups with peers; only those of the cases in ``SHOWN`` if there are any."""
+    groups = [group for group in results.groups() if OURS in group and len(group) > 1]
+    return [group for group in groups if group[OURS].case in SHOWN] or groups
+
+
+def _peer(column: str, group: dict[str, Row], *statuses: str) -> Row | None:
+    """The first row for a column of ``PEERS``, with one of some statuses; with any by default."""
+    rows = (group[kind] for kind in PEERS[column] if kind in group)
+    return next((row for row in rows if not statuses or row.status in statuses), None)
+
+
+def _cells(results: Results, group: dict[str, Row], columns: Sequence[str]) -> list[str]:
+    own = group[OURS]
+    cells = [_case(own), own.precision, own.direction]
+    cells.append(milliseconds(own.time.median) if own.time else own.status)
+    for column in columns:
+        peer = _peer(column, group)
+        times = ratio(peer, own)
+        if peer is None or times is None:
+            cells.append("")
+        else:
+            cells.append(f"{times:.1f} x" + NOTE * (peer.ran_in != peer.precision))
+    if results.ceilings is not None:
+        share = results.of_roofline(own)
+        cells.append("" if share is None else f"{share:.0%}")
+    cells.append(_memory(group))
+    return cells
 
 
 def _case(row: Row) -> str:

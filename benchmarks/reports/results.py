@@ -22,7 +22,7 @@ SCHEMA = 1
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"
 STATUSES = (OK, WRONG, FAILED, SKIPPED)
 
-# Which time stands for a row where it has several: inputs from memory, as between other layers.
+# The time that represents a row: cold if it has it, since other layers evict the inputs.
 PREFERRED = (COLD, WARM, GRAPH)
 
 Key = tuple[str, str, int, int, int, str, str]
@@ -150,7 +150,7 @@ def own_row(group: dict[str, Row]) -> Row | None:
 
 def write(results: Results, target: str) -> None:
     """Writes JSON to a file, or to stdout for "-"."""
-    # One row a line: a change of one is a change of one line.
+    # One row per line keeps diffs small.
     data = results.as_data()
     rows = ",\n  ".join(json.dumps(row) for row in data.pop("rows"))
     head = json.dumps(data, indent=1).removesuffix("\n}")
@@ -170,7 +170,9 @@ def read(path: Path) -> Results:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: expected JSON written by bench --json: {error}") from None
+        raise ResultsError(
+            f"{path}: expected JSON written by python -m benchmarks --json: {error}"
+        ) from None
     try:
         return from_data(data)
     except ResultsError as error:

@@ -56,7 +56,7 @@ def train_all(
     """
     runs = [(name, seed) for seed in seeds for name in names]
     threads = max(1, torch.get_num_threads() // jobs)
-    # Not forked: torch's threads do not survive that.
+    # Spawn, because torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     begin = time.monotonic()
     with ProcessPoolExecutor(

@@ -33,7 +33,7 @@ class Table:
     variants: tuple[str, ...]
 
 
-# Blocks of the detectors that differ in something else than their number.
+# Blocks of the variants that differ in something else than the number of blocks.
 _BLOCKS = 2
 _WHOLE = f"dyhead-{_BLOCKS}"
 

@@ -70,7 +70,7 @@ def print_metrics(console: Console, metrics: Metrics, title: str) -> None:
     """Prints the tables of the summary, of each class, and of keypoints if there are any."""
     table = Table("metric", Column("%", justify="right"), "meaning")
     for name, value in metrics.summary.items():
-        table.add_row(name, _percent(value), MEANINGS.get(name, ""))
+        table.add_row(name, _percent(value), MEANINGS[name])
     console.print(escape(title), table, sep="\n")
     _print_column(console, metrics.per_class, "class", "AP of each class")
     if metrics.keypoints is not None:

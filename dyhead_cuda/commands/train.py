@@ -1,4 +1,4 @@
-"""``python -m dyhead_cuda train``: trains a detector, or goes on with a run."""
+"""``python -m dyhead_cuda train``: trains a detector, or resumes a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             model = train_settings.model_config(arguments, sets[0])
             config = train_settings.train_config(arguments, len(sets[0]))
             folder = arguments.out or Path("runs") / f"{arguments.model}-{Path(data.spec).name}"
-            _print_plan(console, config, model, data, sets, folder)
+            _print_settings(console, config, model, data, sets, folder)
             with ExitStack() as stack:
                 listeners = [stack.enter_context(progress.shown(console, config.steps))]
                 if arguments.tensorboard and is_first():
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(
+def _print_settings(
     console: Console,
     config: TrainConfig,
     model: ModelConfig,

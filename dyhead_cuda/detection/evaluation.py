@@ -74,14 +74,14 @@ def evaluate(
         ValueError: labels that are no class of the dataset, or not one sigma per keypoint.
     """
     if keypoint_sigmas is not None:
-        _sigmas(dataset.num_keypoints, keypoint_sigmas)  # fails before the work, not after it
+        _sigmas(dataset.num_keypoints, keypoint_sigmas)  # fail early, before predicting
     if isinstance(model, DistributedDataParallel):
-        # Its forward exchanges buffers, which would wait for ever where processes have unequally
-        # many batches.
+        # Its forward exchanges buffers between the processes, so it would hang when they have
+        # different numbers of batches.
         model = model.module
     rank, world = _rank(), _world()
     shard: Subset[Any] = Subset(cast(Any, dataset), range(rank, len(dataset), world))
-    # With a generator of its own the loader leaves torch's random state, so training, as it is.
+    # Its own generator: the loader must not advance torch's random state during training.
     loader = DataLoader(
         shard, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
@@ -103,7 +103,9 @@ def evaluate(
     scored: list[Any] = [None]
     if rank == 0:
         metrics = score(dataset, everything, keypoint_sigmas=keypoint_sigmas)
-        scored = [dataclasses.replace(metrics, detections=[])]  # every process has them
+        scored = [
+            dataclasses.replace(metrics, detections=[])
+        ]  # every process has the detections already
     distributed.broadcast_object_list(scored)
     return dataclasses.replace(scored[0], detections=everything)
 
@@ -132,7 +134,7 @@ def score(
         sigmas = _sigmas(dataset.num_keypoints, keypoint_sigmas)
         stats = _run_cocoeval(dataset.coco, detections, "keypoints", sigmas).stats
         keypoints = _named(KEYPOINT_SUMMARY, stats)
-    # [IoU thresholds, recalls, categories, areas, detections per image], -1 for no object
+    # [IoU thresholds, recalls, categories, areas, detections per image]; -1: no object
     precision = boxes.eval["precision"]
     order = list(boxes.params.catIds)
     per_class = {}
@@ -157,7 +159,7 @@ def _is_distributed() -> bool:
 
 @contextlib.contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    # Module by module: a frozen part of a model in training mode stays frozen.
+    # Modes are restored module by module, so that frozen parts of the model stay frozen.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.cases import operators, problems
+from benchmarks.cases import common, peers, problems
 from benchmarks.cases.heads import CASES, problem_of
 from benchmarks.cases.precisions import PRECISIONS, products
 from benchmarks.cases.problems import BOTH, DIRECTIONS, FORWARD, OURS, Maps, Problem, Setting, Work
 from benchmarks.cases.shapes import SHAPE_SETS, SMALL_LEVELS, ShapeSet
-from benchmarks.measuring import checking, selection
+from benchmarks.measuring import checking, selection, timing
 from benchmarks.measuring.checking import Action, WrongResultError
 from dyhead_cuda import backends
 from dyhead_cuda.ops.common import tf32_allowed
@@ -215,12 +215,12 @@ def test_shapes_are_those_of_the_images() -> None:
 
 
 def test_branches_of_three_levels() -> None:
-    assert operators.branch_sizes(((8, 6), (4, 3), (2, 2))) == [
+    assert common.branch_sizes(((8, 6), (4, 3), (2, 2))) == [
         *((8, 6), (4, 3)),
         *((4, 3), (4, 3), (2, 2)),
         *((2, 2), (2, 2)),
     ]
-    assert operators.branch_counts(SMALL_LEVELS) == [2, 3, 2]
+    assert common.branch_counts(SMALL_LEVELS) == [2, 3, 2]
 
 
 def test_work_of_a_deformable_convolution() -> None:
@@ -338,3 +338,26 @@ def test_a_peer_without_bfloat16_runs_in_its_best_precision() -> None:
     assert by_name["torchvision"].precision_for("float64", CPU) == "float64"
     assert by_name["reference"].precision_for("bfloat16", CPU) == "float32"
     assert by_name[OURS].precision_for("bfloat16", CPU) == "bfloat16"
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"direction to be one of \('forward', .*got 'backward'"):
+        Work(1, 1, 1).flops_of("backward")
+    with pytest.raises(ValueError, match="direction to be one of"):
+        Work(1, 1, 1).bytes_of("backward", 4)
+    problem = problem_of(Setting("dynamic_relu", SHAPE_SETS["tiny"]))
+    action = Action(problem, problem.reference, "float32", torch.device("cpu"))
+    with pytest.raises(ValueError, match="direction to be one of"):
+        action.prepare("backward")
+    with pytest.raises(ValueError, match=r"family to be one of .*'mmcv'.*, got 'detectron'"):
+        problems.Implementation("detectron", "detectron", lambda module, inputs: inputs)
+    features, weight = torch.rand(1, 2, 4, 3, 3), torch.rand(2, 4, 4, 3, 3)
+    predictor = torch.rand(27, 4, 3, 3), torch.rand(27)
+    operator = peers.deform_convs()["torchvision"]
+    with pytest.raises(ValueError, match=r"targets to be one of .*'median'.*, got 'middle'"):
+        peers.spatial_attention(features, weight, *predictor, "middle", operator)
+
+
+def test_an_unknown_way_to_time_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method to be one of .*'graph'.*, got 'hot'"):
+        timing.measure(lambda: None, torch.device("cpu"), timing.QUICK, "hot")

@@ -69,7 +69,7 @@ def test_a_quick_run_writes_a_complete_record(tmp_path: Path) -> None:
         assert row.status == results.OK, row.remark
         assert row.blocks == (2 if row.case == "head" else 1)
         assert list(row.times) == [WARM]
-        assert row.times[WARM].runs == QUICK.least_runs
+        assert row.times[WARM].runs == QUICK.min_runs
         assert row.bytes > 0
         assert row.memory is not None
         assert row.launches is None
@@ -267,7 +267,7 @@ def test_wrong_options_are_refused_at_once(
 
 def test_timing_counts_the_runs_and_orders_the_quartiles() -> None:
     calls: list[int] = []
-    effort = Effort(seconds=60, least_runs=5, most_runs=5, warmup_seconds=0)
+    effort = Effort(seconds=60, min_runs=5, max_runs=5, warmup_seconds=0)
     for method in (WARM, COLD):
         calls.clear()
         assert timing.measure(lambda: calls.append(0), CPU, effort, method).runs == 5
@@ -280,7 +280,7 @@ def test_a_slow_action_gets_no_warm_up_and_few_runs() -> None:
     assert usual.given(0.1) == (usual, [])
     assert usual.given(1.0) == (replace(usual, warmup_seconds=0.0), [])
     effort, known = usual.given(60.0)
-    assert (effort.warmup_seconds, effort.least_runs, known) == (0.0, 2, [60.0])
+    assert (effort.warmup_seconds, effort.min_runs, known) == (0.0, 2, [60.0])
     calls: list[int] = []
     found = timing.measure(lambda: calls.append(0), CPU, effort, WARM, [9.0, 60.0])
     assert (found.runs, found.upper_quartile > 9, len(calls)) == (2, True, 0)
@@ -288,7 +288,7 @@ def test_a_slow_action_gets_no_warm_up_and_few_runs() -> None:
 
 def test_a_run_is_warmed_up_for_the_time_given() -> None:
     calls: list[int] = []
-    effort = Effort(seconds=0, least_runs=2, most_runs=2, warmup_seconds=0.01)
+    effort = Effort(seconds=0, min_runs=2, max_runs=2, warmup_seconds=0.01)
     timing.measure(lambda: calls.append(0), CPU, effort, WARM)
     assert len(calls) > 2
 

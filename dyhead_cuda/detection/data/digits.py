@@ -23,7 +23,7 @@ NUM_IMAGES = {"train": 2000, "val": 400}
 KEYPOINT_NAMES = ("top", "right", "bottom", "left")
 
 _VAL_SHARE = 4  # one scan in four is kept for val
-_SMALLEST_SIDE = 32
+_MIN_SIDE = 32
 
 
 class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -80,8 +80,8 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 f"expected both min_size and max_size or none, got {min_size} and {max_size}"
             )
         sides = size if min_size is None or max_size is None else (min_size, max_size)
-        if len(sides) != 2 or min(sides) < _SMALLEST_SIDE:
-            raise ValueError(f"expected scenes of at least {_SMALLEST_SIDE} pixels, got {sides}")
+        if len(sides) != 2 or min(sides) < _MIN_SIDE:
+            raise ValueError(f"expected scenes of at least {_MIN_SIDE} pixels, got {sides}")
         if max_size is not None and sides[0] > sides[1]:
             raise ValueError(f"expected min_size of at most max_size, got {sides}")
         self._num_images = NUM_IMAGES[split] if num_images is None else num_images
@@ -121,7 +121,7 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             raise IndexError(f"expected a scene from 0 to {self._num_images - 1}, got {index}")
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        # A stream per scene: neither the order of reading nor the number of scenes matters.
+        # One random stream per scene: it does not depend on which ones were read before.
         key = (SPLITS.index(self.split), index)
         rng = np.random.Generator(
             np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=key))

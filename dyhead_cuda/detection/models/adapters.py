@@ -138,7 +138,7 @@ def check_targets(
                 f"expected int64 labels [{count}] in target {i}, got {labels.dtype} "
                 f"{list(labels.shape)}"
             )
-        # Asked this way round, NaN is wrong as well.
+        # NaN fails the comparison, so it is refused too.
         good = (boxes[:, :2] < boxes[:, 2:]).all(1) & boxes.isfinite().all(1)
         if not good.all():
             raise ValueError(

@@ -114,6 +114,7 @@ class ExtraLevels(ExtraFPNBlock):
 
     def __init__(self, channels: int, levels: Sequence[int], extra: Extra) -> None:
         super().__init__()
+        checks.one_of("extra", extra, get_args(Extra))
         self.levels, self.extra = tuple(levels), extra
         for level in self.levels if extra != "pool" else ():
             convolution = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -207,7 +208,7 @@ def _make_body(
         # Patch embedding, then stage, patch merging, stage, ...
         stages = {str(2 * level - 3): str(level) for level in levels}
         return SwinBody(IntermediateLayerGetter(network.features, stages), channels), channels
-    # The few images of a detector's batch would only blur pretrained statistics.
+    # A detector's batch is too small to update pretrained statistics.
     norm = FrozenBatchNorm2d if weights else nn.BatchNorm2d
     network = models.get_model(name, norm_layer=norm, **options)
     channels = [network.fc.in_features >> (5 - level) for level in levels]
@@ -242,10 +243,10 @@ def _make_timm(
         )
     options: dict[str, Any] = {"features_only": True}
     if "swin" in model:
-        options["strict_img_size"] = False  # other sizes than that of its classification
+        options["strict_img_size"] = False  # allow other sizes than in classification
     with torch.device("meta"):
         info: Any = timm.create_model(model, **options).feature_info
-    # Of features of the same stride the last is the richest.
+    # Several features may have the same stride: take the last, which is the deepest.
     by_stride = {stride: i for i, stride in enumerate(info.reduction())}
     available = [level for level in range(FIRST_LEVEL, LAST_LEVEL + 1) if 2**level in by_stride]
     levels = _select_levels(name, available, first_level, last_level)

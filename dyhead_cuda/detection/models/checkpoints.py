@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -14,7 +14,7 @@ from torchvision.models import SwinTransformer
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork
 
-from dyhead_cuda import compat
+from dyhead_cuda import checks, compat
 from dyhead_cuda.compat.towers import unnest
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.backbones import Pyramid, SwinBody
@@ -35,6 +35,9 @@ _RESNETS = {
     (3, 8, 36, 3, 3): "resnet152",
 }
 _TABLE = r"(?:layers|stages)\.\d\.blocks\.0\.attn\.(?:w_msa\.)?relative_position_bias_table"
+
+
+FAMILIES, CHANNEL_ORDERS = ("resnet", "swin"), ("rgb", "bgr")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Recipe:
     size_divisible: int = 128
     min_size: int = 800
     max_size: int = 1333
+
+    def __post_init__(self) -> None:
+        checks.one_of("family", self.family, FAMILIES)
+        checks.one_of("channels", self.channels, CHANNEL_ORDERS)
 
 
 #: mmdet ``atss_r50_fpn_dyhead_1x_coco``.
@@ -106,7 +113,7 @@ def _pyramid(state: Mapping[str, Any], source: Source, family: str, channels: in
         "blocks": 0,
         "extra": source.extra,
     }
-    if residual:
+    if family == "resnet":
         convs = 3 if any(re.search(r"\.0\.conv3\.", key) for key in keys) else 2
         found = (*residual, convs)
         if found not in _RESNETS:
@@ -114,27 +121,45 @@ def _pyramid(state: Mapping[str, Any], source: Source, family: str, channels: in
                 "expected blocks of the four stages and convolutions of a block as one of "
                 f"{sorted(_RESNETS)}, got {found}"
             )
-        # These weights are not loaded: a network that has some has frozen batch normalisation.
+        # The weights are not loaded: naming some only makes the batch normalisation frozen.
         return Pyramid(_RESNETS[found], weights="DEFAULT", load_weights=False, **options)
+    return _swin_pyramid(state, source, keys, windowed, options)
+
+
+def _swin_pyramid(
+    state: Mapping[str, Any],
+    source: Source,
+    keys: Sequence[str],
+    depths: list[int],
+    options: Mapping[str, Any],
+) -> Pyramid:
+    """As :func:`_pyramid` for a Swin transformer with so many blocks in each stage.
+
+    Args:
+        state, source: as there.
+        keys: of the backbone, without its prefix.
+        depths: blocks of each stage.
+        options: of :class:`Pyramid`.
+    """
     tables = [state[source.body + key] for key in sorted(keys) if re.fullmatch(_TABLE, key)]
     patches = [key for key in keys if re.fullmatch(r"patch_embed\.proj(ection)?\.weight", key)]
-    if len(tables) != len(windowed) or len(windowed) != 4 or len(patches) != 1:
+    if len(tables) != len(depths) or len(depths) != 4 or len(patches) != 1:
         raise ValueError(
             f'expected a Swin transformer of four stages under "{source.body}", found '
-            f"{len(windowed)} with {len(tables)} tables of relative positions and {len(patches)} "
+            f"{len(depths)} with {len(tables)} tables of relative positions and {len(patches)} "
             "patch embeddings"
         )
     width, window = len(state[source.body + patches[0]]), (round(len(tables[0]) ** 0.5) + 1) // 2
     heads = [table.shape[1] for table in tables]
     network = SwinTransformer(
-        [4, 4], width, windowed, heads, [window, window], stochastic_depth_prob=0.2
+        [4, 4], width, depths, heads, [window, window], stochastic_depth_prob=0.2
     )
     widths = [width << stage for stage in range(1, 4)]
     pyramid = Pyramid("swin_t", **options)
     pyramid.body = SwinBody(
         IntermediateLayerGetter(network.features, {"3": "3", "5": "4", "7": "5"}), widths
     )
-    pyramid.fpn = FeaturePyramidNetwork(widths, channels, pyramid.fpn.extra_blocks)
+    pyramid.fpn = FeaturePyramidNetwork(widths, pyramid.out_channels, pyramid.fpn.extra_blocks)
     return pyramid
 
 
@@ -156,9 +181,23 @@ def _load(model: ATSS, state: Mapping[str, Any], source: Source, tower: set[str]
         for key in shapes
         if not key.startswith("backbone.dyhead.") and key != "head.scales"
     }
-    used = {*names.values(), *scales, *tower}
+    _check_keys(state, {*names.values(), *scales, *tower}, source)
+    tensors = {key: _tensor(state[name]) for key, name in names.items()}
+    tensors["head.scales"] = torch.cat([_tensor(state[name]).flatten() for name in scales])
+    for key, value in tensors.items():
+        if key.endswith("relative_position_index"):
+            tensors[key] = value.flatten()
+    _check_shapes(tensors, shapes, {**names, "head.scales": "all scales"})
+    if source.unfolded:
+        for key in tensors:
+            if re.search(r"\.stages\.\d+\.(norm|reduction)\.", key):
+                tensors[key] = _reorder_patches(tensors[key])
+    model.load_state_dict(tensors, strict=False)
+
+
+def _check_keys(state: Mapping[str, Any], used: set[str], source: Source) -> None:
     missing = sorted(used - set(state))
-    # Frozen batch normalisation counts no batches.
+    # Frozen batch normalisation has no such counter.
     unexpected = sorted(key for key in set(state) - used if not key.endswith("num_batches_tracked"))
     if missing or unexpected:
         raise ValueError(
@@ -166,24 +205,24 @@ def _load(model: ATSS, state: Mapping[str, Any], source: Source, tower: set[str]
             f"Head of P{FIRST}..P{LAST}, missing: {', '.join(missing) or 'none'}; unexpected: "
             f"{', '.join(unexpected) or 'none'}"
         )
-    tensors = {key: _tensor(state[name]) for key, name in names.items()}
-    tensors["head.scales"] = torch.cat([_tensor(state[name]).flatten() for name in scales])
-    for key, value in tensors.items():
-        if key.endswith("relative_position_index"):
-            tensors[key] = value.flatten()
-    wrong = [key for key, value in tensors.items() if value.shape != shapes[key]]
-    if wrong:
-        lines = (
-            f"{names.get(key, 'all scales')}: expected {list(shapes[key])}, got "
-            f"{list(tensors[key].shape)}"
-            for key in wrong
-        )
+
+
+def _check_shapes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Mapping[str, str]
+) -> None:
+    """Raise unless all have the model's shapes; ``names`` are the keys in the checkpoint."""
+    lines = [
+        f"{names[key]}: expected {list(shapes[key])}, got {list(value.shape)}"
+        for key, value in tensors.items()
+        if value.shape != shapes[key]
+    ]
+    if lines:
         raise ValueError(f"expected other shapes in the checkpoint: {'; '.join(lines)}")
-    for key, value in tensors.items():
-        if source.unfolded and re.search(r"\.stages\.\d+\.(norm|reduction)\.", key):
-            # From (channel, dy, dx) to (dx, dy, channel).
-            tensors[key] = value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
-    model.load_state_dict(tensors, strict=False)
+
+
+def _reorder_patches(value: Tensor) -> Tensor:
+    """The four pixels of patch merging, from (channel, dy, dx) to (dx, dy, channel)."""
+    return value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
 
 
 def _build(checkpoint: Mapping[str, Any], source: Source, head: DyHead, recipe: Recipe) -> ATSS:

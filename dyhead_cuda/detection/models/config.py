@@ -19,7 +19,7 @@ from dyhead_cuda.detection.settings import Settings
 from dyhead_cuda.modules import ATTENTIONS, Attention, Init
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
-# How each one's publication makes the levels beyond the backbone.
+# How each publication makes the levels beyond the backbone.
 EXTRA_LEVELS: dict[str, Extra] = {
     "atss": "conv",
     "retinanet": "conv_relu",
@@ -144,7 +144,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         last_level=config.last_level,
         channels=config.channels,
         blocks=config.blocks,
-        # There, the task attention comes after RoI pooling.
+        # faster_rcnn_task applies the task attention after RoI pooling instead.
         attentions=[a for a in config.attentions if not (task_head and a == "task")],
         high_offset=config.high_offset,
         init=config.init,
@@ -182,7 +182,7 @@ def gflops(model: nn.Module, height: int, width: int) -> float:
     training = model.training
     model.eval()
     try:
-        # In plain PyTorch the head's products are ones that torch can count.
+        # The counter sees only PyTorch's own operators, not the fused kernels.
         with torch.no_grad(), backend("reference"), FlopCounterMode(display=False) as counter:
             model([image])
     finally:

@@ -108,7 +108,8 @@ class FCOS(_LabelsFromOne, detection.FCOS):
         checks.positive(num_classes=num_classes)
         pyramid: Any = backbone
         channels = pyramid.out_channels
-        # 32 groups as published, fewer for few channels: a map of one pixel needs two in each.
+        # 32 groups as published, fewer for few channels: on a map of one pixel, group normalisation
+        # needs at least two channels in each group.
         norm = partial(nn.GroupNorm, math.gcd(32, channels, channels // 2))
         head = FCOSHead(channels, 1, num_classes, num_convs=0)
         head.classification_head = FCOSClassificationHead(

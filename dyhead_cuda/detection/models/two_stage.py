@@ -67,7 +67,6 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
         keypoints: int = 0,
     ) -> None:
         checks.positive(num_classes=num_classes)
-        checks.one_of("box_head", box_head, get_args(BoxHead))
         pyramid: Any = backbone
         channels, strides = pyramid.out_channels, pyramid.strides
         pooled_values = channels * BOX_SIDE**2
@@ -93,9 +92,10 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
 
 def _make_box_head(kind: BoxHead, channels: int, pooled_values: int) -> tuple[nn.Module, int]:
     """The module from pooled regions to rows for the predictors, and the length of a row."""
+    checks.one_of("box_head", kind, get_args(BoxHead))
     if kind == "mlp":
         return TwoMLPHead(pooled_values, 4 * channels), 4 * channels
-    attention = [DynamicReLU(channels)] if kind == "task" else []
+    attention = {"task": [DynamicReLU(channels)], "linear": []}[kind]
     return nn.Sequential(*attention, nn.Flatten()), pooled_values
 
 
@@ -107,7 +107,7 @@ def _make_pooling(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
             f"from, got strides {tuple(strides)}"
         )
     pooling = MultiScaleRoIAlign([str(i) for i in range(len(pooled))], side, sampling_ratio=2)
-    # torchvision would guess these from the sizes of the first batch, wrongly for small images.
+    # torchvision infers these from the sizes of the first batch, wrongly for small images.
     pooling.scales = [1 / stride for stride in pooled]
     pooling.map_levels = LevelMapper(pooled[0].bit_length() - 1, pooled[-1].bit_length() - 1)
     return pooling

@@ -17,7 +17,7 @@ from dyhead_cuda.detection.training import random_state
 from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.modules import DyHeadBlock
 
-# Of the published "1x" schedule of 12 epochs: lower after the 8th and after the 11th.
+# The published "1x" schedule has 12 epochs and lowers the rate after the 8th and the 11th.
 DROPS, DROP_FACTOR = (8 / 12, 11 / 12), 0.1
 
 WARMUP_START = 0.001  # of the learning rate, at the first step
@@ -43,7 +43,7 @@ def _step(config: TrainConfig, step: int) -> float:
     return DROP_FACTOR**drops
 
 
-# Parts of the highest learning rate after the warmup.
+# The factor on the highest learning rate after the warmup.
 _SCHEDULES: dict[Schedule, Callable[[TrainConfig, int], float]] = {
     "cosine": _cosine,
     "step": _step,

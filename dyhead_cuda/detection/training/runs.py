@@ -20,7 +20,7 @@ import torch
 
 LAST, BEST, CONFIG, LOG = "last.pt", "best.pt", "config.json", "log.jsonl"
 
-# Where and how often, not what: a run may be resumed with others.
+# These do not change what is trained, so a run may be resumed with other values.
 _FREE = ("training.device", "training.workers", "training.checkpoint_every")
 
 _logger = logging.getLogger("dyhead_cuda.detection")

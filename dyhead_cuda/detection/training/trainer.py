@@ -70,7 +70,7 @@ def train(
     sets: tuple[DetectionDataset, DetectionDataset] | None = None,
     listeners: Sequence[Listener] = (),
 ) -> Metrics:
-    """Trains a detector, or goes on with the run that ``folder`` holds.
+    """Trains a detector, or resumes the run in ``folder``.
 
     Under torchrun each process trains on a batch of its own, and gradients are averaged.
 
@@ -216,7 +216,7 @@ class Trainer:
                 due, last = self._evaluation_due(), self.step == config.steps
                 stop = self.processes.any(request.number > 0)
                 if due or stop or self.step % config.checkpoint_every == 0:
-                    # Before the evaluation, which may take long and which a resumed run repeats.
+                    # Save before the evaluation: it may take long, and a resumed run repeats it.
                     self._save(description)
                 if stop and not last:
                     raise Interrupted(
@@ -242,8 +242,7 @@ class Trainer:
             self.replica = DistributedDataParallel(
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                # Which parameters a step uses may depend on its images, e.g. on whether any has
-                # boxes.
+                # A step may leave parameters unused, for example when none of its images has boxes.
                 find_unused_parameters=True,
             )
         try:
@@ -259,7 +258,7 @@ class Trainer:
             collate_fn=collate,
             num_workers=config.workers,
             pin_memory=processes.device.type == "cuda",
-            # The seed that it draws for its workers shall not come from the state of the steps.
+            # Its own generator: drawing the seed of the workers must not change the steps.
             generator=torch.Generator(),
         )
 
@@ -278,7 +277,7 @@ class Trainer:
                 ],
             )
         values = torch.stack([loss.float() for loss in losses.values()])
-        # All processes then find the same, and none waits for one that has stopped.
+        # Every process sees the same means, so all stop together and none waits for another.
         means = self.processes.mean(values.detach().clone()).tolist()
         by_name = dict(zip(losses, means, strict=True))
         self._check("loss", sum(means), by_name)
@@ -343,7 +342,7 @@ class Trainer:
 
     def _keep_if_best(self, metrics: Metrics, description: Mapping[str, Any]) -> None:
         ap = metrics.summary["AP"]
-        ap = -1.0 if math.isnan(ap) else ap  # there is nothing to find
+        ap = -1.0 if math.isnan(ap) else ap  # no objects in the validation set
         if ap > self.folder.best_ap():
             weights = self.model.state_dict()
             config = dict(description)
