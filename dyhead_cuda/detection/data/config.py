@@ -22,8 +22,16 @@ def open_dataset(spec: str | Path, split: Split, **options: Any) -> DetectionDat
         split: "train" or "val".
         options: :class:`DigitScenes`'s or :class:`CocoFolder`'s.
 
+    Returns:
+        A :class:`DigitScenes` or a :class:`CocoFolder`.
+
     Raises:
         ValueError: neither; or what the dataset raises.
+
+    Example:
+        >>> from dyhead_cuda.detection import open_dataset
+        >>> len(open_dataset("digits", "val", num_images=3))
+        3
     """
     if spec == "digits":
         return DigitScenes(split, **options)
@@ -41,6 +49,14 @@ class DataConfig(Settings):
         options: its options, for both splits.
         train, val: more options for one split.
         flip: mirror half of the training images, at random.
+
+    Example:
+        >>> from dyhead_cuda.detection import DataConfig
+        >>> data = DataConfig("digits", {"size": [64, 64]}, train={"num_images": 5})
+        >>> len(data.open("train")), len(data.open("val"))
+        (5, 400)
+        >>> DataConfig.from_dict(data.to_dict()) == data
+        True
     """
 
     spec: str
@@ -52,8 +68,14 @@ class DataConfig(Settings):
     def open(self, split: Split) -> DetectionDataset:
         """The data set of one split.
 
+        Args:
+            split: "train" or "val".
+
+        Returns:
+            The dataset; :class:`HorizontalFlip` of it for training with ``flip``.
+
         Raises:
-            ValueError: it cannot be read, or cannot be mirrored.
+            ValueError: another split, or data that cannot be read or mirrored.
         """
         checks.one_of("split", split, SPLITS)
         dataset = open_dataset(self.spec, split, **self.options, **getattr(self, split))

@@ -49,9 +49,10 @@ class SceneStyle:
     """What scenes contain.
 
     Attributes:
-        glyphs: least and most glyphs that are tried; those without a free place are left out.
-        heights: least and most height of a glyph in pixels; log-uniform between.
-        clutter: most things that are no glyph.
+        glyphs: minimum and maximum of the glyphs that are tried; those without a free place are
+            left out.
+        heights: minimum and maximum height of a glyph in pixels; log-uniform between.
+        clutter: maximum of things that are no glyph.
     """
 
     glyphs: tuple[int, int]

@@ -87,6 +87,22 @@ class CheckedDetector(nn.Module):
     num_keypoints: int = 0
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
+        """Losses in training, detections in evaluation, as torchvision's detectors give them.
+
+        Args:
+            images: float [3, H, W] each, RGB in 0..1, of any sizes.
+            targets: in training one for each image: boxes, float [n, 4] (x1, y1, x2, y2 in
+                pixels), labels, int64 [n] in 1..num_classes, and for a detector with keypoints
+                keypoints, float32 [n, K, 3] (x, y, visible); n may be 0.
+
+        Returns:
+            In training a dict of scalar losses. In evaluation for each image boxes, float32 [m, 4]
+            in its pixels, scores, float32 [m], labels, int64 [m], and maybe keypoints, float32
+            [m, K, 3].
+
+        Raises:
+            ValueError: images or targets that do not fit, before anything runs.
+        """
         check_images(images)
         run: Callable[..., Any] = super().forward
         if self.training:

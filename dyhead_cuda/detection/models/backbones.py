@@ -41,21 +41,32 @@ class Pyramid(nn.Module):
         extra: how a level beyond the backbone is made from the one before: "conv" (convolution of
             stride 2; mmdet's ``add_extra_convs="on_output"``), "conv_relu" (with a ReLU between
             two of them, as RetinaNet and FCOS) or "pool" (every second pixel, as Faster R-CNN).
-        load_weights: False for the modules that ``weights`` asks for with random values in them,
-            when a checkpoint is loaded next: nothing is downloaded.
+        load_weights: False gives the modules that ``weights`` asks for, with random values: nothing
+            is downloaded where a checkpoint is loaded next.
 
-    ``forward`` takes images [N, 3, H, W], H and W divisible by 32, and returns an OrderedDict with
-    keys "0", "1", ... of levels [N, C, ceil(H / 2 ** l), ceil(W / 2 ** l)], finest first.
-
-    Attributes: ``out_channels``, ``strides`` (finest first), ``num_levels``, ``levels`` (l of
-    each), ``dyhead`` (None without blocks). ``body``, ``fpn`` and ``fpn.extra_blocks`` have the
-    parameter names of torchvision's detectors.
+    Attributes:
+        out_channels: C.
+        levels: l of each level, finest first.
+        strides: 2 ** l of each, in pixels.
+        num_levels: how many.
+        body, fpn: backbone and feature pyramid; with ``fpn.extra_blocks`` they have the parameter
+            names of torchvision's detectors.
+        dyhead: the :class:`dyhead_cuda.DyHead`; None without blocks.
 
     Raises:
-        ValueError: an unknown backbone, or levels that it does not have.
+        ValueError: an unknown name, or levels that the backbone does not have.
         ImportError: a timm backbone without timm.
 
     Source: arXiv 1612.03144 (feature pyramid), arXiv 2106.08322 (Dynamic Head).
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import Pyramid
+        >>> pyramid = Pyramid("timm/test_resnet.r160_in1k", channels=16, blocks=1, last_level=5)
+        >>> pyramid.strides
+        (8, 16, 32)
+        >>> [list(level.shape) for level in pyramid(torch.rand(1, 3, 64, 96)).values()]
+        [[1, 16, 8, 12], [1, 16, 4, 6], [1, 16, 2, 3]]
     """
 
     def __init__(
@@ -104,6 +115,14 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """The levels of images.
+
+        Args:
+            images: float [N, 3, H, W], H and W divisible by 32.
+
+        Returns:
+            By "0", "1", ... the levels [N, C, ceil(H / 2 ** l), ceil(W / 2 ** l)], finest first.
+        """
         levels = self.fpn(self.body(images)).values()
         features = OrderedDict((str(i), x) for i, x in enumerate(levels))
         return features if self.dyhead is None else self.dyhead(features)

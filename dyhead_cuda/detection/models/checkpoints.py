@@ -45,13 +45,24 @@ class Recipe:
     """What a published configuration fixes and a state dict does not tell.
 
     Args:
-        family: of the backbone.
-        kernel_size: of the predictors.
+        family: of the backbone, "resnet" or "swin".
+        kernel_size: of the predictors, 1 or 3.
         pixel_mean, pixel_std: of pixels in 0..255, in the order of ``channels``.
-        channels: the order in which the network takes them.
+        channels: the order in which the network takes them, "rgb" or "bgr".
         stride_in_1x1: whether a ResNet stage halves its input in its first 1x1 convolution (caffe's
             style) and not in the 3x3 one.
-        center_offset, size_divisible, min_size, max_size: see :class:`~dyhead_cuda.detection.ATSS`.
+        center_offset, size_divisible, min_size, max_size: see :class:`ATSS`.
+
+    Raises:
+        ValueError: an unknown ``family`` or order of ``channels``.
+
+    Source: the configurations of mmdet 3.3.0 and microsoft/DynamicHead that the constants name.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from dyhead_cuda.detection import MMDET_R50
+        >>> replace(MMDET_R50, min_size=640, max_size=1066).size_divisible
+        32
     """
 
     family: Literal["resnet", "swin"]
@@ -279,7 +290,7 @@ def atss_from_mmdet(
     Args:
         state_dict: a state dict, or a checkpoint with one under "state_dict"; its tensors are
             copied.
-        recipe: of the configuration that it was trained with.
+        recipe: of the configuration that it was trained with, such as :data:`MMDET_R50`.
         version: of the mmdet that trained it, see :func:`dyhead_cuda.compat.from_mmdet`.
 
     Returns:
@@ -289,6 +300,18 @@ def atss_from_mmdet(
         ValueError: missing, unexpected or misshapen tensors, all of them listed; a backbone or
             predictors that do not fit the recipe.
         TypeError: not a mapping.
+
+    Source: mmdet 3.3.0, ``configs/dyhead``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import MMDET_SWINL, atss_from_mmdet
+        >>> state = torch.load("atss_swin-l.pth", weights_only=True)  # doctest: +SKIP
+        >>> model = atss_from_mmdet(state, recipe=MMDET_SWINL)  # doctest: +SKIP
+        >>> atss_from_mmdet({"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)})
+        Traceback (most recent call last):
+            ...
+        ValueError: expected ...
     """
     head = compat.from_mmdet(state_dict, version=version, prefix=MMDET_ATSS.tower)
     return _build(state_dict, MMDET_ATSS, head.cpu(), recipe)
@@ -297,7 +320,32 @@ def atss_from_mmdet(
 def atss_from_microsoft(state_dict: Mapping[str, Any], *, recipe: Recipe = MICROSOFT_R50) -> ATSS:
     """The detector of a checkpoint of microsoft/DynamicHead on detectron2.
 
-    As :func:`atss_from_mmdet`; the state dict may be under "model", with numpy arrays.
+    What is read from the checkpoint and what the result is, says :func:`atss_from_mmdet`.
+
+    Args:
+        state_dict: a state dict, or a checkpoint with one under "model", of tensors or numpy
+            arrays; they are copied.
+        recipe: of the configuration that it was trained with, such as :data:`MICROSOFT_R50`.
+
+    Returns:
+        The detector in evaluation mode, float32, on the CPU.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, all of them listed; a backbone or
+            predictors that do not fit the recipe.
+        TypeError: not a mapping.
+
+    Source: microsoft/DynamicHead, ``configs``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import atss_from_microsoft
+        >>> state = torch.load("dyhead_r50_atss_fpn_1x.pth")  # doctest: +SKIP
+        >>> model = atss_from_microsoft(state)  # doctest: +SKIP
+        >>> atss_from_microsoft({"model": {}})
+        Traceback (most recent call last):
+            ...
+        ValueError: expected ...
     """
     head = compat.from_microsoft(state_dict, prefix=MICROSOFT_ATSS.tower)
     return _build(state_dict, MICROSOFT_ATSS, head.cpu(), recipe)

@@ -37,6 +37,16 @@ class TrainConfig(Settings):
 
     Raises:
         ValueError: a setting is out of its range.
+
+    Example:
+        >>> from dyhead_cuda.detection import TrainConfig
+        >>> config = TrainConfig(steps=1000, batch_size=4, schedule="step")
+        >>> TrainConfig.from_dict(config.to_dict()) == config
+        True
+        >>> TrainConfig(steps=1000, optimizer="adam")
+        Traceback (most recent call last):
+            ...
+        ValueError: expected optimizer to be one of ('adamw', 'sgd'), got 'adam'
     """
 
     steps: int

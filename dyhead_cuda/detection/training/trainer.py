@@ -42,7 +42,7 @@ Listener = Callable[[Record], None]
 
 
 class TrainingError(Exception):
-    """Training cannot go on: the step, what went wrong, and what to try."""
+    """Training cannot continue: the step, what went wrong, and what to try."""
 
 
 class Interrupted(Exception):
@@ -75,9 +75,9 @@ def train(
     Under torchrun each process trains on a batch of its own, and gradients are averaged.
 
     Args:
-        config: how.
-        model: what; it has as many classes as the data.
-        data: on what.
+        config: how to train.
+        model: the detector to make; it has as many classes as the data.
+        data: what to train and measure on.
         folder: of the run, see :mod:`dyhead_cuda.detection.training.runs`.
         restart: delete the run in ``folder`` first.
         sets: what ``data`` opens, for training and validation, where it is open already.
@@ -94,6 +94,18 @@ def train(
         Interrupted: a SIGINT or SIGTERM came.
         RunError: the folder holds a run of another configuration, or damaged files.
         ValueError: the data do not fit the model, or there is no such device.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from dyhead_cuda.detection import DataConfig, ModelConfig, TrainConfig, train
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
+        >>> model = ModelConfig("atss", 10, "timm/test_resnet.r160_in1k", **small)
+        >>> one = {"num_images": 1}
+        >>> data = DataConfig("digits", {"size": [64, 64]}, train=one, val=one)
+        >>> with TemporaryDirectory() as folder:
+        ...     metrics = train(TrainConfig(steps=1, batch_size=1), model, data, folder)
+        >>> 0 <= metrics.summary["AP"] <= 1
+        True
     """
     with parallel.join(config.device) as processes:
         training_set, validation_set = sets or (data.open("train"), data.open("val"))
@@ -135,6 +147,20 @@ def load_model(
 
     Raises:
         RunError: there is no such checkpoint, or it is damaged.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from dyhead_cuda.detection import DataConfig, ModelConfig, TrainConfig
+        >>> from dyhead_cuda.detection import load_model, train
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
+        >>> model = ModelConfig("atss", 10, "timm/test_resnet.r160_in1k", **small)
+        >>> one = {"num_images": 1}
+        >>> data = DataConfig("digits", {"size": [64, 64]}, train=one, val=one)
+        >>> with TemporaryDirectory() as folder:
+        ...     metrics = train(TrainConfig(steps=1, batch_size=1), model, data, folder)
+        ...     detector, config = load_model(folder)
+        >>> type(detector).__name__, config["classes"][:3]
+        ('ATSS', ['0', '1', '2'])
     """
     path = Path(path)
     if path.is_dir():
