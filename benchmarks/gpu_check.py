@@ -71,7 +71,7 @@ class Outcome:
 
 
 def target_of(capability: tuple[int, int]) -> str:
-    """The entry of DYHEAD_CUDA_ARCHS for one GPU: its own instructions too on Hopper."""
+    """The entry of DYHEAD_CUDA_ARCHS for a GPU; on Hopper with its specific instructions."""
     major, minor = capability
     return f"{major}{minor}{'a' if capability == (9, 0) else ''}"
 
@@ -90,7 +90,7 @@ def _benchmarks(options: Mapping[str, Sequence[str]], output: Path) -> list[Step
 
 
 def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step]:
-    """All steps, in order: what tells about the targets comes first.
+    """All steps, in order: those that measure the targets come first.
 
     Args:
         archs: the entries of DYHEAD_CUDA_ARCHS to build for.
@@ -181,7 +181,7 @@ def run_step(step: Step, output: Path, limit_s: float) -> Outcome:
 
 
 def run_steps(steps: Sequence[Step], output: Path, budget_s: float = BUDGET_S) -> list[Outcome]:
-    """Runs the steps until the time is up; what did not get its turn counts as failed."""
+    """Runs the steps until the time is up; steps that were not run count as failed."""
     output.mkdir(parents=True, exist_ok=True)
     for log in {step.log for step in steps}:
         (output / log).unlink(missing_ok=True)
@@ -216,7 +216,7 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def format_targets(output: Path) -> str:
-    """The targets, as far as the benchmarks' results in ``output`` tell."""
+    """The verdicts on the targets that the results in ``output`` allow."""
     from benchmarks.reports import results, targets
 
     found = [output / name for name in HEAD_BENCHMARKS if (output / name).is_file()]

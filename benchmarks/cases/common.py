@@ -17,18 +17,18 @@ Size = tuple[int, int]
 
 
 def conv_flops(pixels: int, in_channels: int, out_channels: int) -> int:
-    """Of a 3x3 convolution at that many output pixels, deformable or not."""
+    """FLOPs of a 3x3 convolution, deformable or not; ``pixels`` are those of the output."""
     return 2 * TAPS * in_channels * out_channels * pixels
 
 
 def relu_flops(images: int, channels: int, reduction: int = 4) -> int:
-    """Of the two fully connected layers of the dynamic ReLU."""
+    """FLOPs of the two fully connected layers of the dynamic ReLU."""
     hidden = max(1, channels // reduction)
     return 2 * images * (channels * hidden + hidden * 4 * channels)
 
 
 def pixels_of(sizes: Sequence[Size]) -> int:
-    """Of all maps together, of one image."""
+    """The pixels of maps of these sizes together."""
     return sum(height * width for height, width in sizes)
 
 

@@ -51,7 +51,7 @@ def published_block(
 
 
 def block_work(setting: Setting) -> Work:
-    """Of one block on all levels."""
+    """The work of one block on all levels."""
     s, n = setting.shapes, setting.batch
     c, pixels = s.channels, n * s.pixels
     branch_pixels = n * pixels_of(branch_sizes(s.levels))

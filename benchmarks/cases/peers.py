@@ -151,7 +151,7 @@ def block_coefficients(
     gate: nn.Linear,
     relu: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What one level's branches are scaled by, the shift [N, C], and the ReLU's [N, 4, C].
+    """Of one level: scales of its branches, shift [N, C], coefficients of the ReLU [N, 4, C].
 
     Args:
         moments: of each branch the mean, the biased variance and the mean after upsampling,

@@ -1,4 +1,4 @@
-"""What a case is made of: random data, parameters, the ways to compute it, and its work."""
+"""The parts of a case: random data, parameters, implementations, and the work to be done."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """What the forward pass has to do at least, for all images.
+    """The minimum work of the forward pass, for all images.
 
     Attributes:
         flops: of the matrix products and convolutions, a multiplication and an addition each;
@@ -82,7 +82,7 @@ class Work:
         return values * itemsize
 
     def __add__(self, other: Work) -> Work:
-        """Of two steps, the second of which reads what the first has written."""
+        """The work of two steps, the second of which reads what the first wrote."""
         return Work(self.flops + other.flops, self.reads + other.reads, self.writes + other.writes)
 
 
@@ -144,7 +144,7 @@ class Implementation:
             raise ValueError(f"expected family to be one of {FAMILIES}, got {self.family!r}")
 
     def precision_for(self, precision: str, device: torch.device) -> str:
-        """The precision that people run it in who want ``precision``: the best one it has."""
+        """The precision that it runs in when asked for ``precision``: the best that it supports."""
         if self.family == "reference" and precision in ("float16", "bfloat16"):
             return "float32"  # the reference computes in float32 anyway
         if self.operator is None:
@@ -156,7 +156,7 @@ class Implementation:
         return precision
 
     def module_of(self, template: nn.Module, device: torch.device, precision: str) -> nn.Module:
-        """Its own copy of the parameters."""
+        """A copy of the module, adapted to the implementation."""
         made = self.adapt(template) if self.adapt else copy.deepcopy(template)
         return made.to(device, PRECISIONS[precision])
 
@@ -230,7 +230,7 @@ def random_maps(shapes: Sequence[Sequence[int]], batch: int, seed: int) -> Maps:
 
 
 def randomised(module: nn.Module, seed: int = 7) -> nn.Module:
-    """No parameter zero or constant: weights of unit gain, vectors around their initial values."""
+    """Draws all parameters: weights of unit gain, vectors around their initial values."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measures, shows what is measured as it comes, and writes it."""
+"""``python -m benchmarks``: measures, shows results as they arrive, and writes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDTH = 150  # of tables in characters where there is no terminal
 
 
 def selection_of(arguments: argparse.Namespace) -> Selection:
-    """What the options choose."""
+    """The selection that the options ask for."""
     return Selection(
         tuple(arguments.only),
         tuple(arguments.shapes),

@@ -48,7 +48,7 @@ class Options:
 
 @dataclass
 class Runner:
-    """Runs entries; keeps what implementations of several settings or precisions have in common."""
+    """Runs entries; reuses results that several settings or precisions share."""
 
     options: Options
     _expected: dict[tuple[Setting, bool, str], checking.Results] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class Runner:
         return times, remark
 
     def _judged_direction(self, problem: Problem, direction: str) -> str | None:
-        """For which direction the reference fits into memory at the real size, if for any."""
+        """The direction whose reference fits into memory at the real size; None if neither does."""
         free = checking.available_bytes(self.options.device) // 2
         for candidate in (direction, FORWARD):
             if checking.reference_bytes(problem, candidate) <= free:
@@ -184,7 +184,7 @@ class Runner:
         return None
 
     def _right(self, problem: Problem, last_only: bool, direction: str) -> checking.Results:
-        """What the reference says; a forward is part of what is known of both directions."""
+        """The results of the reference; those of both directions include the forward's."""
         for known in (direction, BOTH):
             found = self._expected.get((problem.setting, last_only, known))
             if found is not None:
@@ -250,7 +250,7 @@ def _free(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def compiler_room() -> Iterator[None]:
-    """Lets torch.compile compile for many sizes instead of falling back to eager unnoticed."""
+    """Lets torch.compile recompile for many sizes; by default it would silently fall back."""
     settings = torch._dynamo.config
     with settings.patch(recompile_limit=1000, fail_on_recompile_limit_hit=True):
         yield
@@ -259,7 +259,7 @@ def compiler_room() -> Iterator[None]:
 def run_entries(
     entries: Sequence[Entry], options: Options, announce: Callable[[str], None]
 ) -> Iterator[tuple[Entry, Row]]:
-    """All rows of some entries, each with its entry."""
+    """The rows of some entries, each with its entry."""
     runner = Runner(options)
     with compiler_room():
         for entry in entries:

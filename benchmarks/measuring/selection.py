@@ -1,4 +1,4 @@
-"""Which settings a run measures: what was asked for, or a modest set for the device."""
+"""The settings that a run measures: those selected, or a default set for the device."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def _blocks(case: str, shapes: str, asked: Sequence[int]) -> Sequence[int]:
 
 
 def small(setting: Setting) -> Setting:
-    """The same case where the reference is quick: few pixels, odd sizes, two blocks at most."""
+    """The same case at a size where the reference is quick: few pixels, at most two blocks."""
     shapes = replace(setting.shapes, levels=SMALL_LEVELS)
     return Setting(setting.case, shapes, SMALL_BATCH, min(setting.blocks, 2))

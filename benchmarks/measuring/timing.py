@@ -36,7 +36,7 @@ class Effort:
     warmup_seconds: float
 
     def given(self, first: float) -> tuple[Effort, list[float]]:
-        """For an action whose first run took that long, and what counts as measured already.
+        """The effort after a first run of ``first`` seconds, and the times that count already.
 
         A slow one is warm after its first run; of a very slow one that run counts, too.
         """

@@ -50,7 +50,7 @@ def same_machine(before: Results, after: Results) -> None:
 
 
 def compare(before: Results, after: Results, threshold: float) -> list[Change]:
-    """All rows of ``before`` that were measured, with what became of them.
+    """The changes of all rows that were measured in ``before``.
 
     A regression is a row of ours that is no longer right, or whose median grew by more than
     ``threshold`` (0.05 is 5 %) and beyond the quartiles of both runs, or whose memory grew by more
@@ -86,7 +86,7 @@ def _change(before: Row, after: Row | None, threshold: float) -> Change:
 
 
 def format_changes(changes: list[Change]) -> str:
-    """One line for each row of ours, and how much the peers changed."""
+    """A line for each row of ours, and one with the median change of the peers."""
     lines = []
     peers = []
     for change in changes:

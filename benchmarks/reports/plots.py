@@ -96,7 +96,7 @@ def _bars(
 
 
 def _groups(results: Results, direction: str) -> list[dict[str, Row]]:
-    """Groups in which ours and somebody else were measured."""
+    """Groups in which ours and at least one peer were measured."""
     found = []
     for group in results.groups():
         right = {name: row for name, row in group.items() if row.status == OK}

@@ -106,7 +106,7 @@ def _case(row: Row) -> str:
 
 
 def _memory(group: dict[str, Row]) -> str:
-    """Ours, and that of the layers."""
+    """Our memory, and that of the layers."""
     rows = [group[OURS], *(group[kind] for kind in PEERS["layer by layer"] if kind in group)]
     return " / ".join(mebibytes(row.memory) for row in rows if row.memory is not None)
 

@@ -1,4 +1,4 @@
-"""What a benchmark run leaves: rows of measurements, their JSON, and the numbers derived from them.
+"""Results of a benchmark run: rows of measurements, their JSON, and derived numbers.
 
 The file is an object with ``schema`` (1), ``environment`` (:func:`machine.environment`),
 ``ceilings`` (:func:`machine.ceilings`, or null) and ``rows``: one for each implementation,
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What rows of different implementations that belong together share."""
+        """Equal for the implementations of one case, size, direction and precision."""
         return (
             *(self.case, self.shapes, self.batch, self.blocks),
             *(self.channels, self.direction, self.precision),
@@ -109,7 +109,7 @@ class Results:
         return list(found.values())
 
     def roofline_seconds(self, row: Row) -> float | None:
-        """The least time that the measured ceilings allow: products or bytes, what takes longer.
+        """The minimum time that the measured ceilings allow: the longer of products and bytes.
 
         Products count at the rate of the precision that the row ran in.
         """

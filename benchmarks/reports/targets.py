@@ -1,4 +1,4 @@
-"""The speed that the project has set itself, and what a run's results say about it.
+"""The targets of the project for speed and memory, and whether results reach them.
 
 (a) is the published block layer by layer on ``torchvision.ops.deform_conv2d``, in the same
 precision where it supports it, else in its own best; (b) is the same under torch.compile. All are
@@ -66,7 +66,7 @@ def faster_than(peer: str) -> Measure:
 
 
 def memory_share(own: str = OURS) -> Measure:
-    """Ours over (a)'s."""
+    """Our memory over that of (a)."""
 
     def measure(_: Results, group: Group) -> float | None:
         a, b = group.get(own), group.get(LAYERS)
@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def judge(runs: Sequence[Results]) -> list[Verdict]:
-    """What runs say about every target; those on another device than CUDA say nothing."""
+    """A verdict on every target; only runs on CUDA count."""
     on_gpu = [run for run in runs if run.environment["device"] == "cuda"]
     return [_judge(target, on_gpu) for target in TARGETS]
 

@@ -108,8 +108,8 @@ def read_runs(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[
 def costs(setup: Setup, names: Sequence[str], device: torch.device, rounds: int) -> dict[str, Any]:
     """Parameters, GFLOPs of one image, and milliseconds of a training step and of a prediction.
 
-    All variants take turns, ``rounds`` times, so that what slows the machine down slows all; times
-    are medians for one batch of the setup's size.
+    All variants take turns, ``rounds`` times, so that a slow phase of the machine affects all.
+    Times are medians for one batch of the setup's size.
     """
     batch = data.collate([setup.data().open("val")[i] for i in range(setup.batch_size)])
     images = [image.to(device) for image in batch[0]]

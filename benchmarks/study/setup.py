@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from benchmarks.study.variants import Variant
 from dyhead_cuda.detection.data import DataConfig
 from dyhead_cuda.detection.models import ModelConfig
+from dyhead_cuda.detection.settings import Settings
 from dyhead_cuda.detection.training import TrainConfig
 
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(Settings):
     """The training that every variant gets; JSON-able.
 
     Attributes:
@@ -35,10 +35,6 @@ class Setup:
     batch_size: int = 8
     lr: float = 2e-3
     evaluations: int = 3
-
-    def to_dict(self) -> dict[str, Any]:
-        """All values, as JSON has them."""
-        return asdict(self)
 
     def model(self, variant: Variant) -> ModelConfig:
         """The detector of a variant."""

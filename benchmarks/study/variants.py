@@ -11,7 +11,7 @@ from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
 @dataclass(frozen=True)
 class Variant:
-    """A detector of the study; what is not said here is the same for all.
+    """A detector of the study; :class:`~benchmarks.study.setup.Setup` has what all share.
 
     Attributes:
         label: in tables and plots.

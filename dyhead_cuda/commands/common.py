@@ -30,7 +30,7 @@ MEANINGS = {
 
 
 def check_names(paths: Sequence[Path]) -> None:
-    """Raise ValueError if what is written about two images would have the same name."""
+    """Raise ValueError if the files written for two images would have the same name."""
     seen: dict[str, Path] = {}
     for path in paths:
         if path.stem in seen:
@@ -42,7 +42,7 @@ def check_names(paths: Sequence[Path]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all that torchrun has started."""
+    """Whether this is the one process that prints, of those that torchrun started."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -56,7 +56,7 @@ def fail(error: Exception | str, status: int = 2) -> int:
 
 @contextmanager
 def warnings_shown(console: Console) -> Iterator[None]:
-    """What the library logs as a warning goes to the console, which a progress bar may use."""
+    """Shows warnings of the library on the console, above a progress bar if there is one."""
     logger = logging.getLogger("dyhead_cuda.detection")
     handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     logger.addHandler(handler)

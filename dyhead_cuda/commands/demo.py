@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class _UsageError(Exception):
-    """What the user asked for cannot be done: one line that says why."""
+    """Options that cannot be used: why, in one line."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -147,7 +147,7 @@ def _timed(action: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 @dataclass
 class _Pass:
-    """One run of the head, block by block: the last outputs, and what was noted of each block."""
+    """One run of the head, block by block: last outputs, seconds and records of the blocks."""
 
     outputs: list[Tensor]
     seconds: list[float] = field(default_factory=list)
@@ -183,7 +183,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 def _compare(
     console: Console, arguments: argparse.Namespace, pixels: Tensor, best: str
 ) -> tuple[_Pass, _Pass]:
-    """The head on the best backend, then on the reference, which also tells what it does."""
+    """The head on the best backend, then on the reference, which also records each block."""
     device = pixels.device
     columns = (
         TextColumn("{task.description}"),

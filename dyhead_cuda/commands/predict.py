@@ -18,7 +18,7 @@ from dyhead_cuda.detection.training.trainer import load_model
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes NAME.png and NAME.json for every image NAME.*; one that cannot be read is left out.
+    """Writes NAME.png and NAME.json for every image NAME.*; unreadable ones are skipped.
 
     Returns:
         0, or 2 if the checkpoint, the folder, the device or any image cannot be used.

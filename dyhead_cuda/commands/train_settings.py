@@ -80,7 +80,11 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
 
 
 def train_config(arguments: argparse.Namespace, images: int) -> TrainConfig:
-    """How the options ask to train, on so many images.
+    """The training that the options ask for.
+
+    Args:
+        arguments: the options.
+        images: how many images there are to train on.
 
     Raises:
         ValueError: a setting is out of its range.

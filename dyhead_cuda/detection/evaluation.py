@@ -137,7 +137,7 @@ def score(
     *,
     keypoint_sigmas: Sequence[float] | None = None,
 ) -> Metrics:
-    """COCO's metrics of detections that are there already.
+    """COCO's metrics of given detections.
 
     Args:
         dataset: with the ground truth.

@@ -1,4 +1,4 @@
-"""What every detection dataset gives, and what works on any of them."""
+"""The interface of detection datasets, and what works with all of them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class HorizontalFlip(Dataset[tuple[Tensor, Target]]):
 
     @property
     def coco(self) -> dict[str, Any]:
-        """Of the images as they are, not mirrored."""
+        """The ground truth of the original images, which are not mirrored."""
         return self.dataset.coco
 
     def __len__(self) -> int:

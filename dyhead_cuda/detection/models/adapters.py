@@ -1,4 +1,4 @@
-"""What torchvision's detectors need to be right on any pyramid and in any precision."""
+"""Fixes for torchvision's detectors on any pyramid and in any precision."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _widen_output(module: nn.Module, arguments: Any, output: Any) -> Any:
 
 
 def widen(predictor: M) -> M:
-    """Give what ``predictor`` returns in at least float32, also under autocast.
+    """Make ``predictor`` return at least float32, also under autocast.
 
     Boxes are computed from it: rounded to bfloat16 they would be off by pixels.
     """

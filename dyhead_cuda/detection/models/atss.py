@@ -32,7 +32,7 @@ _PRIOR = 0.01
 
 
 class Predictions(NamedTuple):
-    """What the head says of each anchor, float32, one tensor per level."""
+    """The head's raw outputs for each anchor, float32, one tensor per level."""
 
     logits: list[Tensor]  # [N, A_l, num_classes]
     deltas: list[Tensor]  # [N, A_l, 4]
@@ -106,7 +106,7 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
 def _clip(
     boxes: Tensor, scores: Tensor, kinds: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes clipped to the image, without those that have no area left."""
+    """Boxes clipped to the image; those without any area left are dropped."""
     boxes = clip_boxes_to_image(boxes, size)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return boxes[keep], scores[keep], kinds[keep]

@@ -42,7 +42,7 @@ FAMILIES, CHANNEL_ORDERS = ("resnet", "swin"), ("rgb", "bgr")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a published configuration fixes and a state dict does not tell.
+    """The settings of a published configuration that a state dict does not contain.
 
     Args:
         family: of the backbone, "resnet" or "swin".
@@ -184,7 +184,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _load(model: ATSS, state: Mapping[str, Any], source: Source, tower: set[str]) -> None:
-    """Load all but the Dynamic Head, whose keys are ``tower``; every key must have its use."""
+    """Load all but the Dynamic Head, whose keys are ``tower``; refuse keys that nothing uses."""
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     scales = [source.scales.format(i) for i in range(model.head.scales.numel())]
     names = {
@@ -281,11 +281,11 @@ def atss_from_mmdet(
     """The detector of a checkpoint that mmdet's ATSS with a Dynamic Head has.
 
     The depth of the ResNet or the sizes of the Swin transformer, blocks, channels and classes are
-    read from the checkpoint; every tensor in it must have its use. Batch normalisation is frozen.
-    The result takes RGB images in 0..1. On an image whose size the transform keeps it gives mmdet's
-    numbers to rounding; resizing is torchvision's, which interpolates slightly differently from
-    OpenCV and Pillow. A Swin transformer differs where a padded image has at most 32 * window
-    pixels on a side: torchvision does not shift windows in a map of one window.
+    read from the checkpoint; a tensor that the model does not use is an error. Batch normalisation
+    is frozen. The result takes RGB images in 0..1. On an image whose size the transform keeps it
+    gives mmdet's numbers to rounding; resizing is torchvision's, which interpolates slightly
+    differently from OpenCV and Pillow. A Swin transformer differs where a padded image has at most
+    32 * window pixels on a side: torchvision does not shift windows in a map of one window.
 
     Args:
         state_dict: a state dict, or a checkpoint with one under "state_dict"; its tensors are
@@ -320,7 +320,8 @@ def atss_from_mmdet(
 def atss_from_microsoft(state_dict: Mapping[str, Any], *, recipe: Recipe = MICROSOFT_R50) -> ATSS:
     """The detector of a checkpoint of microsoft/DynamicHead on detectron2.
 
-    What is read from the checkpoint and what the result is, says :func:`atss_from_mmdet`.
+    Sizes are read from the checkpoint as by :func:`atss_from_mmdet`, which also says how the result
+    differs from the original.
 
     Args:
         state_dict: a state dict, or a checkpoint with one under "model", of tensors or numpy

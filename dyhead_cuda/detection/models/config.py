@@ -31,7 +31,7 @@ EXTRA_LEVELS: dict[str, Extra] = {
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """Everything that says what a detector is; :func:`build` makes it.
+    """All settings of a detector, which :func:`build` makes; JSON-able.
 
     Args:
         detector: "atss", "retinanet", "fcos", "faster_rcnn" (Dynamic Head on the pyramid, ordinary

@@ -26,7 +26,7 @@ DETECTIONS = 100
 
 
 class _LabelsFromOne(CheckedDetector):
-    """Labels 1..num_classes outside, 0..num_classes - 1 inside: no predictor of the background."""
+    """Mixin: labels are 1..num_classes for users, 0..num_classes - 1 inside torchvision."""
 
     def compute_loss(self, targets: list[Target], *arguments: Any) -> dict[str, Tensor]:
         shifted = [{**target, "labels": target["labels"] - 1} for target in targets]

@@ -87,7 +87,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 class Stream(Dataset[tuple[Tensor, Target]]):
-    """A data set without an end: one permutation of its images after another.
+    """An endless data set: one permutation of the images after another.
 
     Item ``position`` depends on the seed and the position alone, even where reading it draws random
     numbers (mirrored or not), in whatever process and order it is read.

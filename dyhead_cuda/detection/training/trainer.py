@@ -258,7 +258,7 @@ class Trainer:
 
     @contextmanager
     def _replicated(self) -> Iterator[None]:
-        """Inside, gradients are averaged over the processes.
+        """Averages gradients over the processes inside.
 
         The replica goes before the process group does: it must not be the last to hold the group,
         whose threads it would end while they wait for Python's lock.
@@ -375,7 +375,7 @@ class Trainer:
             self.folder.save_best({"step": self.step, "ap": ap, "config": config, "model": weights})
 
     def _logged_metrics(self) -> Metrics | None:
-        """Those of an evaluation after the present step, if it is in the log."""
+        """The metrics of an evaluation after the current step, if the log has one."""
         for record in reversed(self.folder.records()):
             if "evaluation" in record and record["step"] == self.step:
                 return _metrics(record["evaluation"])
