@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare, plots, readme, report, results, targets
+from benchmarks import readme
 from benchmarks.__main__ import main
-from benchmarks.heads import RECOMPUTE
-from benchmarks.problems import BOTH, FORWARD, OURS
-from benchmarks.results import Results, ResultsError, Row
-from benchmarks.timing import COLD, GRAPH, WARM, Timing
+from benchmarks.cases.heads import RECOMPUTE
+from benchmarks.cases.problems import BOTH, FORWARD, OURS
+from benchmarks.measuring.timing import COLD, GRAPH, WARM, Timing
+from benchmarks.reports import compare, plots, report, results, targets
+from benchmarks.reports.results import Results, ResultsError, Row
 from tests.helpers.paths import ROOT
 
-BEGIN, END = readme.markers(report.SECTION)
+BEGIN, END = readme.markers(readme.BENCHMARKS)
 
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -349,9 +350,9 @@ def test_report_is_written_between_the_markers(
 def test_the_readme_shows_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert COMMITTED
-    assert readme.replace_section(text, report.SECTION, report.section(COMMITTED, ROOT)) == text, (
-        "run python -m benchmarks report benchmarks/results/*.json --write README.md"
-    )
+    assert (
+        readme.replace_section(text, readme.BENCHMARKS, report.section(COMMITTED, ROOT)) == text
+    ), "run python -m benchmarks report benchmarks/results/*.json --write README.md"
 
 
 # --- plots --------------------------------------------------------------------------------------

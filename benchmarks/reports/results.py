@@ -1,4 +1,4 @@
-"""What a benchmark run leaves: rows of measurements, their JSON, and the numbers derived from them.
+"""Results of a benchmark run: rows of measurements, their JSON, and derived numbers.
 
 The file is an object with ``schema`` (1), ``environment`` (:func:`machine.environment`),
 ``ceilings`` (:func:`machine.ceilings`, or null) and ``rows``: one for each implementation,
@@ -14,15 +14,15 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.precisions import PRECISIONS
-from benchmarks.problems import DIRECTIONS, OURS
-from benchmarks.timing import COLD, GRAPH, METHODS, WARM, Timing
+from benchmarks.cases.precisions import PRECISIONS
+from benchmarks.cases.problems import DIRECTIONS, OURS
+from benchmarks.measuring.timing import COLD, GRAPH, METHODS, WARM, Timing
 
 SCHEMA = 1
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"
 STATUSES = (OK, WRONG, FAILED, SKIPPED)
 
-# Which time stands for a row where it has several: inputs from memory, as between other layers.
+# The time that represents a row: cold if it has it, since other layers evict the inputs.
 PREFERRED = (COLD, WARM, GRAPH)
 
 Key = tuple[str, str, int, int, int, str, str]
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What rows of different implementations that belong together share."""
+        """Equal for the implementations of one case, size, direction and precision."""
         return (
             *(self.case, self.shapes, self.batch, self.blocks),
             *(self.channels, self.direction, self.precision),
@@ -109,7 +109,7 @@ class Results:
         return list(found.values())
 
     def roofline_seconds(self, row: Row) -> float | None:
-        """The least time that the measured ceilings allow: products or bytes, what takes longer.
+        """The minimum time that the measured ceilings allow: the longer of products and bytes.
 
         Products count at the rate of the precision that the row ran in.
         """
@@ -150,7 +150,7 @@ def own_row(group: dict[str, Row]) -> Row | None:
 
 def write(results: Results, target: str) -> None:
     """Writes JSON to a file, or to stdout for "-"."""
-    # One row a line: a change of one is a change of one line.
+    # One row per line keeps diffs small.
     data = results.as_data()
     rows = ",\n  ".join(json.dumps(row) for row in data.pop("rows"))
     head = json.dumps(data, indent=1).removesuffix("\n}")
@@ -170,7 +170,9 @@ def read(path: Path) -> Results:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: expected JSON written by bench --json: {error}") from None
+        raise ResultsError(
+            f"{path}: expected JSON written by python -m benchmarks --json: {error}"
+        ) from None
     try:
         return from_data(data)
     except ResultsError as error:

@@ -1,13 +1,13 @@
-"""Which settings a run measures: what was asked for, or a modest set for the device."""
+"""The settings that a run measures: those selected, or a default set for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.heads import CASES, STACKED
-from benchmarks.problems import DIRECTIONS, FAMILIES, Setting
-from benchmarks.shapes import SHAPE_SETS, SMALL_BATCH, SMALL_LEVELS
+from benchmarks.cases.heads import CASES, STACKED
+from benchmarks.cases.problems import DIRECTIONS, FAMILIES, Setting
+from benchmarks.cases.shapes import SHAPE_SETS, SMALL_BATCH, SMALL_LEVELS
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ DEFAULT_PRECISIONS = {
     "cuda": ("bfloat16", "float16", "tf32", "float32"),
 }
 DEFAULT_BATCHES = {"cpu": (1,), "cuda": (8, 1)}
-# A head of six blocks, forward and backward on peers, takes minutes on a CPU: only if asked for.
+# On a CPU the peers take minutes for a head of six blocks, so it is measured only on request.
 DEFAULT_CASES = {
     "cpu": tuple(case for case in CASES if case not in (*STACKED, "branches")),
     "cuda": ("head", *(case for case in CASES if case != "head")),
 }
-# Where code is generated for it, which takes a minute each on a CPU.
+# Cases that torch.compile is measured on: compiling takes about a minute each on a CPU.
 COMPILED_CASES = {"cpu": ("block",), "cuda": tuple(CASES)}
-# How time grows with pixels and batch: shapes and batch of a block.
+# Shapes and batches of a block that show how time grows with pixels and batch.
 SWEEP = (("glip", 2), ("glip", 8), ("yolo", 1), ("mmdet", 1), ("swin", 1), ("masa", 1))
 SWEEP_FAMILIES: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("torchvision",)}
 SWEEP_PRECISION = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def entries(selection: Selection, device: str) -> list[Entry]:
-    """The plan of a run on a "cpu" or "cuda" device, most important first."""
+    """What a run measures on a "cpu" or "cuda" device, most important first."""
     families = FAMILIES if selection.families is None else selection.families
     if selection.quick:
         selection = replace(selection, shapes=selection.shapes or ("tiny",))
@@ -70,7 +70,7 @@ def entries(selection: Selection, device: str) -> list[Entry]:
     shapes = selection.shapes or ("glip",)
     precisions = selection.precisions or DEFAULT_PRECISIONS[device]
     batches = selection.batches or DEFAULT_BATCHES[device]
-    plan = []
+    found = []
     for case in selection.cases or DEFAULT_CASES[device]:
         chosen = families
         if selection.families is None and case not in COMPILED_CASES[device]:
@@ -79,9 +79,9 @@ def entries(selection: Selection, device: str) -> list[Entry]:
             for blocks in _blocks(case, name, selection.blocks):
                 for batch in batches:
                     setting = Setting(case, SHAPE_SETS[name], batch, blocks)
-                    plan.append(Entry(setting, precisions, directions, chosen))
+                    found.append(Entry(setting, precisions, directions, chosen))
     if selection == Selection():
-        plan += [
+        found += [
             Entry(
                 Setting("block", SHAPE_SETS[name], batch),
                 (SWEEP_PRECISION[device],),
@@ -90,7 +90,7 @@ def entries(selection: Selection, device: str) -> list[Entry]:
             )
             for name, batch in SWEEP
         ]
-    return plan
+    return found
 
 
 def _blocks(case: str, shapes: str, asked: Sequence[int]) -> Sequence[int]:
@@ -100,6 +100,6 @@ def _blocks(case: str, shapes: str, asked: Sequence[int]) -> Sequence[int]:
 
 
 def small(setting: Setting) -> Setting:
-    """The same case where the reference is quick: few pixels, odd sizes, two blocks at most."""
+    """The same case at a size where the reference is quick: few pixels, at most two blocks."""
     shapes = replace(setting.shapes, levels=SMALL_LEVELS)
     return Setting(setting.case, shapes, SMALL_BATCH, min(setting.blocks, 2))

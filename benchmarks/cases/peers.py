@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyhead_cuda import checks
 from dyhead_cuda.pyramid import OFFSET_CHANNELS, BlockParameters, BranchParameters
 from dyhead_cuda.reference import UnifiedParameters, median_level, scale_attention
 
@@ -29,31 +30,15 @@ def deform_convs() -> dict[str, DeformConv]:
     if find_spec("torchvision") is not None:
         from torchvision.ops import deform_conv2d
 
-        def torchvision_conv(
-            x: Tensor,
-            offset: Tensor,
-            mask: Tensor,
-            weight: Tensor,
-            bias: Tensor | None,
-            stride: int,
-        ) -> Tensor:
-            return deform_conv2d(x, offset, weight, bias, stride, 1, 1, mask)
-
-        found["torchvision"] = torchvision_conv
+        found["torchvision"] = lambda x, offset, mask, weight, bias, stride: deform_conv2d(
+            x, offset, weight, bias, stride, 1, 1, mask
+        )
     if find_spec("mmcv") is not None and find_spec("mmcv.ops") is not None:
         from mmcv.ops import modulated_deform_conv2d
 
-        def mmcv_conv(
-            x: Tensor,
-            offset: Tensor,
-            mask: Tensor,
-            weight: Tensor,
-            bias: Tensor | None,
-            stride: int,
-        ) -> Tensor:
-            return modulated_deform_conv2d(x, offset, mask, weight, bias, stride, 1, 1, 1, 1)
-
-        found["mmcv"] = mmcv_conv
+        found["mmcv"] = lambda x, offset, mask, weight, bias, stride: modulated_deform_conv2d(
+            x, offset, mask, weight, bias, stride, 1, 1, 1, 1
+        )
     return found
 
 
@@ -166,7 +151,7 @@ def block_coefficients(
     gate: nn.Linear,
     relu: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What one level's branches are scaled by, the shift [N, C], and the ReLU's [N, 4, C].
+    """Of one level: scales of its branches, shift [N, C], coefficients of the ReLU [N, 4, C].
 
     Args:
         moments: of each branch the mean, the biased variance and the mean after upsampling,
@@ -228,7 +213,16 @@ def spatial_attention(
     targets: str,
     deform_conv: DeformConv,
 ) -> Tensor:
-    """The paper's aggregation over levels, a deformable convolution for each target and level."""
+    """The paper's aggregation over levels, a deformable convolution for each target and level.
+
+    Args:
+        features: [N, L, C, H, W].
+        weight: [L, C_out, C, 3, 3].
+        offset_weight, offset_bias: of the 3x3 convolution that predicts offsets and mask.
+        targets: "median" for one output, "all" for one of each level.
+        deform_conv: the operator.
+    """
+    checks.one_of("targets", targets, checks.TARGETS)
     levels = features.shape[1]
     outputs = []
     for target in [median_level(levels)] if targets == "median" else range(levels):

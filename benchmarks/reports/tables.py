@@ -8,9 +8,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.problems import BOTH, FORWARD
-from benchmarks.results import OK, Results, Row, own_row, ratio
-from benchmarks.timing import GRAPH
+from benchmarks.cases.problems import BOTH, FORWARD
+from benchmarks.measuring.timing import GRAPH
+from benchmarks.reports.results import OK, Results, Row, own_row, ratio
 
 COLUMNS = (
     "",

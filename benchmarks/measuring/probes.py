@@ -1,4 +1,4 @@
-"""What is counted beside time: the memory that a run needs, and the kernels that it launches."""
+"""Measures other than time: the memory that a run needs and the kernels that it launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def with_peak_memory(action: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
-    """Runs ``action``; returns its result and the most bytes it held beyond those before it.
+    """Runs ``action``; returns its result and the peak of additional bytes.
 
     On a GPU what torch's allocator handed out; on a CPU what was resident, as Linux records it
     (None where that cannot be read). Results are included.
@@ -36,11 +36,11 @@ def with_peak_memory(action: Callable[[], T], device: torch.device) -> tuple[T, 
 
 
 def _start_counting() -> bool:
-    """Gives freed memory back and sets the highest resident size to the present one."""
+    """Returns freed memory to the system and resets the peak of the resident size."""
     try:
         ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
         _CLEAR.write_text("5")
-    except (OSError, AttributeError):  # not Linux with glibc, or not allowed
+    except (OSError, AttributeError):  # not Linux with glibc, or no permission
         return False
     return True
 
@@ -52,7 +52,7 @@ def _status_bytes(field: str) -> int:
 
 
 def count_kernels(events: Iterable[Any]) -> int:
-    """Kernels among a profiler's events: what ran on the GPU and is neither copy nor fill."""
+    """The number of kernels in a profiler's events: GPU events other than copies and fills."""
     on_gpu = (e for e in events if e.device_type == torch.autograd.DeviceType.CUDA)
     return sum(not re.match(r"Memcpy|Memset", e.name) for e in on_gpu)
 

@@ -1,4 +1,4 @@
-"""What a case is made of: random data, parameters, the ways to compute it, and its work."""
+"""The parts of a case: random data, parameters, implementations, and the work to be done."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
-from benchmarks.precisions import GRADIENT_TOLERANCE, PRECISIONS, TOLERANCE
-from benchmarks.shapes import ShapeSet
+from benchmarks.cases import peers
+from benchmarks.cases.precisions import GRADIENT_TOLERANCE, PRECISIONS, TOLERANCE
+from benchmarks.cases.shapes import ShapeSet
 
 Maps = list[Tensor]  # each [N, ...]: one entry of the first dimension for each image
 Run = Callable[[Any, Maps], Maps]
@@ -22,8 +22,21 @@ Run = Callable[[Any, Maps], Maps]
 OURS = "dyhead_cuda"
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
-# How an implementation may be asked for; ours always runs.
+
+
+# The peers that can be selected; ours always runs.
 FAMILIES = ("reference", "torchvision", "mmcv", "layers", "compile", "dense")
+
+
+def with_gradients(direction: str) -> bool:
+    """Whether gradients are part of a direction.
+
+    Raises:
+        ValueError: there is no such direction.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"expected direction to be one of {DIRECTIONS}, got {direction!r}")
+    return direction == BOTH
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """What the forward pass has to do at least, for all images.
+    """The minimum work of the forward pass, for all images.
 
     Attributes:
         flops: of the matrix products and convolutions, a multiplication and an addition each;
@@ -60,16 +73,16 @@ class Work:
     writes: int
 
     def flops_of(self, direction: str) -> int:
-        return self.flops * (3 if direction == BOTH else 1)
+        return self.flops * (3 if with_gradients(direction) else 1)
 
     def bytes_of(self, direction: str, itemsize: int) -> int:
         values = self.reads + self.writes
-        if direction == BOTH:
+        if with_gradients(direction):
             values += 2 * self.reads + self.writes
         return values * itemsize
 
     def __add__(self, other: Work) -> Work:
-        """Of two steps, the second of which reads what the first has written."""
+        """The work of two steps, the second of which reads what the first wrote."""
         return Work(self.flops + other.flops, self.reads + other.reads, self.writes + other.writes)
 
 
@@ -126,10 +139,14 @@ class Implementation:
     directions: tuple[str, ...] = DIRECTIONS
     bar: bool = False
 
+    def __post_init__(self) -> None:
+        if self.family not in ("", *FAMILIES):
+            raise ValueError(f"expected family to be one of {FAMILIES}, got {self.family!r}")
+
     def precision_for(self, precision: str, device: torch.device) -> str:
-        """The precision that people run it in who want ``precision``: the best one it has."""
+        """The precision that it runs in when asked for ``precision``: the best that it supports."""
         if self.family == "reference" and precision in ("float16", "bfloat16"):
-            return "float32"  # what it computes in anyway
+            return "float32"  # the reference computes in float32 anyway
         if self.operator is None:
             return precision
         better = ["float16", "float32"] if device.type == "cuda" else ["float32"]
@@ -139,7 +156,7 @@ class Implementation:
         return precision
 
     def module_of(self, template: nn.Module, device: torch.device, precision: str) -> nn.Module:
-        """Its own copy of the parameters."""
+        """A copy of the module, adapted to the implementation."""
         made = self.adapt(template) if self.adapt else copy.deepcopy(template)
         return made.to(device, PRECISIONS[precision])
 
@@ -160,8 +177,8 @@ class Problem:
     work: Work
     tolerance: Mapping[str, float] = field(default_factory=lambda: TOLERANCE)  # of ours
     gradient_tolerance: Mapping[str, float] = field(default_factory=lambda: GRADIENT_TOLERANCE)
-    # Among millions of values a few lie so close to an edge (of a maximum, of a pixel) that
-    # rounding decides on which side, and gradients jump there: what they may err by at real sizes.
+    # The error that gradients may have at real sizes: of millions of values a few lie so close to a
+    # kink (a maximum, a pixel's edge) that rounding decides the side, and gradients jump there.
     jumps: float = 2e-3
 
 
@@ -199,7 +216,7 @@ def exact(t: Tensor) -> Tensor:
 
 
 def random_maps(shapes: Sequence[Sequence[int]], batch: int, seed: int) -> Maps:
-    """Normal values [N, *shape]; the i-th image from the end is the same for every ``batch``."""
+    """Normal values [N, *shape]. Images count from the last: it is the same for every ``batch``."""
     maps = []
     for index, shape in enumerate(shapes):
         images = []
@@ -213,7 +230,7 @@ def random_maps(shapes: Sequence[Sequence[int]], batch: int, seed: int) -> Maps:
 
 
 def randomised(module: nn.Module, seed: int = 7) -> nn.Module:
-    """No parameter zero or constant: weights of unit gain, vectors around their initial values."""
+    """Draws all parameters: weights of unit gain, vectors around their initial values."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -46,7 +46,7 @@ SHAPE_SETS = {
     )
 }
 
-# Where every implementation is compared with the reference before it sees real sizes: odd sizes, a
-# last level of very few pixels.
+# Every implementation is compared with the reference at this size before real ones. Sizes are odd
+# and the last level has very few pixels.
 SMALL_LEVELS = pyramid_of(13, 10, 3)
 SMALL_BATCH = 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# tf32 is float32 whose products round their operands to TF32.
+# tf32: float32 tensors whose matrix products round their operands to TF32.
 PRECISIONS = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -17,12 +17,12 @@ PRECISIONS = {
     "float64": torch.float64,
 }
 
-# Relative L2 error allowed to the outputs of one operator of ours, and to its gradients.
+# The relative L2 error that the outputs of one operator of ours may have.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
 GRADIENT_TOLERANCE = {precision: 2 * error for precision, error in TOLERANCE.items()}
 
-# Of a block or several: a rounded result moves samples of the next step and flips maxima, which
-# is little of an output but makes gradients jump.
+# The same for blocks and heads. A rounded result moves the samples of the next step and flips
+# maxima: outputs hardly change, but gradients jump.
 BLOCK_TOLERANCE = {precision: 4 * error for precision, error in TOLERANCE.items()}
 BLOCK_GRADIENT_TOLERANCE = {
     "float64": 1e-10,
@@ -32,8 +32,8 @@ BLOCK_GRADIENT_TOLERANCE = {
     "bfloat16": 0.3,
 }
 
-# Others round every intermediate result, which moves samples and flips maxima; still, another
-# function than the one they should compute is further away than this.
+# The same for peers, which round every intermediate result. A peer that computed another function
+# would be further away.
 PEER_TOLERANCE = {
     "float64": 1e-11,
     "float32": 1e-4,
@@ -49,7 +49,7 @@ def products(precision: str) -> Iterator[None]:
     """Whether float32 products on a GPU may use TF32 in this block: only for "tf32"."""
     backends: Any = torch.backends
     matmul, cudnn = backends.cuda.matmul, backends.cudnn
-    # Reading the older switch raises where somebody has set the newer one; setting it sets both.
+    # Reading the older switch raises when the newer one was set; writing it sets both.
     before = [switch.fp32_precision == "tf32" for switch in (matmul, cudnn.conv)]
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"

@@ -1,4 +1,4 @@
-"""Checks and measures every implementation of a plan's settings."""
+"""Checks and measures every implementation of the selected settings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from benchmarks import actions, plans, probes
-from benchmarks.actions import Action, WrongResultError
-from benchmarks.heads import problem_of
-from benchmarks.plans import Entry
-from benchmarks.precisions import PRECISIONS
-from benchmarks.problems import BOTH, FORWARD, Implementation, Problem, Setting
-from benchmarks.results import FAILED, OK, SKIPPED, WRONG, Row
-from benchmarks.timing import GRAPH, WARM, Effort, Timing, measure
+from benchmarks.cases.heads import problem_of
+from benchmarks.cases.precisions import PRECISIONS
+from benchmarks.cases.problems import (
+    BOTH,
+    FORWARD,
+    Implementation,
+    Problem,
+    Setting,
+    with_gradients,
+)
+from benchmarks.measuring import checking, probes, selection
+from benchmarks.measuring.checking import Action, WrongResultError
+from benchmarks.measuring.selection import Entry
+from benchmarks.measuring.timing import GRAPH, WARM, Effort, Timing, measure
+from benchmarks.reports.results import FAILED, OK, SKIPPED, WRONG, Row
 
 REMARK_LENGTH = 300
 
@@ -41,10 +48,10 @@ class Options:
 
 @dataclass
 class Runner:
-    """Runs plans; keeps what implementations of several settings or precisions have in common."""
+    """Runs entries; reuses results that several settings or precisions share."""
 
     options: Options
-    _expected: dict[tuple[Setting, bool, str], actions.Results] = field(default_factory=dict)
+    _expected: dict[tuple[Setting, bool, str], checking.Results] = field(default_factory=dict)
     _small_errors: dict[tuple[Setting, str, str, str], float | str] = field(default_factory=dict)
     _measured: dict[tuple[Setting, str, str, str], Row] = field(default_factory=dict)
 
@@ -97,7 +104,7 @@ class Runner:
             row = self._measure(row, problem, entry, how, ran_in, direction)
         except WrongResultError as error:
             row = replace(row, status=WRONG, remark=str(error))
-        except Exception as error:  # other people's code may raise anything; the rest goes on
+        except Exception as error:  # a peer may raise anything; keep measuring the others
             row = replace(row, status=FAILED, remark=_first_line(error))
         _free(device)
         self._measured[setting, how.name, ran_in, direction] = row
@@ -114,7 +121,7 @@ class Runner:
     ) -> Row:
         options = self.options
         checked, errors = [], []
-        # A compiled one compiles for every size: it is checked at the size that is measured.
+        # torch.compile compiles for every size anew, so check only the size that is measured.
         if not how.bar and not how.compiled:
             errors.append(self._small_error(problem.setting, how, precision, direction))
             checked.append("small")
@@ -134,12 +141,14 @@ class Runner:
                 if judged == FORWARD:
                     results = replace(results, inputs=[], parameters=[])
                 right = self._right(problem, last_only=True, direction=judged)
-                errors.append(actions.check(problem, how, precision, results, right, real=True))
+                errors.append(checking.check(problem, how, precision, results, right, real=True))
                 checked.append("real" if judged == direction else "real, outputs only")
                 del results
             del found
             times, remark = self._times(run, first)
-            kernels = probes.launches(run, options.device) if direction == FORWARD else None
+            kernels = (
+                probes.launches(run, options.device) if not with_gradients(direction) else None
+            )
         return replace(
             row,
             status=OK,
@@ -167,27 +176,27 @@ class Runner:
         return times, remark
 
     def _judged_direction(self, problem: Problem, direction: str) -> str | None:
-        """For which direction the reference fits into memory at the real size, if for any."""
-        free = actions.available_bytes(self.options.device) // 2
+        """The direction whose reference fits into memory at the real size; None if neither does."""
+        free = checking.available_bytes(self.options.device) // 2
         for candidate in (direction, FORWARD):
-            if actions.reference_bytes(problem, candidate) <= free:
+            if checking.reference_bytes(problem, candidate) <= free:
                 return candidate
         return None
 
-    def _right(self, problem: Problem, last_only: bool, direction: str) -> actions.Results:
-        """What the reference says; a forward is part of what is known of both directions."""
+    def _right(self, problem: Problem, last_only: bool, direction: str) -> checking.Results:
+        """The results of the reference; those of both directions include the forward's."""
         for known in (direction, BOTH):
             found = self._expected.get((problem.setting, last_only, known))
             if found is not None:
                 return found if known == direction else replace(found, inputs=[], parameters=[])
-        found = actions.expected(problem, self.options.device, direction, last_only)
+        found = checking.expected(problem, self.options.device, direction, last_only)
         self._expected[problem.setting, last_only, direction] = found
         return found
 
     def _small_error(
         self, setting: Setting, how: Implementation, precision: str, direction: str
     ) -> float:
-        small = plans.small(setting)
+        small = selection.small(setting)
         key = (small, how.name, precision, direction)
         if key not in self._small_errors:
             try:
@@ -206,7 +215,7 @@ class Runner:
         with action.context():
             results = action.as_maps(action.prepare(direction)())
         right = self._right(problem, last_only=False, direction=direction)
-        return actions.check(problem, how, precision, results, right)
+        return checking.check(problem, how, precision, results, right)
 
 
 def _blank_row(
@@ -235,24 +244,24 @@ def _first_line(error: BaseException) -> str:
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # of a kernel that failed before
+        with contextlib.suppress(RuntimeError):  # a kernel that failed earlier makes it raise
             torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def compiler_room() -> Iterator[None]:
-    """Lets torch.compile compile for many sizes instead of falling back to eager unnoticed."""
+    """Lets torch.compile recompile for many sizes; by default it would silently fall back."""
     settings = torch._dynamo.config
     with settings.patch(recompile_limit=1000, fail_on_recompile_limit_hit=True):
         yield
 
 
-def run_plan(
-    plan: Sequence[Entry], options: Options, announce: Callable[[str], None]
+def run_entries(
+    entries: Sequence[Entry], options: Options, announce: Callable[[str], None]
 ) -> Iterator[tuple[Entry, Row]]:
-    """All rows of a plan, each with its entry."""
+    """The rows of some entries, each with its entry."""
     runner = Runner(options)
     with compiler_room():
-        for entry in plan:
+        for entry in entries:
             for row in runner.run(entry, announce):
                 yield entry, row

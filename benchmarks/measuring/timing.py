@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# More than the last-level cache of any GPU or CPU that this runs on.
+# More than the last-level cache of any supported GPU or CPU.
 _FLUSH_BYTES = 256 * 2**20
 
 WARM, COLD, GRAPH = "warm", "cold", "graph"
@@ -26,17 +26,17 @@ class Effort:
 
     Attributes:
         seconds: keep measuring for as long as this,
-        least_runs, most_runs: but no fewer and no more runs than these.
+        min_runs, max_runs: but no fewer and no more runs than these.
         warmup_seconds: run it unmeasured for as long as this before.
     """
 
     seconds: float
-    least_runs: int
-    most_runs: int
+    min_runs: int
+    max_runs: int
     warmup_seconds: float
 
     def given(self, first: float) -> tuple[Effort, list[float]]:
-        """For an action whose first run took that long, and what counts as measured already.
+        """The effort after a first run of ``first`` seconds, and the times that count already.
 
         A slow one is warm after its first run; of a very slow one that run counts, too.
         """
@@ -45,7 +45,7 @@ class Effort:
         slow = replace(self, warmup_seconds=0.0)
         if first < 5 * self.seconds:
             return slow, []
-        return replace(slow, least_runs=2), [first]
+        return replace(slow, min_runs=2), [first]
 
 
 QUICK = Effort(0.0, 2, 2, 0.0)
@@ -92,7 +92,10 @@ def measure(
 
     Raises:
         RuntimeError: a CUDA graph of the action cannot be captured.
+        ValueError: there is no such method.
     """
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {tuple(METHODS)}, got {method!r}")
     if method == GRAPH:
         action = _captured(action, device)
     _warm_up(action, device, effort)
@@ -103,7 +106,7 @@ def measure(
     begin = time.perf_counter() - sum(known)
     while _unfinished(len(seconds), time.perf_counter() - begin, effort):
         if device.type == "cuda":
-            seconds += _cuda_seconds(action, device, effort.least_runs, flush)
+            seconds += _cuda_seconds(action, device, effort.min_runs, flush)
         else:
             if flush is not None:
                 flush.fill_(len(seconds) % 100)
@@ -114,7 +117,7 @@ def measure(
 
 
 def _unfinished(runs: int, seconds: float, effort: Effort) -> bool:
-    return runs < effort.least_runs or (seconds < effort.seconds and runs < effort.most_runs)
+    return runs < effort.min_runs or (seconds < effort.seconds and runs < effort.max_runs)
 
 
 def _warm_up(action: Callable[[], object], device: torch.device, effort: Effort) -> None:
@@ -130,8 +133,8 @@ def _cuda_seconds(
 ) -> list[float]:
     events = []
     for run in range(runs):
-        # The flush keeps the GPU busy while the host gets ahead: launches are then not measured,
-        # as far as the host keeps up.
+        # The flush keeps the GPU busy while the host queues the launches, so that their overhead
+        # is not measured.
         if flush is not None:
             flush.fill_(run % 100)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -148,13 +151,13 @@ def _captured(action: Callable[[], object], device: torch.device) -> Callable[[]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # autograd and libraries set themselves up outside of the capture
+        for _ in range(3):  # let autograd and libraries initialise outside of the capture
             action()
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = action()  # its memory must stay
+        kept = action()  # keep the memory that the graph writes to
 
     def replay() -> object:
         graph.replay()

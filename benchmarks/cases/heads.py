@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import operators, peers
-from benchmarks.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
-from benchmarks.problems import (
+from benchmarks.cases import block_steps, operators, peers
+from benchmarks.cases.common import branch_sizes, conv_flops, pixels_of, relu_flops
+from benchmarks.cases.precisions import BLOCK_GRADIENT_TOLERANCE, BLOCK_TOLERANCE
+from benchmarks.cases.problems import (
     BOTH,
     NCHW,
     OURS,
@@ -50,14 +51,14 @@ def published_block(
 
 
 def block_work(setting: Setting) -> Work:
-    """Of one block on all levels."""
+    """The work of one block on all levels."""
     s, n = setting.shapes, setting.batch
     c, pixels = s.channels, n * s.pixels
-    branch_pixels = n * operators.pixels_of(operators.branch_sizes(s.levels))
+    branch_pixels = n * pixels_of(branch_sizes(s.levels))
     products = (
-        operators.conv_flops(pixels, c, 3 * TAPS)
-        + operators.conv_flops(branch_pixels, c, c)
-        + operators.relu_flops(n * len(s.levels), c)
+        conv_flops(pixels, c, 3 * TAPS)
+        + conv_flops(branch_pixels, c, c)
+        + relu_flops(n * len(s.levels), c)
     )
     parameters = parameter_count(DyHead(c, c, 1, num_groups=s.num_groups))
     return Work(products, pixels * c + parameters, pixels * c)
@@ -75,7 +76,7 @@ def _run(head: Any, inputs: Maps) -> Maps:
 
 
 def _block_by_block(head: Any, inputs: Maps) -> Maps:
-    # What a float64 block keeps for its backward is large: only one block's at a time.
+    # A float64 block keeps a lot for its backward: keep it for one block at a time.
     for block in head.blocks:
         inputs = checkpoint(block, inputs, use_reentrant=False)
     return list(inputs)
@@ -92,36 +93,22 @@ def head(setting: Setting) -> Problem:
         made.load_state_dict(template.state_dict())
         return made
 
-    def layers(operator: peers.DeformConv, compile_it: bool = False) -> Run:
-        def run(head: Any, features: Maps) -> Maps:
-            block = published_block(operator, s.num_groups)
-            block = compiled(block) if compile_it else block
-            for member in head.blocks:
-                features = block(features, member.parameters_tuple())
-            return features
+    def layers(operator: peers.DeformConv) -> Run:
+        return _layered_head(published_block(operator, s.num_groups))
 
-        return run
-
-    def bar(head: Any, features: Maps) -> Maps:
-        outputs: Maps = []
-        for block in head.blocks:
-            weights = [(b.weight, b.bias) for b in (block.low, block.mid, block.high)]
-            outputs += operators.dense_branches(features, weights)
-            outputs += [block.offset_conv(x) for x in features]
-        return outputs
-
-    # Inputs as a feature pyramid network leaves them; ours brings them into rows by itself.
+    # Inputs are NCHW, as a feature pyramid network returns them; packing them is part of our time.
     implementations = [ours(_run, inputs=NCHW)]
-    if setting.blocks > 1:  # of one block there is nothing to save
+    if setting.blocks > 1:  # recomputing a single block saves nothing
         recompute = ours(_run, RECOMPUTE, inputs=NCHW, adapt=recomputing, directions=(BOTH,))
         implementations.append(recompute)
     implementations += [reference_of(_run), *on_each_operator(layers)]
-    if "torchvision" in peers.deform_convs():
+    operator = peers.deform_convs().get("torchvision")
+    if operator is not None:
         implementations.append(
             Implementation(
                 "torchvision, torch.compile",
                 "compile",
-                layers(peers.deform_convs()["torchvision"], compile_it=True),
+                _layered_head(published_block(operator, s.num_groups), compile_it=True),
                 operator="torchvision",
                 compiled=True,
             )
@@ -131,12 +118,33 @@ def head(setting: Setting) -> Problem:
         random_maps([(s.channels, *size) for size in s.levels], n, 9),
         module,
         reference_of(_block_by_block),
-        [*implementations, dense(bar)],
+        [*implementations, dense(_dense_head)],
         _stack(setting.blocks, block_work(setting)),
         tolerance=BLOCK_TOLERANCE,
         gradient_tolerance=BLOCK_GRADIENT_TOLERANCE,
         jumps=0.05,
     )
+
+
+def _layered_head(block: Callable[..., Maps], compile_it: bool = False) -> Run:
+    """A head whose blocks are ``block``."""
+
+    def run(head: Any, features: Maps) -> Maps:
+        function = compiled(block) if compile_it else block
+        for member in head.blocks:
+            features = function(features, member.parameters_tuple())
+        return features
+
+    return run
+
+
+def _dense_head(head: Any, features: Maps) -> Maps:
+    outputs: Maps = []
+    for block in head.blocks:
+        weights = [(b.weight, b.bias) for b in (block.low, block.mid, block.high)]
+        outputs += block_steps.dense_branches(features, weights)
+        outputs += [block.offset_conv(x) for x in features]
+    return outputs
 
 
 def unified(setting: Setting) -> Problem:
@@ -149,36 +157,11 @@ def unified(setting: Setting) -> Problem:
     def own(head: Any, inputs: Maps) -> Maps:
         return [head(inputs[0])]
 
-    def by_block(head: Any, inputs: Maps) -> Maps:
-        x = inputs[0]
-        for block in head.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return [x]
-
-    def layers(operator: peers.DeformConv) -> Run:
-        def run(head: Any, inputs: Maps) -> Maps:
-            x = inputs[0]
-            for block in head.blocks:
-                x = peers.unified_block(x, block.parameters_tuple(), operator)
-            return [x]
-
-        return run
-
-    def bar(head: Any, inputs: Maps) -> Maps:
-        x = inputs[0].flatten(0, 1)
-        outputs = []
-        for block in head.blocks:
-            weights = block.spatial_weight
-            # Every target level reads every level: L times the L products.
-            outputs += [torch.conv2d(x, w, padding=1) for w in weights]
-            outputs.append(block.offset_conv(x))
-        return outputs
-
-    pixels = n * operators.pixels_of([size])
+    pixels = n * pixels_of([size])
     block = Work(
-        levels * levels * operators.conv_flops(pixels, s.channels, s.channels)
-        + levels * operators.conv_flops(pixels, s.channels, 3 * TAPS)
-        + operators.relu_flops(n, s.channels),
+        levels * levels * conv_flops(pixels, s.channels, s.channels)
+        + levels * conv_flops(pixels, s.channels, 3 * TAPS)
+        + relu_flops(n, s.channels),
         levels * pixels * s.channels + parameter_count(module) // setting.blocks,
         levels * pixels * s.channels,
     )
@@ -186,8 +169,8 @@ def unified(setting: Setting) -> Problem:
         setting,
         random_maps([(levels, s.channels, *size)], n, 10),
         module,
-        reference_of(by_block),
-        [ours(own), reference_of(own), *on_each_operator(layers), dense(bar)],
+        reference_of(_unified_by_block),
+        [ours(own), reference_of(own), *on_each_operator(_layered_unified), dense(_dense_unified)],
         _stack(setting.blocks, block),
         tolerance=BLOCK_TOLERANCE,
         gradient_tolerance=BLOCK_GRADIENT_TOLERANCE,
@@ -195,21 +178,48 @@ def unified(setting: Setting) -> Problem:
     )
 
 
-# block and head are one case at one block and at several.
+def _unified_by_block(head: Any, inputs: Maps) -> Maps:
+    x = inputs[0]
+    for block in head.blocks:
+        x = checkpoint(block, x, use_reentrant=False)
+    return [x]
+
+
+def _layered_unified(operator: peers.DeformConv) -> Run:
+    def run(head: Any, inputs: Maps) -> Maps:
+        x = inputs[0]
+        for block in head.blocks:
+            x = peers.unified_block(x, block.parameters_tuple(), operator)
+        return [x]
+
+    return run
+
+
+def _dense_unified(head: Any, inputs: Maps) -> Maps:
+    x = inputs[0].flatten(0, 1)
+    outputs = []
+    for block in head.blocks:
+        # Every target level reads every level.
+        outputs += [torch.conv2d(x, w, padding=1) for w in block.spatial_weight]
+        outputs.append(block.offset_conv(x))
+    return outputs
+
+
+# "block" is the head with one block.
 CASES: dict[str, Callable[[Setting], Problem]] = {
     "block": head,
     "head": head,
     "unified": unified,
     "pack_levels": operators.pack_levels,
-    "branches": operators.branches,
+    "branches": block_steps.branches,
     "deform_conv": operators.deform_conv,
-    "block_coefficients": operators.block_coefficients,
-    "fuse_branches": operators.fuse_branches,
+    "block_coefficients": block_steps.block_coefficients,
+    "fuse_branches": block_steps.fuse_branches,
     "offset_conv": operators.offset_conv,
     "dynamic_relu": operators.dynamic_relu,
     "spatial_attention": operators.spatial_attention,
 }
-STACKED = ("head", "unified")  # which have as many blocks as asked for
+STACKED = ("head", "unified")  # cases whose number of blocks can be chosen
 
 
 def problem_of(setting: Setting) -> Problem:

@@ -1,4 +1,4 @@
-"""An implementation on its data, what its results must be, and how far from that they are."""
+"""Runs an implementation on its data and compares the results with the reference."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.precisions import PEER_GRADIENT_FACTOR, PEER_TOLERANCE, PRECISIONS, products
-from benchmarks.problems import BOTH, FORWARD, Implementation, Maps, Problem, random_maps
+from benchmarks.cases.precisions import PEER_GRADIENT_FACTOR, PEER_TOLERANCE, PRECISIONS, products
+from benchmarks.cases.problems import Implementation, Maps, Problem, random_maps, with_gradients
 from dyhead_cuda import backends
 
 COTANGENT_SEED = 99
-# Gradients whose terms cancel are judged by the size of the others.
-SMALLEST_SHARE = 1e-3
+# A gradient much smaller than the others, whose terms cancel, is judged relative to this share of
+# the largest.
+MIN_SHARE = 1e-3
 
 
 class WrongResultError(Exception):
@@ -42,14 +43,14 @@ class Action:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """The backend and the kind of products that it is to run with."""
+        """Selects the backend and the precision of products to run with."""
         name = self.device.type if self.how.backend == "own" else self.how.backend
         with backends.backend(name), products(self.precision):  # type: ignore[arg-type]
             yield
 
     def prepare(self, direction: str) -> Callable[[], Maps]:
-        """What to time. For both directions it returns the outputs, then the gradients."""
-        if direction == FORWARD:
+        """The function to time. For both directions it returns the outputs, then the gradients."""
+        if not with_gradients(direction):
             return self._forward
         with self.context():
             outputs = self._forward()
@@ -74,7 +75,7 @@ class Action:
         return [*outputs, *gradients]
 
     def as_maps(self, results: Maps) -> Results:
-        """What :meth:`prepare`'s function returned, in the layout that all have in common."""
+        """What the function of :meth:`prepare` returned, in the layout that all share."""
         count = len(results) if not self.leaves else len(results) - len(self._differentiated())
         gradients = results[count:]
         inputs = gradients[: len(self.leaves)]
@@ -97,17 +98,17 @@ class Results:
     parameters: Maps
 
     def last_image(self) -> Results:
-        """Without the gradients that are sums over images."""
+        """The results of the last image, without gradients that are sums over images."""
         return Results([x[-1:] for x in self.outputs], [x[-1:] for x in self.inputs], [])
 
 
 def cotangents_for(outputs: Sequence[Tensor]) -> Maps:
-    """The gradients that come in; those of the last image are the same for every batch."""
+    """The incoming gradients; those of the last image are the same for every batch."""
     return random_maps([x.shape[1:] for x in outputs], len(outputs[0]), COTANGENT_SEED)
 
 
 def expected(problem: Problem, device: torch.device, direction: str, last_only: bool) -> Results:
-    """What the reference says in float64.
+    """The results of the reference in float64.
 
     Args:
         problem: the problem.
@@ -126,7 +127,7 @@ def expected(problem: Problem, device: torch.device, direction: str, last_only: 
 def relative_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
     """||found - right|| / ||right|| of each, in float64; NaN where there is one."""
     norms = [float(x.double().norm()) for x in right]
-    floor = SMALLEST_SHARE * max(norms, default=0.0)
+    floor = MIN_SHARE * max(norms, default=0.0)
     errors = []
     for a, b, norm in zip(found, right, norms, strict=True):
         if a.shape != b.shape:
@@ -144,7 +145,12 @@ def check(
     right: Results,
     real: bool = False,
 ) -> float:
-    """The largest relative error; ``real`` says that the size is, so that gradients may jump.
+    """The largest relative error of some results.
+
+    Args:
+        problem, how, precision: what ran.
+        found, right: its results and those of the reference.
+        real: whether the size is a real one, at which gradients may jump.
 
     Raises:
         WrongResultError: it is larger than allowed, or not a number.
@@ -175,17 +181,17 @@ def check(
 
 
 def reference_bytes(problem: Problem, direction: str) -> int:
-    """About what the float64 reference needs for one image: columns, several times over.
+    """Roughly the memory of the float64 reference for one image: several times its columns.
 
     Measured: 5.3 GiB for a block with its backward at 800x1344, a third of that without.
     """
     blocks = max(1, problem.setting.blocks)
     columns = problem.work.flops / problem.setting.batch / blocks / problem.setting.shapes.channels
-    return int(columns * (40 if direction == BOTH else 13))
+    return int(columns * (40 if with_gradients(direction) else 13))
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that nobody uses."""
+    """Free memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from benchmarks.cases.problems import BOTH, DIRECTIONS, FORWARD, OURS
+from benchmarks.cases.shapes import SHAPE_SETS
 from benchmarks.machine import one_line
-from benchmarks.problems import BOTH, DIRECTIONS, FORWARD, OURS
-from benchmarks.results import OK, Results, Row, ratio
-from benchmarks.shapes import SHAPE_SETS
+from benchmarks.reports.results import OK, Results, Row, ratio, read
 
 # Of Okabe and Ito's palette, which every kind of colour vision tells apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -25,8 +26,17 @@ STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "figure.dpi": 90, "legend.fo
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 FIRST = (OURS, FORWARD)
 MARKERS = {FORWARD: "o", BOTH: "s"}
+LINES = {FORWARD: "-", BOTH: "--"}
 
 Draw = Callable[[Results, Figure], bool]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draws the plots of files beside them; returns the exit status."""
+    for path in arguments.files:
+        for written in draw_all(read(path), path.with_suffix("")):
+            print(written)
+    return 0
 
 
 def draw_all(results: Results, stem: Path) -> list[Path]:
@@ -77,7 +87,7 @@ def _bars(
     axes.set_ylim(position, -1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    subs = (1, 2, 5) if high < 1e3 * low else (1,)  # so that the numbers have room
+    subs = (1, 2, 5) if high < 1e3 * low else (1,)  # leave room for the numbers
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(PLAIN)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -86,7 +96,7 @@ def _bars(
 
 
 def _groups(results: Results, direction: str) -> list[dict[str, Row]]:
-    """Groups in which ours and somebody else were measured."""
+    """Groups in which ours and at least one peer were measured."""
     found = []
     for group in results.groups():
         right = {name: row for name, row in group.items() if row.status == OK}
@@ -151,7 +161,7 @@ def roofline(results: Results, figure: Figure) -> bool:
         return False
     copy, rates = results.ceilings["copy_gb_per_s"], results.ceilings["product_tflop_per_s"]
     rows = [r for r in results.rows if r.implementation in (OURS, "torchvision")]
-    # A row that ran in another precision is that one's row once more.
+    # A row that ran in another precision repeats the row of that precision.
     shown = [r for r in rows if r.tflop_per_s and r.ran_in == r.precision and r.ran_in in rates]
     if not shown:
         return False
@@ -163,7 +173,17 @@ def roofline(results: Results, figure: Figure) -> bool:
     for precision, rate in rates.items():
         axes.plot(x, np.minimum(x * copy / 1e3, rate), color=colour_of[precision], lw=1.2)
         axes.text(x[-1], rate, f" {precision}", color=colour_of[precision], va="center", fontsize=8)
-    for row in shown:
+    _rates(axes, shown, colour_of)
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", xlabel="FLOP per byte that must move")
+    axes.set_title("roofline measured in the same run, one point for each case")
+    axes.legend(loc="lower right")
+    axes.margins(x=0.1)
+    return True
+
+
+def _rates(axes: Axes, rows: Sequence[Row], colour_of: dict[str, str]) -> None:
+    """A point for each row, its case below ours, and the meaning of the markers."""
+    for row in rows:
         assert row.tflop_per_s is not None
         colour = colour_of[row.ran_in]
         axes.plot(
@@ -174,7 +194,7 @@ def roofline(results: Results, figure: Figure) -> bool:
             mfc=colour if row.implementation == OURS else "none",
             ms=5,
         )
-    named = {r.case: r for r in reversed(shown) if (r.implementation, r.direction) == FIRST}
+    named = {r.case: r for r in reversed(rows) if (r.implementation, r.direction) == FIRST}
     for i, row in enumerate(sorted(named.values(), key=lambda r: r.flops / r.bytes)):
         place = row.flops / row.bytes, row.tflop_per_s
         below = (0, -14 - 9 * (i % 3))
@@ -185,44 +205,25 @@ def roofline(results: Results, figure: Figure) -> bool:
         (MARKERS[FORWARD], "none", "torchvision, layer by layer"),
     ):
         axes.plot([], [], marker, color="0.3", mfc=face, label=text)
-    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", xlabel="FLOP per byte that must move")
-    axes.set_title("roofline measured in the same run, one point for each case")
-    axes.legend(loc="lower right")
-    axes.margins(x=0.1)
-    return True
 
 
 def scaling(results: Results, figure: Figure) -> bool:
     """Time of a block per pixel of all images, over pixels and over batch."""
-    blocks = [r for r in results.rows if r.status == OK and r.case == "block" and r.time]
-    precisions = [r.precision for r in blocks if r.implementation == OURS]
-    if len({(r.shapes, r.batch) for r in blocks}) < 3:
+    measured = [r for r in results.rows if r.status == OK and r.case == "block" and r.time]
+    if len({(r.shapes, r.batch) for r in measured}) < 3:
         return False
+    precisions = [r.precision for r in measured if r.implementation == OURS]
     precision = max(precisions, key=precisions.count)
-    blocks = [r for r in blocks if r.precision == precision and r.shapes in SHAPE_SETS]
+    blocks = [r for r in measured if r.precision == precision and r.shapes in SHAPE_SETS]
+    single = [r for r in blocks if r.batch == 1]
     figure.set_size_inches(9, 4)
     left, right = figure.subplots(1, 2, sharey=True)
-    names = [n for n in (OURS, "torchvision") if any(r.implementation == n for r in blocks)]
-    for name, colour in zip(names, COLOURS, strict=False):
-        for direction in DIRECTIONS:
-            rows = [r for r in blocks if (r.implementation, r.direction) == (name, direction)]
-            for axes, points in (
-                (left, sorted((_pixels(r), _per_pixel(r)) for r in rows if r.batch == 1)),
-                (right, sorted((r.batch, _per_pixel(r)) for r in rows if r.shapes == "glip")),
-            ):
-                if points:
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        marker=MARKERS[direction],
-                        ms=4,
-                        color=colour,
-                        ls="-" if direction == FORWARD else "--",
-                        label=f"{name}, {direction}",
-                    )
+    _lines(left, single, _pixels)
+    _lines(right, [r for r in blocks if r.shapes == "glip"], lambda r: r.batch)
     left.set(xscale="log", yscale="log", xlabel="thousand pixels of all levels, batch 1")
     left.set(ylabel="nanoseconds per pixel")
     right.set(xscale="log", xlabel="batch, 800x1344 image")
-    sizes = sorted({_pixels(r) for r in blocks if r.batch == 1})
+    sizes = sorted({_pixels(r) for r in single})
     _ticks(left, sizes, [f"{size / 1e3:.0f}" for size in sizes])
     batches = sorted({r.batch for r in blocks})
     _ticks(right, batches, [str(batch) for batch in batches])
@@ -231,6 +232,25 @@ def scaling(results: Results, figure: Figure) -> bool:
     left.set_title(f"block, {precision}: flat is linear")
     left.legend(loc="best")
     return True
+
+
+def _lines(axes: Axes, rows: Sequence[Row], place: Callable[[Row], int]) -> None:
+    """Time per pixel over ``place``: a line for each implementation and direction."""
+    measured = {r.implementation for r in rows}
+    names = [name for name in (OURS, "torchvision") if name in measured]
+    for name, colour in zip(names, COLOURS, strict=False):
+        for direction in DIRECTIONS:
+            chosen = [r for r in rows if (r.implementation, r.direction) == (name, direction)]
+            points = sorted((place(r), _per_pixel(r)) for r in chosen)
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    marker=MARKERS[direction],
+                    ms=4,
+                    color=colour,
+                    ls=LINES[direction],
+                    label=f"{name}, {direction}",
+                )
 
 
 def _ticks(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
-from benchmarks.problems import OURS
-from benchmarks.results import OK, SKIPPED, Results, ResultsError, Row
+from benchmarks.cases.problems import OURS
+from benchmarks.reports.results import OK, SKIPPED, Results, ResultsError, Row, read
 
 SAME = ("device", "processor", "threads")
-SMALLEST_MEMORY = 2**20  # bytes; less of a difference is the allocator's
+MIN_MEMORY_GROWTH = 2**20  # bytes; smaller differences are noise of the allocator
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class Change:
     regression: str = ""
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Prints how two runs differ; returns 1 if there is a regression."""
+    before, after = read(arguments.before), read(arguments.after)
+    if not arguments.force:
+        same_machine(before, after)
+    changes = compare(before, after, arguments.threshold)
+    print(format_changes(changes))
+    return int(any(change.regression for change in changes))
+
+
 def same_machine(before: Results, after: Results) -> None:
     """Raises ResultsError where times of the two cannot be compared."""
     for name in SAME:
@@ -39,7 +50,7 @@ def same_machine(before: Results, after: Results) -> None:
 
 
 def compare(before: Results, after: Results, threshold: float) -> list[Change]:
-    """All rows of ``before`` that were measured, with what became of them.
+    """The changes of all rows that were measured in ``before``.
 
     A regression is a row of ours that is no longer right, or whose median grew by more than
     ``threshold`` (0.05 is 5 %) and beyond the quartiles of both runs, or whose memory grew by more
@@ -69,13 +80,13 @@ def _change(before: Row, after: Row | None, threshold: float) -> Change:
         reasons.append(f"{ratio - 1:.0%} slower")
     if before.memory is not None and after.memory is not None:
         growth = after.memory - before.memory
-        if growth > max(threshold * before.memory, SMALLEST_MEMORY):
+        if growth > max(threshold * before.memory, MIN_MEMORY_GROWTH):
             reasons.append(f"{growth / 2**20:.0f} MiB more memory")
     return Change(before, after, ratio, ", ".join(reasons) if own else "")
 
 
 def format_changes(changes: list[Change]) -> str:
-    """One line for each row of ours, and how much the peers changed."""
+    """A line for each row of ours, and one with the median change of the peers."""
     lines = []
     peers = []
     for change in changes:

@@ -1,4 +1,4 @@
-"""The speed that the project has set itself, and what a run's results say about it.
+"""The targets of the project for speed and memory, and whether results reach them.
 
 (a) is the published block layer by layer on ``torchvision.ops.deform_conv2d``, in the same
 precision where it supports it, else in its own best; (b) is the same under torch.compile. All are
@@ -7,13 +7,14 @@ for the levels of an 800x1344 image with 256 channels.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.heads import RECOMPUTE
-from benchmarks.problems import BOTH, FORWARD, OURS
-from benchmarks.results import OK, Results, Row, ratio
-from benchmarks.timing import GRAPH
+from benchmarks.cases.heads import RECOMPUTE
+from benchmarks.cases.problems import BOTH, FORWARD, OURS
+from benchmarks.measuring.timing import GRAPH
+from benchmarks.reports.results import OK, Results, Row, ratio, read
 
 LAYERS, COMPILED = "torchvision", "torchvision, torch.compile"
 REACHED, FIRST_STEP, MISSED, NOT_MEASURED = "reached", "first step", "missed", "not measured"
@@ -65,7 +66,7 @@ def faster_than(peer: str) -> Measure:
 
 
 def memory_share(own: str = OURS) -> Measure:
-    """Ours over (a)'s."""
+    """Our memory over that of (a)."""
 
     def measure(_: Results, group: Group) -> float | None:
         a, b = group.get(own), group.get(LAYERS)
@@ -130,8 +131,14 @@ TARGETS = (
 )
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what files say about every target; returns the exit status."""
+    print(format_verdicts(judge([read(path) for path in arguments.files])))
+    return 0
+
+
 def judge(runs: Sequence[Results]) -> list[Verdict]:
-    """What runs say about every target; those on another device than CUDA say nothing."""
+    """A verdict on every target; only runs on CUDA count."""
     on_gpu = [run for run in runs if run.environment["device"] == "cuda"]
     return [_judge(target, on_gpu) for target in TARGETS]
 
