@@ -30,7 +30,8 @@ def without_code_blocks(text: str) -> str:
 
 
 def backticked(page: Path) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", without_code_blocks(page.read_text()))
+    found = re.findall(r"`([^`]+)`", without_code_blocks(page.read_text()))
+    return [" ".join(text.split()) for text in found]
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
