@@ -9,13 +9,15 @@ derivatives.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor
 
 from dyhead_cuda import checks, fused, ops, reference
 from dyhead_cuda.backends import select
-from dyhead_cuda.pyramid import BlockParameters, HighOffset
+from dyhead_cuda.pyramid import UPSAMPLES, BlockParameters, HighOffset, Upsample
 from dyhead_cuda.reference import Activation, Targets, UnifiedParameters
 from dyhead_cuda.reference import scale_attention as scale_attention
 from dyhead_cuda.reference import scale_gates as scale_gates
@@ -32,6 +34,14 @@ __all__ = [
     "task_attention",
     "unified_block",
 ]
+
+
+_log = logging.getLogger("dyhead_cuda")
+
+
+@cache
+def _say_once(what: str) -> None:
+    _log.warning(what)
 
 
 def modulated_deform_conv2d(
@@ -120,18 +130,28 @@ def pyramid_block(
     parameters: BlockParameters,
     *,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[Tensor]:
     """One block of the published head; see :func:`dyhead_cuda.reference.pyramid_block`."""
     in_channels, _ = checks.block_parameters(parameters, num_groups, features)
     checks.pyramid(features, in_channels, high_offset)
-    if select(features[0]) != "reference":
+    checks.one_of("upsample", upsample, UPSAMPLES)
+    backend = select(features[0])
+    if backend != "reference" and upsample == "nearest":
+        _say_once('upsample="nearest" has no compiled kernel yet: it runs on the slow reference')
+    elif backend != "reference":
         return fused.pyramid_block(
             features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
         )
     combined = reference.combine_branches(
-        features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
+        features,
+        parameters,
+        high_offset=high_offset,
+        upsample=upsample,
+        num_groups=num_groups,
+        eps=eps,
     )
     return [dynamic_relu(x, *parameters.task).to(features[0].dtype) for x in combined]
 
