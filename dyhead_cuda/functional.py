@@ -9,14 +9,16 @@ derivatives.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor
 
 from dyhead_cuda import checks, fused, reference
 from dyhead_cuda.backends import select
 from dyhead_cuda.ops.dynamic_relu import dynamic_relu as fused_dynamic_relu
-from dyhead_cuda.pyramid import BlockParameters, HighOffset
+from dyhead_cuda.pyramid import UPSAMPLES, BlockParameters, HighOffset, Upsample
 from dyhead_cuda.reference import Activation, Targets, UnifiedParameters
 from dyhead_cuda.reference import scale_attention as scale_attention
 from dyhead_cuda.reference import scale_gates as scale_gates
@@ -33,6 +35,14 @@ __all__ = [
     "task_attention",
     "unified_block",
 ]
+
+
+_log = logging.getLogger("dyhead_cuda")
+
+
+@cache
+def _say_once(what: str) -> None:
+    _log.warning(what)
 
 
 def modulated_deform_conv2d(
@@ -121,18 +131,28 @@ def pyramid_block(
     parameters: BlockParameters,
     *,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[Tensor]:
     """One block of the published head; see :func:`dyhead_cuda.reference.pyramid_block`."""
     in_channels, _ = checks.block_parameters(parameters, num_groups, features)
     checks.pyramid(features, in_channels, high_offset)
-    if select(features[0]) != "reference":
+    checks.one_of("upsample", upsample, UPSAMPLES)
+    backend = select(features[0])
+    if backend != "reference" and upsample == "nearest":
+        _say_once('upsample="nearest" has no compiled kernel yet: it runs on the slow reference')
+    elif backend != "reference":
         return fused.pyramid_block(
             features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
         )
     combined = reference.combine_branches(
-        features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
+        features,
+        parameters,
+        high_offset=high_offset,
+        upsample=upsample,
+        num_groups=num_groups,
+        eps=eps,
     )
     return [dynamic_relu(x, *parameters.task).to(features[0].dtype) for x in combined]
 

@@ -23,7 +23,7 @@ from dyhead_cuda.ops.pack_levels import pack_levels
 from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, halved
 from dyhead_cuda.reference import median_level
 from dyhead_cuda.reference.operators import no_autocast
-from dyhead_cuda.reference.published import upsample
+from dyhead_cuda.reference.published import resize
 
 LOW, MID, HIGH = 0, 1, 2
 
@@ -166,7 +166,7 @@ def block_plan(sizes: tuple[Size, ...], images: int, high_offset: HighOffset) ->
 def with_resized(rows: Tensor, plan: BlockPlan, images: int) -> Tensor:
     """The rows of the levels, and behind them those of the maps that the plan resizes."""
     levels = unpack_rows(rows, plan.sizes, images)
-    extra = [upsample(levels[level], size) for level, size in plan.resized]
+    extra = [resize(levels[level], size, "bilinear") for level, size in plan.resized]
     return torch.cat([rows, pack(extra)])
 
 
