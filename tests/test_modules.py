@@ -43,7 +43,7 @@ def randomise(module: nn.Module, seed: int = 3) -> None:
             noise = torch.randn(p.shape, generator=source, dtype=torch.float64)
             fan_in = max(1, p[0].numel()) if p.dim() > 1 else 4
             # Around one: the norm's weight, and the bias that keeps the gate's ReLU alive.
-            around = 1.0 if name.endswith(("norm_weight", "scale_gate.bias")) else 0.0
+            around = 1.0 if name.endswith(("norm.weight", "scale_gate.bias")) else 0.0
             p.copy_(noise / math.sqrt(fan_in) + around)
 
 
@@ -333,7 +333,7 @@ def test_meta_device(name: str) -> None:
 def test_repr_tells_the_settings() -> None:
     head = repr(DyHead(4, 8, 2, num_groups=2, high_offset="crop"))
     assert "DyHeadBlock(" in head
-    assert "4, 8, high_offset='crop', num_groups=2" in head
+    assert "4, 8, high_offset='crop', upsample='bilinear', num_groups=2" in head
     assert "8, activation='hsigmoid'" in head
     convolution = ModulatedDeformConv2d(4, 6, 3, stride=2, padding=1, deform_groups=2, bias=False)
     assert "4, 6, kernel_size=(3, 3), stride=2, padding=1" in repr(convolution)

@@ -204,7 +204,7 @@ def _check_representable(head: DyHead, code_base: CodeBase, any_groups: bool) ->
     """Raise unless the public code, with its fixed settings, computes what ``head`` computes."""
     for index, block in enumerate(head.blocks):
         assert isinstance(block, DyHeadBlock)
-        hidden = block.dynamic_relu.fc1.out_features
+        hidden = block.hidden
         settings: list[tuple[str, object, tuple[object, ...]]] = [
             ("high_offset", block.high_offset, code_base.high_offsets),
             ("eps", block.eps, (_EPS,)),
@@ -267,7 +267,7 @@ def _to(
         for name in code_base.names:
             branch, _, field = name.ours.partition(".")
             if name.ours not in tensors and field == "bias":
-                tensors[name.ours] = torch.zeros_like(tensors[f"{branch}.norm_bias"])
+                tensors[name.ours] = torch.zeros_like(tensors[f"{branch}.norm.bias"])
             result[f"{prefix}{index}.{name.theirs}"] = name.to_theirs(tensors[name.ours]).clone()
     return result
 

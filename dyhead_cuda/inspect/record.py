@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyhead_cuda import reference
+from dyhead_cuda import checks, reference
 from dyhead_cuda.modules import DyHead, DyHeadBlock
 from dyhead_cuda.pyramid import (
+    HIGH_OFFSETS,
     OFFSET_CHANNELS,
     TAPS,
     BlockParameters,
@@ -37,7 +38,7 @@ class BlockRun:
 
 
 @dataclass(frozen=True)
-class LevelTrace:
+class LevelRecord:
     """What a block does at one level of the first image of a batch."""
 
     gates: dict[str, float]  # branch name to its scale-aware gate, 0 to 1
@@ -65,7 +66,7 @@ class Samples:
     weights: Tensor  # [P] float64: the modulation, and for "high" its share in the upsampled pixel
 
 
-def trace(head: DyHead, features: Features) -> list[list[LevelTrace]]:
+def record(head: DyHead, features: Features) -> list[list[LevelRecord]]:
     """What every block of a head does with the first image of a batch.
 
     Args:
@@ -121,7 +122,7 @@ def run_block(block: DyHeadBlock, features: Sequence[Tensor]) -> BlockRun:
     return BlockRun(inputs, gates, combined, outputs)
 
 
-def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelTrace]:
+def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelRecord]:
     """What the block did in ``run``, level by level, as tensors on the CPU."""
     compute = run.inputs[0].dtype
     parameters = block.parameters_tuple()
@@ -133,7 +134,7 @@ def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelTrace]:
         offset_mask = F.conv2d(x[:1], weight, bias, padding=1)[0]
         coefficients = _coefficients(parameters, combined[0])
         levels.append(
-            LevelTrace(
+            LevelRecord(
                 gates={name: float(gate[0]) for name, gate in gates.items()},
                 offset=offset_mask[:OFFSET_CHANNELS].unflatten(0, (TAPS, 2)).cpu(),
                 modulation=offset_mask[OFFSET_CHANNELS:].sigmoid().cpu(),
@@ -166,7 +167,7 @@ def _share_of_first(coefficients: Tensor, x: Tensor) -> Tensor:
 
 
 def samples(
-    levels: Sequence[LevelTrace], level: int, row: int, column: int, high_offset: HighOffset
+    levels: Sequence[LevelRecord], level: int, row: int, column: int, high_offset: HighOffset
 ) -> dict[str, Samples]:
     """Where the branches of one block read for the pixel (row, column) of a level.
 
@@ -180,8 +181,9 @@ def samples(
         is computed there and upsampled, so that up to four of its pixels make one.
 
     Raises:
-        ValueError: no such level or pixel.
+        ValueError: no such level or pixel, an unknown ``high_offset``.
     """
+    checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
     if not 0 <= level < len(levels):
         raise ValueError(f"expected a level from 0 to {len(levels) - 1}, got {level}")
     here = levels[level]
@@ -207,7 +209,7 @@ def samples(
     return found
 
 
-def _size(level: LevelTrace) -> tuple[int, int]:
+def _size(level: LevelRecord) -> tuple[int, int]:
     height, width = level.modulation.shape[-2:]
     return height, width
 
@@ -237,7 +239,7 @@ def _read(
 
 def _read_upsampled(
     level: int,
-    finer: LevelTrace,
+    finer: LevelRecord,
     row: int,
     column: int,
     size: tuple[int, int],

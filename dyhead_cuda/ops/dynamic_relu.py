@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyhead_cuda import library
+from dyhead_cuda import checks, library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
 
 
@@ -28,6 +28,7 @@ def dynamic_relu(
     The parameters may be of any floating type: they are converted to the accumulation type, so that
     their gradients come back in the type they have.
     """
+    checks.one_of("activation", activation, checks.ACTIVATIONS)
     dtype = compute_dtype(rows.dtype)
     out, _, _, _ = torch.ops.dyhead.dynamic_relu_fwd(
         rows.contiguous(),

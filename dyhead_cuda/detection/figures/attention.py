@@ -69,7 +69,7 @@ class Observation:
 
     Attributes:
         boxes, scores, labels: the detections [m, 4] xyxy in the image, [m], [m], best first.
-        blocks: per block, per level: a :class:`~dyhead_cuda.inspect.record.LevelTrace`.
+        blocks: per block, per level: a :class:`~dyhead_cuda.inspect.record.LevelRecord`.
         attentions: those that are in use, of "scale", "spatial" and "task".
         task_elsewhere: whether the detector has its task attention after the RoI pooling.
         high_offset: the head's.
@@ -92,7 +92,7 @@ class Observation:
         self._maps = list(maps)
         self.boxes, self.scores = boxes.detach().cpu(), scores.detach().cpu()
         self.labels = detections["labels"][order].cpu()
-        self.blocks = record.trace(head, list(inputs))
+        self.blocks = record.record(head, list(inputs))
         first = record.blocks_of(head)[0]
         self.attentions = first.attentions
         self.high_offset: HighOffset = first.high_offset
@@ -239,7 +239,7 @@ def to_dict(observation: Observation, points: Sequence[Point]) -> dict[str, Any]
     }
 
 
-def _level_numbers(level: record.LevelTrace) -> dict[str, Any]:
+def _level_numbers(level: record.LevelRecord) -> dict[str, Any]:
     energy = level.energy_output
     return {
         "gates": {name: round(gate, 6) for name, gate in level.gates.items()},
