@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dyhead_cuda import library
@@ -96,15 +97,14 @@ def _setup_unpack(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 
 def _unpack_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, None, None]:
-    packed, first = pack_levels(grads), 0
+    packed = pack_levels(grads)
     in_a_row = ctx.maps == stack_maps([(m.height, m.width) for m in ctx.maps], ctx.images)
     if in_a_row and packed.shape == ctx.shape:
         return packed, None, None
     whole = packed.new_zeros(ctx.shape)
-    for m in ctx.maps:
-        count = ctx.images * m.pixels
-        whole[m.first_row :][:count] += packed[first : first + count]
-        first += count
+    counts = [ctx.images * m.pixels for m in ctx.maps]
+    for m, count, part in zip(ctx.maps, counts, packed.split(counts), strict=True):
+        whole = whole + F.pad(part, (0, 0, m.first_row, ctx.shape[0] - m.first_row - count))
     return whole, None, None
 
 
