@@ -71,14 +71,16 @@ def current() -> Backend:
 
 
 def _needs_the_reference() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is at work.
+    """Whether derivatives are taken forward, or of derivatives, by a transform of torch.func.
 
     The compiled operators have no rules for those; plain PyTorch has them all.
     """
+    if forward_ad._current_level >= 0:
+        return True
     if torch.compiler.is_dynamo_compiling():
         return False  # torch.func inside torch.compile: the operators themselves raise
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or forward_ad._current_level >= 0
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack) > 1
 
 
 def select(x: Tensor) -> Literal["reference", "cpu", "cuda"]:
@@ -93,7 +95,7 @@ def select(x: Tensor) -> Literal["reference", "cpu", "cuda"]:
     Raises:
         ValueError: a backend was asked for that does not take tensors of this device.
         RuntimeError: its library is not loaded, with the reason and what to do; or it was asked
-            for inside a transform of torch.func or forward-mode differentiation.
+            for where derivatives are taken forward, or of derivatives, by torch.func.
     """
     requested, device = current(), x.device.type
     if requested == "reference":
@@ -118,9 +120,9 @@ def select(x: Tensor) -> Literal["reference", "cpu", "cuda"]:
         )
     if transformed:
         raise RuntimeError(
-            f'backend "{requested}" has no transforms of torch.func (grad, vmap, jvp) and no '
-            'forward-mode derivatives; use backend("reference"), or backend("auto"), which takes '
-            "the reference there"
+            f'backend "{requested}" has no forward-mode derivatives (jvp, jacfwd, forward_ad) and '
+            'no derivatives of derivatives in torch.func (hessian); use backend("reference"), or '
+            'backend("auto"), which takes the reference there'
         )
     return requested
 
@@ -133,6 +135,6 @@ def _warn_once(reason: str) -> None:
 @cache
 def _say_transforms_are_slow() -> None:
     _log.info(
-        "transforms of torch.func and forward-mode derivatives run on the reference, in plain "
-        "PyTorch: the compiled kernels have no rules for them"
+        "forward-mode derivatives, and derivatives of derivatives in torch.func, run on the "
+        "reference: the compiled kernels have no rules for them"
     )

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import checks
-from dyhead_cuda.numerics import Targets, no_autocast, output_format, resize, target_levels
+from dyhead_cuda.numerics import (
+    Targets,
+    is_channels_last,
+    no_autocast,
+    output_format,
+    resize,
+    target_levels,
+)
 from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
@@ -41,7 +48,7 @@ def pack(levels: Sequence[Tensor]) -> Tensor:
 
     One channels_last level is such a matrix already, and is not copied.
     """
-    if len(levels) == 1 and levels[0].is_contiguous(memory_format=torch.channels_last):
+    if len(levels) == 1 and is_channels_last(levels[0]):
         return levels[0].permute(0, 2, 3, 1).reshape(-1, levels[0].shape[1])
     return pack_levels(levels)
 
@@ -55,7 +62,7 @@ def levels_of_rows(
     on one of several views. The rows of a single level may be taken as they are.
     """
     if memory_format == torch.contiguous_format:
-        return unpack_levels(rows, stack_maps(list(sizes), images), images)
+        return list(unpack_levels(rows, stack_maps(list(sizes), images), images))
     if len(sizes) == 1:
         ((height, width),) = sizes
         return [rows.view(images, height, width, rows.shape[1]).permute(0, 3, 1, 2)]

@@ -170,6 +170,13 @@ def target_levels(targets: Targets, levels: int) -> list[int]:
     return [median_level(levels)] if targets == "median" else list(range(levels))
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x [N, C, H, W] is dense with its channels innermost. vmap cannot tell: False."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def output_format(
     inputs: Sequence[Tensor], memory_format: torch.memory_format
 ) -> torch.memory_format:
@@ -188,6 +195,6 @@ def output_format(
         return memory_format
     if all(x.is_contiguous() for x in inputs):
         return torch.contiguous_format
-    if all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs):
+    if all(is_channels_last(x) for x in inputs):
         return torch.channels_last
     return torch.contiguous_format

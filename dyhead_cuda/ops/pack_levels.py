@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyhead_cuda import library
+from dyhead_cuda.numerics import is_channels_last
 from dyhead_cuda.ops.jobs import MAP_FIELDS, Map, stack_maps
+from dyhead_cuda.ops.transforms import call, register_autograd
 
 _HEIGHT, _WIDTH = MAP_FIELDS.index("height"), MAP_FIELDS.index("width")
 
@@ -26,7 +28,7 @@ def pack_levels(levels: Sequence[Tensor]) -> Tensor:
     Returns:
         A new matrix of the levels' type.
     """
-    return torch.ops.dyhead.pack_levels([x if _is_dense(x) else x.contiguous() for x in levels])
+    return call("pack_levels", [x if _is_dense(x) else x.contiguous() for x in levels])
 
 
 def unpack_levels(rows: Tensor, maps: Sequence[Map], images: int) -> list[Tensor]:
@@ -41,11 +43,11 @@ def unpack_levels(rows: Tensor, maps: Sequence[Map], images: int) -> list[Tensor
         A new tensor for each map.
     """
     numbers = list(chain.from_iterable(m.numbers() for m in maps))
-    return torch.ops.dyhead.unpack_levels(rows.contiguous(), images, numbers)
+    return call("unpack_levels", rows.contiguous(), images, numbers)
 
 
 def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous() or is_channels_last(x)
 
 
 def _fake_pack(levels: Sequence[Tensor]) -> Tensor:
@@ -111,9 +113,5 @@ def _unpack_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, None, N
 if library.loaded("cpu"):
     torch.library.register_fake("dyhead::pack_levels", _fake_pack)
     torch.library.register_fake("dyhead::unpack_levels", _fake_unpack)
-    torch.library.register_autograd(
-        "dyhead::pack_levels", _pack_backward, setup_context=_setup_pack
-    )
-    torch.library.register_autograd(
-        "dyhead::unpack_levels", _unpack_backward, setup_context=_setup_unpack
-    )
+    register_autograd("pack_levels", _pack_backward, setup_context=_setup_pack)
+    register_autograd("unpack_levels", _unpack_backward, setup_context=_setup_unpack)
