@@ -19,12 +19,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from dyhead_cuda import DyHead, backend, functional, library
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
+from tests.helpers.blocks import BLOCKS, Block, block_gradients, in_double
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
+from tests.helpers.convolutions import Convolution
 from tests.helpers.inputs import flat_parameters, halving_sizes, random_pyramid
 from tests.helpers.paths import ROOT
-from tests.reference.test_deform_conv import Case
-from tests.test_backends import Spy
-from tests.test_cpu_backend import BLOCKS, Block, attend, block_gradients, in_double, unified_inputs
+from tests.helpers.spy import Spy
+from tests.helpers.unified import attend, unified_inputs
 
 library.require("cpu")
 
@@ -145,7 +146,7 @@ def processor_flags() -> set[str]:
 
 def results(name: Backend, double: bool = False) -> Results:
     """Outputs and gradients of one convolution and outputs of one block, in every type."""
-    case = Case(groups=2, in_multiple=70, out_multiple=37, margin=(11, 12))
+    case = Convolution(groups=2, in_multiple=70, out_multiple=37, margin=(11, 12))
     block = Block(in_channels=70, out_channels=36)
     found = {}
     for dtype in TOLERANCE:

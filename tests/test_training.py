@@ -8,8 +8,8 @@ import torch
 from dyhead_cuda import DyHead
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 from tests.helpers import training
+from tests.helpers.modules import randomise
 from tests.helpers.training import CHANNELS, HALF, KINDS
-from tests.test_modules import randomise
 
 DEVICE = "cpu"
 kinds = pytest.mark.parametrize("kind", KINDS)

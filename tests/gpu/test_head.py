@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, accelerate, backend, library
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
-from tests import test_modules
-from tests.compat.test_accelerate import MODELS, run
-from tests.compat.test_state_dicts import pyramid
 from tests.helpers import training
+from tests.helpers.blocks import BLOCKS, Block, block_gradients, check_block, in_double, make_smooth
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
@@ -29,17 +27,9 @@ from tests.helpers.compare import (
     relative_l2,
 )
 from tests.helpers.inputs import halving_sizes, random_pyramid
-from tests.test_cpu_backend import (
-    BLOCKS,
-    Block,
-    attend,
-    block_gradients,
-    check_block,
-    in_double,
-    make_smooth,
-    unified_inputs,
-)
-from tests.test_modules import randomise
+from tests.helpers.modules import MODULES, as_list, randomise
+from tests.helpers.published_models import MODELS, pyramid, run
+from tests.helpers.unified import attend, unified_inputs
 
 from .device import (
     allocated,
@@ -174,9 +164,9 @@ def test_spatial_attention(targets: str, with_gates: bool, dtype: torch.dtype) -
 
 
 @dtypes
-@pytest.mark.parametrize("name", test_modules.MODULES)
+@pytest.mark.parametrize("name", MODULES)
 def test_modules_in_every_type(name: str, dtype: torch.dtype) -> None:
-    make, inputs = test_modules.MODULES[name]
+    make, inputs = MODULES[name]
     module, arguments = make(), inputs()
     randomise(module)
     module.to(DEVICE, dtype)
@@ -184,12 +174,12 @@ def test_modules_in_every_type(name: str, dtype: torch.dtype) -> None:
     def moved(value: Any, to: torch.dtype) -> Any:
         return value.to(DEVICE, to) if isinstance(value, Tensor) else here(value, to)
 
-    out = test_modules.as_list(module(*(moved(value, dtype) for value in arguments)))
+    out = as_list(module(*(moved(value, dtype) for value in arguments)))
     assert {t.dtype for t in out} == {dtype}
     exact = copy.deepcopy(module).double()
     rounded = [moved(moved(value, dtype), torch.float64) for value in arguments]
     with backend("reference"):
-        expected = test_modules.as_list(exact(*rounded))
+        expected = as_list(exact(*rounded))
     # Two blocks with a rounding to the small type between them.
     assert_close(out, expected, dtype, factor=5)
 
