@@ -126,7 +126,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
 def test_committed_results_keep_to_the_schema(path: Path) -> None:
     found = results.read(path)
     assert found.rows
-    assert not results.failures(found.rows)
+    assert {row.status for row in found.rows} <= {results.OK, results.SKIPPED}
 
 
 def test_derived_numbers() -> None:
