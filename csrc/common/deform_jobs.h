@@ -12,6 +12,7 @@
 
 #include "dispatch.h"
 #include "division.h"
+#include "upsample.h"
 
 namespace dyhead {
 
@@ -48,6 +49,7 @@ struct DeformJob {
   int32_t stride_h, stride_w;
   int32_t first_term, terms;
   int32_t up_height, up_width;  // size that the output is upsampled to later: for its mean there
+  UpsampleMode up_mode;
 };
 
 struct DeformShape {

@@ -3,8 +3,8 @@
 //
 //   z(p) = sum_b scale[b] up(y_b)(p) + shift,   out = max(a1 z + b1, a2 z + b2)
 //
-// with up = bilinear upsampling (upsample.h) from the branch's size to the level's, and dynamic
-// ReLU (dynamic_relu.h). The scales hold the branches' normalisation, gates and the 1 / count of
+// with up = upsampling (upsample.h) from the branch's size to the level's, and dynamic ReLU
+// (dynamic_relu.h). The scales hold the branches' normalisation, gates and the 1 / count of
 // their average, the shift what is left of them without the pixels.
 #pragma once
 
@@ -24,6 +24,7 @@ struct FuseLevel {
   MapShape out;
   int32_t branches;              // 1 to kMaxBranches
   int32_t branch[kMaxBranches];  // indices of branch maps
+  UpsampleMode mode;             // of branches that have another size
 };
 
 // One call's work.

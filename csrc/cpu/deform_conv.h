@@ -66,7 +66,8 @@ struct UpsampledMeanWeights {
   std::vector<F> y, x;
 
   explicit UpsampledMeanWeights(const DeformJob& job)
-      : y(axis(job.out.height, job.up_height)), x(axis(job.out.width, job.up_width)) {}
+      : y(axis(job.out.height, job.up_height, job.up_mode)),
+        x(axis(job.out.width, job.up_width, job.up_mode)) {}
 
   F at(int64_t pixel) const {
     const int64_t width = static_cast<int64_t>(x.size());
@@ -74,7 +75,7 @@ struct UpsampledMeanWeights {
   }
 
  private:
-  static std::vector<F> axis(int32_t from, int32_t to);
+  static std::vector<F> axis(int32_t from, int32_t to, UpsampleMode mode);
 };
 
 extern template struct UpsampledMeanWeights<float>;

@@ -1,16 +1,14 @@
 #include <cstring>
 
-#include "../common/upsample.h"
-#include "deform_conv.h"
-
 #include "context.h"
+#include "deform_conv.h"
 
 namespace dyhead::cpu {
 
 template <class F>
-std::vector<F> UpsampledMeanWeights<F>::axis(int32_t from, int32_t to) {
+std::vector<F> UpsampledMeanWeights<F>::axis(int32_t from, int32_t to, UpsampleMode mode) {
   std::vector<F> weights(from);
-  for (int32_t i = 0; i < from; ++i) weights[i] = upsampled_mean_weight<F>(i, from, to);
+  for (int32_t i = 0; i < from; ++i) weights[i] = upsampled_mean_weight<F>(i, from, to, mode);
   return weights;
 }
 

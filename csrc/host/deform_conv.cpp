@@ -141,6 +141,7 @@ DeformJob read_job(const DeformTables& t, const IntList& jobs, size_t at) {
   job.terms = number("terms", field::terms, 1, kMaxInt32);
   job.up_height = number("up_height", field::up_height, 1, kMaxStep);
   job.up_width = number("up_width", field::up_width, 1, kMaxStep);
+  job.up_mode = read_upsample_mode(jobs[at + field::up_mode]);
   STD_TORCH_CHECK(
       static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
       "expected terms within the list of ", t.terms.size(), ", got ", job.terms, " from ",

@@ -18,10 +18,11 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   if (thread < kBwdRows) {
     const OutputPixel at = tile_pixel(p.table, place, thread, kBwdRows);
     pixels[thread] = at.index;
-    up_weights[thread] = at.index < 0 || !p.moments
-                             ? F(0)
-                             : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height) *
-                                   upsampled_mean_weight<F>(at.x, job.out.width, job.up_width);
+    up_weights[thread] =
+        at.index < 0 || !p.moments
+            ? F(0)
+            : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height, job.up_mode) *
+                  upsampled_mean_weight<F>(at.x, job.out.width, job.up_width, job.up_mode);
   }
   __syncthreads();
   const int64_t channels = p.table.shape.out_channels;

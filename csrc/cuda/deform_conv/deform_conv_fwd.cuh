@@ -307,10 +307,11 @@ class FwdTile {
     for (int row = thread; row < kRows; row += kTileThreads) {
       const OutputPixel at = tile_pixel(table_, at_.place, row, kRows);
       valid[row] = at.index < 0 ? F(0) : F(1);
-      up_weights[row] = at.index < 0
-                            ? F(0)
-                            : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height) *
-                                  upsampled_mean_weight<F>(at.x, job.out.width, job.up_width);
+      up_weights[row] =
+          at.index < 0
+              ? F(0)
+              : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height, job.up_mode) *
+                    upsampled_mean_weight<F>(at.x, job.out.width, job.up_width, job.up_mode);
     }
     __syncthreads();
     const bool writes = product_.lane() < Product::kFirstXor;

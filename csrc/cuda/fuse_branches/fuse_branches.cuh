@@ -1,7 +1,6 @@
 // What the forward and the backward kernels of fuse_branches share on the device.
 #pragma once
 
-#include "../../common/upsample.h"
 #include "../context.h"
 #include "../tile/rows.cuh"
 #include "fuse_branches.h"
@@ -63,10 +62,10 @@ class PatchPositions {
       const MapShape& map = level.branch[b].map;
       if (i / kFuseMaxPatchSide % 2 == 0) {
         if (position < patch.rows) {
-          shared_[i] = interpolate<F>(patch.y + position, map.height, level.out.height);
+          shared_[i] = interpolate<F>(patch.y + position, map.height, level.out.height, level.mode);
         }
       } else if (position < patch.columns) {
-        shared_[i] = interpolate<F>(patch.x + position, map.width, level.out.width);
+        shared_[i] = interpolate<F>(patch.x + position, map.width, level.out.width, level.mode);
       }
     }
     __syncthreads();

@@ -66,6 +66,7 @@ struct FuseDeviceLevel {
   MapShape out;
   int32_t index;
   int32_t branches, direct;  // the `direct` branches of the level's own size come first
+  UpsampleMode mode;         // of the others
   FusePatches patches;       // at least one block, which writes zero gradients if there is no pixel
   int64_t first_partial;     // of its blocks' sums [N, blocks, kFuseSums, C]
   int64_t grad_z_row;        // first row [N, H, W] of g_z, where a branch is upsampled
@@ -121,6 +122,7 @@ inline FuseLaunches fuse_launches(const FuseTables& t, const FuseTiling& tiling)
     const FuseLevel& from = t.levels[l];
     level.out = from.out;
     level.index = static_cast<int32_t>(l);
+    level.mode = from.mode;
     level.patches = fuse_patches(from.out, tiling, table.blocks);
     level.patches.blocks = std::max(level.patches.blocks, 1);
     table.blocks += level.patches.blocks;

@@ -213,11 +213,11 @@ struct PatchReaders {
     __syncthreads();  // the last patch's are no longer read
     const int i = static_cast<int>(threadIdx.x);
     if (i < patch.rows) {
-      shared[i] = readers_of<F>(patch.y + i, map.height, level.out.height);
+      shared[i] = readers_of<F>(patch.y + i, map.height, level.out.height, level.mode);
     }
     const int column = i - kFuseMaxPatchSide;
     if (column >= 0 && column < patch.columns) {
-      shared[i] = readers_of<F>(patch.x + column, map.width, level.out.width);
+      shared[i] = readers_of<F>(patch.x + column, map.width, level.out.width, level.mode);
     }
     __syncthreads();
   }
