@@ -48,7 +48,7 @@ help: ## list the targets and variables
 	@echo "  VENV=.venv            where to install; none: use PYTHON as it is and install nothing"
 	@echo "  DEMO_IMAGE=path       the photograph of make demo; DEMO_ARGS: more of its options"
 	@echo "  TRAIN_STEPS=$(TRAIN_STEPS), TRAIN_OUT=$(TRAIN_OUT)  of make demo-train; one that was stopped goes on"
-	@echo "  PYTEST_ARGS, BENCH_ARGS  options of pytest and of the benchmarks"
+	@echo "  PYTEST_ARGS, BENCH_ARGS, GPU_CHECK_ARGS  options of pytest, the benchmarks and gpu-check"
 	@echo "  SECOND_TORCH=$(SECOND_TORCH)   the other torch that the library is tested under; none: skip that"
 	@echo "  DYHEAD_REQUIRE=cpu    libraries whose build must succeed, e.g. cpu,cuda"
 	@echo "  DYHEAD_CUDA_ARCHS, DYHEAD_CUDA=off, CXX, CUDACXX, MAX_JOBS: see setup.py"
@@ -99,7 +99,7 @@ format: $(ENVIRONMENT) ## format all sources
 clang_format = find csrc tests/simt \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
   xargs -0 $(RUN) -c 'import clang_format; clang_format.clang_format()' $(1)
 
-bench: build ## run the microbenchmarks
+bench: build ## measure speed and memory against what people run (docs/performance.md)
 	$(RUN) -m benchmarks $(BENCH_ARGS)
 
 gpu-check: ## with PYTHON as it is: build for the GPU here, test, run the sanitizers, benchmark (under 9 minutes)

@@ -25,7 +25,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520.0  # under nine minutes, with room for the start of Python
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# Options of the benchmarks by the file that each writes, and how many seconds it may start work.
+# Options of the benchmarks by the file that each writes; --seconds limits when it starts work.
 _PEERS = ("--peers", "torchvision", "layers", "dense")
 HEAD_BENCHMARKS = {
     "head-batch8.json": (
@@ -56,7 +56,7 @@ class Step:
     limit_s: float
     log: str
     environment: Mapping[str, str] = field(default_factory=dict)
-    essential: bool = False  # nothing after it makes sense if it fails
+    essential: bool = False  # skip everything after it if it fails
     unavailable: str = ""  # why it cannot run here, which is no failure
 
 
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def target_of(capability: tuple[int, int]) -> str:
-    """The entry of DYHEAD_CUDA_ARCHS for one GPU: its own instructions too on Hopper."""
+    """The entry of DYHEAD_CUDA_ARCHS for a GPU; on Hopper with its specific instructions."""
     major, minor = capability
     return f"{major}{minor}{'a' if capability == (9, 0) else ''}"
 
@@ -89,8 +89,8 @@ def _benchmarks(options: Mapping[str, Sequence[str]], output: Path) -> list[Step
     ]
 
 
-def plan(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step]:
-    """All steps, in order: what tells about the targets comes first.
+def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step]:
+    """All steps, in order: those that measure the targets come first.
 
     Args:
         archs: the entries of DYHEAD_CUDA_ARCHS to build for.
@@ -113,7 +113,7 @@ def plan(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step
         Step("tests", [*pytest, "tests", "-m", "gpu"], 210, "tests.log"),
     ]
     for tool in SANITIZERS:
-        # Tensors that torch packs into one allocation would hide a read past the end of one.
+        # Without this, torch packs tensors into one allocation, which hides reads past their ends.
         steps.append(
             Step(
                 tool,
@@ -180,8 +180,8 @@ def run_step(step: Step, output: Path, limit_s: float) -> Outcome:
     return Outcome(step, "passed", seconds, remark if step.name in ("tests", *SANITIZERS) else "")
 
 
-def run_plan(steps: Sequence[Step], output: Path, budget_s: float = BUDGET_S) -> list[Outcome]:
-    """Runs the steps until the time is up; what did not get its turn counts as failed."""
+def run_steps(steps: Sequence[Step], output: Path, budget_s: float = BUDGET_S) -> list[Outcome]:
+    """Runs the steps until the time is up; steps that were not run count as failed."""
     output.mkdir(parents=True, exist_ok=True)
     for log in {step.log for step in steps}:
         (output / log).unlink(missing_ok=True)
@@ -216,8 +216,8 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def format_targets(output: Path) -> str:
-    """The targets, as far as the benchmarks' results in ``output`` tell."""
-    from benchmarks import results, targets
+    """The verdicts on the targets that the results in ``output`` allow."""
+    from benchmarks.reports import results, targets
 
     found = [output / name for name in HEAD_BENCHMARKS if (output / name).is_file()]
     if not found:
@@ -239,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
     if arguments.dry_run:
         if not archs:
-            print("no GPU here; for a compute capability of 9.0 the plan would be:")
-        for step in plan(archs or ["90a"], sanitizer, output):
+            print("no GPU here; for a compute capability of 9.0 the steps would be:")
+        for step in steps_for(archs or ["90a"], sanitizer, output):
             variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
             note = f"  # not available: {step.unavailable}" if step.unavailable else ""
             print(" ".join([*variables, shlex.join(step.command)]) + note)
@@ -248,14 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not archs:
         print(
             f"gpu-check: expected a CUDA GPU, but torch {torch.__version__} sees none; run it on a "
-            "machine with a GPU and a CUDA build of torch, or see the plan with --dry-run",
+            "machine with a GPU and a CUDA build of torch, or see the steps with --dry-run",
             file=sys.stderr,
         )
         return 2
     names = ", ".join(torch.cuda.get_device_name(gpu) for gpu in gpus)
     for name in (*HEAD_BENCHMARKS, *OPERATOR_BENCHMARKS):
         (output / name).unlink(missing_ok=True)
-    outcomes = run_plan(plan(archs, sanitizer, output), output)
+    outcomes = run_steps(steps_for(archs, sanitizer, output), output)
     table = f"{names}; torch {torch.__version__}\n{format_table(outcomes)}"
     table += f"\n\n{format_targets(output)}"
     print(table)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.precisions import PRECISIONS, products
-from benchmarks.timing import WARM, Effort, measure
+from benchmarks.cases.precisions import PRECISIONS, products
+from benchmarks.measuring.timing import WARM, Effort, measure
 from dyhead_cuda import library
 from dyhead_cuda.version import __version__
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+BENCHMARKS, STUDY = "bench", "study"  # the sections that there are
+
 
 class SectionError(Exception):
     """A file without the markers of a section."""

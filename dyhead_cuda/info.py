@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import re
 from collections.abc import Sequence
@@ -32,7 +30,7 @@ def covering_code(archs: Sequence[str], capability: tuple[int, int]) -> str | No
         major, minor = divmod(number, 10)
         exact = (major, minor) == capability
         if exact or (not specific and major == capability[0] and minor < capability[1]):
-            # Of two that fit, the later one is closer; an "a" target counts before the plain one.
+            # The later of two that fit is closer; an "a" target is preferred to the plain one.
             best = max(best or (0, ""), (2 * number + specific, f"sm_{arch}"))
     if best is not None:
         return best[1]
@@ -121,58 +119,3 @@ def gather() -> dict[str, Any]:
         "gpus": _gpus(libraries["cuda"].get("archs", [])),
         "operators": _operators(),
     }
-
-
-def format_text(facts: dict[str, Any]) -> str:
-    """The result of :func:`gather` for people to read."""
-    versions, cpu = facts["versions"], facts["cpu"]
-    cuda = f"CUDA {versions['torch_cuda']}" if versions["torch_cuda"] else "without CUDA"
-    driver = f", driver for CUDA {versions['driver_cuda']}" if versions["driver_cuda"] else ""
-    lines = [
-        f"dyhead_cuda  {versions['dyhead_cuda']}",
-        f"torch        {versions['torch']} ({cuda}{driver})",
-        f"python       {versions['python']}, numpy {versions['numpy']}, {versions['platform']}",
-        f"CPU          {cpu['machine']}, {cpu['capability']}, {cpu['threads']} threads",
-    ]
-    for gpu in facts["gpus"]:
-        code = f"runs {gpu['code']}" if gpu["code"] else "not in DYHEAD_CUDA_ARCHS of the build"
-        lines.append(
-            f"GPU          {gpu['name']}, compute capability {gpu['capability']}, "
-            f"{gpu['memory_gib']} GiB; {code}"
-        )
-    if not facts["gpus"]:
-        lines.append("GPU          none")
-    against = (facts["built_against"] or {}).get("version", "unknown")
-    for name, state in facts["libraries"].items():
-        if state["loaded"]:
-            lines.append(f"{name + ' library':<12} loaded from {state['path']}")
-        else:
-            lines.append(f"{name + ' library':<12} not loaded: {state['reason']}")
-            lines.append(f"{'':<12} to fix it: {state['fix']}")
-            lines += [f"{'':<14}| {line}" for line in state.get("log_tail", [])]
-        if "compiler" in state:
-            nvcc = f", nvcc {state['nvcc']}" if "nvcc" in state else ""
-            tools = f"{state['compiler']}{nvcc}, torch {against}"
-            lines.append(f"{'':<12} built {state['time']} with {tools}")
-        if "archs" in state:
-            archs = ", ".join(f"sm_{arch}" for arch in state["archs"])
-            lines.append(f"{'':<12} for {archs}, and PTX of compute_{state['archs'][-1]}")
-    lines += ["", f"{'operator':<40} {'cpu':<5} {'cuda':<5} reference"]
-    for operator, backends in facts["operators"].items():
-        marks = ["yes" if backend in backends else "no" for backend in DISPATCH_KEYS]
-        lines.append(f"{operator:<40} {marks[0]:<5} {marks[1]:<5} yes")
-    if not facts["operators"]:
-        lines.append("(none compiled: everything runs on the reference)")
-    return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda info``."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Prints the facts; returns the exit status."""
-    facts = gather()
-    print(json.dumps(facts, indent=2) if arguments.json else format_text(facts))
-    return 0

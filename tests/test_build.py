@@ -383,11 +383,12 @@ def test_the_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> N
         names = {name.partition("/")[2] for name in file.getnames()}
     sources = {
         str(path.relative_to(ROOT))
-        for folder in ("csrc", "cmake", "dyhead_cuda")
+        for folder in ("csrc", "cmake", "dyhead_cuda", "docs", "examples", "benchmarks")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and not {"__pycache__", "lib"} & set(path.parts)
     }
-    files = {"CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md", ".ci/run"}
+    files = {"CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", ".ci/run"}
+    files |= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".github/workflows/ci.yml"}
     assert sources | files <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

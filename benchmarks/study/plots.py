@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.machine import one_line
-from benchmarks.plots import COLOURS, STYLE
-from benchmarks.study.plan import TABLES
+from benchmarks.reports.plots import COLOURS, STYLE
 from benchmarks.study.results import Study, mean_and_spread, values
+from benchmarks.study.variants import TABLES
 
 PLOTS = {"cost": "AP against cost", "curves": "learning curves", "tables": "AP of every run"}
 

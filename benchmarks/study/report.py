@@ -8,11 +8,9 @@ from pathlib import Path
 
 from benchmarks.machine import one_line
 from benchmarks.readme import table
-from benchmarks.study.plan import TABLES
 from benchmarks.study.plots import PLOTS
 from benchmarks.study.results import Study, difference, mean_and_spread, values
-
-SECTION = "study"
+from benchmarks.study.variants import TABLES
 
 
 def points(mean: float, spread: float, signed: bool = False) -> str:
@@ -29,18 +27,19 @@ def section(study: Study, path: Path, base: Path) -> str:
         path: its file; plots lie beside it.
         base: the directory that links are relative to.
     """
-    facts, plan = study["environment"], study["plan"]
+    facts, setup = study["environment"], study["setup"]
     seeds = len(next(iter(study["variants"].values()))["runs"])
     lines = [
         f"{one_line(facts)}, {str(facts['date'])[:10]}, commit {facts['commit'] or 'unknown'}:",
         "",
         f"    {facts['command']}",
         "",
-        f"{plan['detector'].upper()} on {plan['backbone']} from random weights, {plan['channels']} "
-        f"channels, levels P{plan['first_level']} to P{plan['last_level']}. Every row is trained "
-        f"on {plan['images']} scenes of {plan['size']} pixels with digits from "
-        f"{plan['least_height']} pixels, in {plan['steps']} steps of {plan['batch_size']} (AdamW, "
-        f"lr {plan['lr']:g}), and measured on {plan['val_images']} others: AP in percent, mean ± "
+        f"{setup['detector'].upper()} on {setup['backbone']} from random weights, "
+        f"{setup['channels']} channels, levels P{setup['first_level']} to "
+        f"P{setup['last_level']}. Every row is trained "
+        f"on {setup['images']} scenes of {setup['size']} pixels with digits from "
+        f"{setup['min_height']} pixels, in {setup['steps']} steps of {setup['batch_size']} (AdamW, "
+        f"lr {setup['lr']:g}), and measured on {setup['val_images']} others: AP in percent, mean ± "
         f"standard deviation over {seeds} seeds; differences between runs of the same seed. Times "
         "are of one batch.",
     ]

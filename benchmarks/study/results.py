@@ -1,7 +1,7 @@
 """The file that a study leaves, and the numbers derived from it.
 
-An object with ``schema`` (1), ``environment`` (:func:`benchmarks.machine.environment`),
-``plan``, ``tables`` (the names of those that were run), and ``variants``: for each its label,
+An object with ``schema`` (2), ``environment`` (:func:`benchmarks.machine.environment`),
+``setup``, ``tables`` (the names of those that were run), and ``variants``: for each its label,
 ``parameters``, ``gflops`` of one image, ``step_ms``, ``prediction_ms`` and ``runs``, one for each
 seed, with ``seed``, ``summary`` and ``per_class`` (fractions, null where undefined) and ``curve``
 (pairs of step and AP).
@@ -18,7 +18,7 @@ from typing import Any
 
 from dyhead_cuda.detection.training.runs import read_json
 
-SCHEMA = 1
+SCHEMA = 2
 
 Study = dict[str, Any]
 
@@ -32,7 +32,10 @@ def read(path: Path) -> Study:
     """
     study = read_json(path)
     if study.get("schema") != SCHEMA or "variants" not in study:
-        raise ValueError(f"expected a study of schema {SCHEMA} in {path}")
+        raise ValueError(
+            f"expected a study of schema {SCHEMA} in {path}, got schema {study.get('schema')!r}; "
+            "run the study again: finished runs are kept"
+        )
     return study
 
 

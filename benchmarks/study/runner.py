@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.study.plan import VARIANTS, Plan
+from benchmarks.study.setup import Setup
+from benchmarks.study.variants import VARIANTS
 from dyhead_cuda.detection import data
-from dyhead_cuda.detection.models.config import build, count_parameters, gflops
+from dyhead_cuda.detection.models import build, count_parameters, gflops
 from dyhead_cuda.detection.training.runs import RunFolder
 from dyhead_cuda.detection.training.trainer import train
 
@@ -28,7 +29,7 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
 
 
 def train_all(
-    plan: Plan,
+    setup: Setup,
     names: Sequence[str],
     seeds: Sequence[int],
     folder: Path,
@@ -41,28 +42,28 @@ def train_all(
     Seeds come first, so that a study that is stopped early has compared all variants.
 
     Args:
-        plan: the training.
+        setup: the detector, the data and the training.
         names: of :data:`VARIANTS`.
         seeds: one run each.
         folder: of all runs.
         jobs: processes; each gets its share of the processor's threads.
-        device: see :class:`~dyhead_cuda.detection.training.recipe.TrainConfig`.
+        device: see :class:`~dyhead_cuda.detection.TrainConfig`.
         tell: called with a line when a run ends.
 
     Raises:
-        dyhead_cuda.detection.training.runs.RunError: a folder holds a run of another plan.
+        dyhead_cuda.detection.training.runs.RunError: a folder holds a run of another setup.
         dyhead_cuda.detection.training.trainer.TrainingError: a loss is not finite.
     """
     runs = [(name, seed) for seed in seeds for name in names]
     threads = max(1, torch.get_num_threads() // jobs)
-    # Not forked: torch's threads do not survive that.
+    # Spawn, because torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     begin = time.monotonic()
     with ProcessPoolExecutor(
         min(jobs, len(runs)), context, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
         futures = {
-            pool.submit(_train_one, plan, name, seed, folder, device): (name, seed)
+            pool.submit(_train_one, setup, name, seed, folder, device): (name, seed)
             for name, seed in runs
         }
         try:
@@ -78,10 +79,10 @@ def train_all(
             raise
 
 
-def _train_one(plan: Plan, name: str, seed: int, folder: Path, device: str) -> float:
+def _train_one(setup: Setup, name: str, seed: int, folder: Path, device: str) -> float:
     target = run_folder(folder, name, seed)
-    config, model = plan.training(seed, device), plan.model(VARIANTS[name])
-    return train(config, model, plan.data(), target).summary["AP"]
+    config, model = setup.training(seed, device), setup.model(VARIANTS[name])
+    return train(config, model, setup.data(), target).summary["AP"]
 
 
 def read_runs(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Any]]:
@@ -104,23 +105,23 @@ def read_runs(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[
     return found
 
 
-def costs(plan: Plan, names: Sequence[str], device: torch.device, rounds: int) -> dict[str, Any]:
+def costs(setup: Setup, names: Sequence[str], device: torch.device, rounds: int) -> dict[str, Any]:
     """Parameters, GFLOPs of one image, and milliseconds of a training step and of a prediction.
 
-    All variants take turns, ``rounds`` times, so that what slows the machine down slows all; times
-    are medians for one batch of the plan's size.
+    All variants take turns, ``rounds`` times, so that a slow phase of the machine affects all.
+    Times are medians for one batch of the setup's size.
     """
-    batch = data.collate([plan.data().open("val")[i] for i in range(plan.batch_size)])
+    batch = data.collate([setup.data().open("val")[i] for i in range(setup.batch_size)])
     images = [image.to(device) for image in batch[0]]
     targets = [{key: value.to(device) for key, value in target.items()} for target in batch[1]]
     detectors: dict[str, nn.Module] = {}
     found: dict[str, Any] = {}
     for name in names:
         torch.manual_seed(0)
-        model = build(plan.model(VARIANTS[name]))
+        model = build(setup.model(VARIANTS[name]))
         found[name] = {
             "parameters": count_parameters(model),
-            "gflops": gflops(model, plan.size, plan.size),
+            "gflops": gflops(model, setup.size, setup.size),
         }
         detectors[name] = model.to(device)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,69 +14,13 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from dyhead_cuda.commands import images
-from dyhead_cuda.commands.common import add_images, check_names, fail
+from dyhead_cuda.commands.arguments import DEFAULT_POINTS
+from dyhead_cuda.commands.common import check_names, fail
 from dyhead_cuda.detection.figures import attention, attention_figure
 from dyhead_cuda.detection.figures.attention import Observation, Point
 from dyhead_cuda.detection.training import parallel, trainer
 from dyhead_cuda.detection.training.runs import RunError
 from dyhead_cuda.inspect import figure
-
-DEFAULT_POINTS = 3
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda attend``."""
-    add_images(parser)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--box",
-        nargs="+",
-        type=int,
-        metavar="INDEX",
-        help="show the centres of these detections; 0 has the best score (default: the best "
-        f"{DEFAULT_POINTS} of different objects)",
-    )
-    where.add_argument(
-        "--points",
-        nargs="+",
-        type=_point,
-        metavar="X,Y[,LEVEL]",
-        help="show these places, in pixels of the image, e.g. 120,80 or 120,80,P4; without a level "
-        "that of the smallest detection around it, or else the finest",
-    )
-    parser.add_argument(
-        "--blocks",
-        type=_blocks,
-        default=None,
-        metavar="all|I,J,...",
-        help="the blocks to draw, from 1 (default: all)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("attention"), help="folder (default: %(default)s)"
-    )
-
-
-def _point(text: str) -> tuple[float, float, str | None]:
-    x, _, rest = text.partition(",")
-    y, _, level = rest.partition(",")
-    try:
-        return float(x), float(y), level or None
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected X,Y or X,Y,LEVEL such as 120,80,P4, got {text!r}"
-        ) from None
-
-
-def _blocks(text: str) -> list[int] | None:
-    if text == "all":
-        return None
-    try:
-        numbers = [int(number) for number in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"expected all or numbers from 1 as 1,3,6, got {text!r}")
-    return [number - 1 for number in numbers]
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import os
@@ -16,7 +15,6 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dyhead_cuda.detection.evaluation import Metrics
-from dyhead_cuda.detection.training.parallel import DEVICES
 
 MEANINGS = {
     "AP": "average precision, mean over IoU 0.50 to 0.95",
@@ -31,21 +29,8 @@ MEANINGS = {
 }
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that run a trained detector on image files."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="a folder that train wrote, or a checkpoint in it",
-    )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
-
-
 def check_names(paths: Sequence[Path]) -> None:
-    """Raise ValueError if what is written about two images would have the same name."""
+    """Raise ValueError if the files written for two images would have the same name."""
     seen: dict[str, Path] = {}
     for path in paths:
         if path.stem in seen:
@@ -57,7 +42,7 @@ def check_names(paths: Sequence[Path]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all that torchrun has started."""
+    """Whether this is the one process that prints, of those that torchrun started."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -71,7 +56,7 @@ def fail(error: Exception | str, status: int = 2) -> int:
 
 @contextmanager
 def warnings_shown(console: Console) -> Iterator[None]:
-    """What the library logs as a warning goes to the console, which a progress bar may use."""
+    """Shows warnings of the library on the console, above a progress bar if there is one."""
     logger = logging.getLogger("dyhead_cuda.detection")
     handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     logger.addHandler(handler)
@@ -85,7 +70,7 @@ def print_metrics(console: Console, metrics: Metrics, title: str) -> None:
     """Prints the tables of the summary, of each class, and of keypoints if there are any."""
     table = Table("metric", Column("%", justify="right"), "meaning")
     for name, value in metrics.summary.items():
-        table.add_row(name, _percent(value), MEANINGS.get(name, ""))
+        table.add_row(name, _percent(value), MEANINGS[name])
     console.print(escape(title), table, sep="\n")
     _print_column(console, metrics.per_class, "class", "AP of each class")
     if metrics.keypoints is not None:

@@ -7,9 +7,10 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -25,13 +26,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from dyhead_cuda import backends, info, library
 from dyhead_cuda.commands import images
-from dyhead_cuda.commands.options import integer
 from dyhead_cuda.inspect import figure, record
 from dyhead_cuda.modules import DyHead
 
 CHANNELS = 256
 LEVELS = ("P3", "P4", "P5", "P6", "P7")
-SMALLEST_SIZE, LARGEST_SIZE = 64, 4096
 
 # Relative L2 error between the two backends, both in this dtype, that counts as agreement.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10, "float16": 1e-2, "bfloat16": 5e-2}
@@ -44,27 +43,7 @@ T = TypeVar("T")
 
 
 class _UsageError(Exception):
-    """What the user asked for cannot be done: one line that says why."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda demo``."""
-    parser.add_argument("--image", type=Path, help="a photograph (default: one of scikit-image's)")
-    parser.add_argument(
-        "--size",
-        type=integer(SMALLEST_SIZE, LARGEST_SIZE),
-        default=800,
-        help="its longer side in pixels, to which it is resized (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--blocks", type=integer(1, 100), default=6, help="of the head (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of all weights")
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), help="directory (default: %(default)s)"
-    )
+    """Options that cannot be used: why, in one line."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -166,6 +145,19 @@ def _timed(action: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
+@dataclass
+class _Pass:
+    """One run of the head, block by block: last outputs, seconds and records of the blocks."""
+
+    outputs: list[Tensor]
+    seconds: list[float] = field(default_factory=list)
+    records: list[Any] = field(default_factory=list)
+
+    def add(self, outputs: list[Tensor], seconds: float) -> None:
+        self.outputs = outputs
+        self.seconds.append(seconds)
+
+
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     device = _device(arguments.device)
     directory = _make_directory(arguments.output)
@@ -173,8 +165,26 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     photograph = images.resize(original, arguments.size)
     pixels = images.to_tensor(photograph)
     best = backends.select(torch.empty(0, device=device))
-    _print_plan(console, arguments, name, original.size, photograph.size, pixels, device, best)
+    _print_setting(console, arguments, name, original.size, photograph.size, pixels, device, best)
+    fast, slow = _compare(console, arguments, pixels.to(device), best)
 
+    path = directory / f"{name}_dyhead.png"
+    count = f"{arguments.blocks} block" + "s" * (arguments.blocks > 1)
+    caption = f"Dynamic Head on a photograph: {count}, {arguments.dtype}, untrained weights"
+    figure.draw(photograph, slow.records, path, caption)
+
+    worst = _print_errors(console, fast.outputs, slow.outputs)
+    _print_times(console, best, fast.seconds, slow.seconds)
+    agree = _print_verdict(console, best, worst, arguments.dtype)
+    console.print(f"Picture: [bold]{escape(str(path))}[/]", soft_wrap=True)
+    return 0 if agree else 1
+
+
+def _compare(
+    console: Console, arguments: argparse.Namespace, pixels: Tensor, best: str
+) -> tuple[_Pass, _Pass]:
+    """The head on the best backend, then on the reference, which also records each block."""
+    device = pixels.device
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -183,67 +193,44 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     )
     with (
         torch.inference_mode(),
-        # Two runs of one network are compared: neither may round its convolutions to TF32.
+        # The comparison is about the head: convolutions must not round to TF32 in either run.
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         Progress(*columns, console=console) as progress,
     ):
         backbone_task = progress.add_task("ResNet-50 + FPN", total=1)
         best_task = progress.add_task(f"head, {best} backend", total=arguments.blocks, start=False)
         reference_task = progress.add_task("head, reference", total=arguments.blocks, start=False)
-        picture_task = progress.add_task("picture", total=1, start=False)
 
-        pyramid = build_backbone(arguments.seed).to(device)(pixels.to(device))
+        pyramid = build_backbone(arguments.seed).to(device)(pixels)
         features = _levels(pyramid, getattr(torch, arguments.dtype))
         progress.advance(backbone_task)
 
         head = build_head(arguments.blocks, arguments.seed).to(features[0])
         if device.type == "cuda":
-            head(features)  # loads the GPU's code
+            head(features)  # load the GPU's code before timing
 
         progress.start_task(best_task)
-        fast, fast_seconds = features, []
+        fast = _Pass(features)
         for block in record.blocks_of(head):
-            fast, seconds = _timed(partial(block, fast), device)
-            fast_seconds.append(seconds)
+            outputs, seconds = _timed(partial(block, fast.outputs), device)
+            fast.add(outputs, seconds)
             progress.advance(best_task)
 
         progress.start_task(reference_task)
-        slow, slow_seconds, traces = features, [], []
+        slow = _Pass(features)
         for block in record.blocks_of(head):
-            traced, seconds = _timed(partial(record.run_block, block, slow), device)
-            slow = traced.outputs
-            slow_seconds.append(seconds)
-            traces.append(record.describe(block, traced))
+            found, seconds = _timed(partial(record.run_block, block, slow.outputs), device)
+            slow.add(found.outputs, seconds)
+            slow.records.append(record.describe(block, found))
             progress.advance(reference_task)
-
-        progress.start_task(picture_task)
-        path = directory / f"{name}_dyhead.png"
-        count = f"{arguments.blocks} block" + "s" * (arguments.blocks > 1)
-        caption = f"Dynamic Head on a photograph: {count}, {arguments.dtype}, untrained weights"
-        figure.draw(photograph, traces, path, caption)
-        progress.advance(picture_task)
-
-    worst = _print_errors(console, fast, slow)
-    _print_times(console, best, fast_seconds, slow_seconds)
-    tolerance = TOLERANCES[arguments.dtype]
-    agree = worst <= tolerance  # false for nan
-    verdict = "[green]agree[/]" if agree else "[bold red]DISAGREE[/]"
-    relation = "within" if agree else "beyond"
-    if best == "reference":
-        console.print("[yellow]No kernels were compared:[/] both runs are the reference.")
-    console.print(
-        f"The {best} backend and the reference {verdict}: relative error {worst:.1e}, "
-        f"{relation} the tolerance {tolerance:.0e} of {arguments.dtype}."
-    )
-    console.print(f"Picture: [bold]{escape(str(path))}[/]", soft_wrap=True)
-    return 0 if agree else 1
+    return fast, slow
 
 
 def _levels(pyramid: OrderedDict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in pyramid.values()]
 
 
-def _print_plan(
+def _print_setting(
     console: Console,
     arguments: argparse.Namespace,
     name: str,
@@ -295,6 +282,21 @@ def _print_errors(console: Console, fast: list[Tensor], slow: list[Tensor]) -> f
             break
     console.print(table)
     return worst
+
+
+def _print_verdict(console: Console, best: str, worst: float, dtype: str) -> bool:
+    """Prints whether the largest error is within the tolerance; returns whether it is."""
+    tolerance = TOLERANCES[dtype]
+    agree = worst <= tolerance  # false for NaN
+    verdict = "[green]agree[/]" if agree else "[bold red]DISAGREE[/]"
+    relation = "within" if agree else "beyond"
+    if best == "reference":
+        console.print("[yellow]No kernels were compared:[/] both runs are the reference.")
+    console.print(
+        f"The {best} backend and the reference {verdict}: relative error {worst:.1e}, "
+        f"{relation} the tolerance {tolerance:.0e} of {dtype}."
+    )
+    return agree
 
 
 def _print_times(console: Console, best: str, fast: list[float], slow: list[float]) -> None:

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 
 from dyhead_cuda.commands.common import fail, is_first, print_metrics, warnings_shown
-from dyhead_cuda.commands.options import integer
-from dyhead_cuda.detection.data import open_dataset
+from dyhead_cuda.detection.data import DataConfig, open_dataset
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.training import parallel
-from dyhead_cuda.detection.training.recipe import DataConfig
 from dyhead_cuda.detection.training.runs import RunError, write_json
 from dyhead_cuda.detection.training.trainer import load_model
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda eval``."""
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a folder that train wrote, or a checkpoint in it"
-    )
-    parser.add_argument(
-        "--data", metavar="FOLDER", help="in COCO's format, its val split (default: the run's)"
-    )
-    parser.add_argument("--batch-size", type=integer(1), default=8, help="default: %(default)s")
-    parser.add_argument("--workers", type=integer(0), default=0, help="load images")
-    parser.add_argument("--device", choices=parallel.DEVICES, default="auto")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write metrics and all detections there"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SMALLEST_SIDE = 32
-MOST_PIXELS = 100_000_000
-WIDEST_RATIO = 8
+MIN_SIDE = 32
+MAX_PIXELS = 100_000_000
+MAX_RATIO = 8
 PAD_MULTIPLE = 128  # the stride of P7: every level then has exactly half the size of the finer one
 
 _MEAN = (0.485, 0.456, 0.406)
@@ -63,13 +63,13 @@ def load_photograph(path: str | Path) -> tuple[Image.Image, str]:
 def _check_size(size: tuple[int, int], path: Path) -> None:
     width, height = size
     shown = f"{path} is {width} x {height} pixels"
-    if min(size) < SMALLEST_SIDE:
-        raise ImageError(f"{shown}; expected at least {SMALLEST_SIDE} on each side")
-    if width * height > MOST_PIXELS:
-        most = MOST_PIXELS // 1_000_000
+    if min(size) < MIN_SIDE:
+        raise ImageError(f"{shown}; expected at least {MIN_SIDE} on each side")
+    if width * height > MAX_PIXELS:
+        most = MAX_PIXELS // 1_000_000
         raise ImageError(f"{shown}; expected at most {most} million in all, please shrink it")
-    if max(size) > WIDEST_RATIO * min(size):
-        raise ImageError(f"{shown}; expected sides of at most {WIDEST_RATIO} to 1, please crop it")
+    if max(size) > MAX_RATIO * min(size):
+        raise ImageError(f"{shown}; expected sides of at most {MAX_RATIO} to 1, please crop it")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

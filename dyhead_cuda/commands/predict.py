@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from torchvision.transforms.functional import to_tensor
 
 from dyhead_cuda.commands import images
-from dyhead_cuda.commands.common import add_images, check_names, fail
-from dyhead_cuda.commands.options import number
+from dyhead_cuda.commands.common import check_names, fail
 from dyhead_cuda.detection.figures import drawing
 from dyhead_cuda.detection.prediction import describe, predict
 from dyhead_cuda.detection.training import parallel
@@ -19,19 +17,8 @@ from dyhead_cuda.detection.training.runs import RunError, write_json
 from dyhead_cuda.detection.training.trainer import load_model
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda predict``."""
-    add_images(parser)
-    parser.add_argument(
-        "--threshold", type=number(0, 1), default=0.3, help="on scores (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
-    )
-
-
 def run(arguments: argparse.Namespace) -> int:
-    """Writes NAME.png and NAME.json for every image NAME.*; one that cannot be read is left out.
+    """Writes NAME.png and NAME.json for every image NAME.*; unreadable ones are skipped.
 
     Returns:
         0, or 2 if the checkpoint, the folder, the device or any image cannot be used.

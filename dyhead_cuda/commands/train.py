@@ -1,4 +1,4 @@
-"""``python -m dyhead_cuda train``: trains a detector, or goes on with a run."""
+"""``python -m dyhead_cuda train``: trains a detector, or resumes a run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from dyhead_cuda.commands import train_options
+from dyhead_cuda.commands import train_settings
 from dyhead_cuda.commands.common import fail, is_first, print_metrics, warnings_shown
-from dyhead_cuda.detection.data import DetectionDataset
+from dyhead_cuda.detection.data import DataConfig, DetectionDataset
 from dyhead_cuda.detection.evaluation import Metrics
 from dyhead_cuda.detection.figures import curves, drawing
 from dyhead_cuda.detection.models.config import ModelConfig
 from dyhead_cuda.detection.prediction import predict
 from dyhead_cuda.detection.training import parallel, progress
-from dyhead_cuda.detection.training.recipe import DataConfig, TrainConfig
+from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.detection.training.runs import (
     BEST,
     RunError,
@@ -28,8 +28,6 @@ from dyhead_cuda.detection.training.runs import (
 from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, load_model, train
 
 THRESHOLD = 0.3  # on scores of detections in pictures
-
-add_arguments = train_options.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,13 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, quiet=not is_first())
     try:
         with warnings_shown(console):
-            data = train_options.data_config(arguments)
+            data = train_settings.data_config(arguments)
             parallel.choose_device(arguments.device)
             sets = data.open("train"), data.open("val")
-            model = train_options.model_config(arguments, sets[0])
-            config = train_options.train_config(arguments, len(sets[0]))
+            model = train_settings.model_config(arguments, sets[0])
+            config = train_settings.train_config(arguments, len(sets[0]))
             folder = arguments.out or Path("runs") / f"{arguments.model}-{Path(data.spec).name}"
-            _print_plan(console, config, model, data, sets, folder)
+            _print_settings(console, config, model, data, sets, folder)
             with ExitStack() as stack:
                 listeners = [stack.enter_context(progress.shown(console, config.steps))]
                 if arguments.tensorboard and is_first():
@@ -75,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(
+def _print_settings(
     console: Console,
     config: TrainConfig,
     model: ModelConfig,

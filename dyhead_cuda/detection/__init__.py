@@ -10,27 +10,102 @@ labels and maybe keypoints.
 Needs ``pip install 'dyhead_cuda[detection]'``.
 """
 
-from dyhead_cuda.detection.data import CocoFolder, DigitScenes, collate, open_dataset, write_coco
-from dyhead_cuda.detection.evaluation import Metrics, evaluate
-from dyhead_cuda.detection.models.atss import ATSS
-from dyhead_cuda.detection.models.backbones import Pyramid
-from dyhead_cuda.detection.models.checkpoints import atss_from_microsoft, atss_from_mmdet
-from dyhead_cuda.detection.models.config import ModelConfig, build
-from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
-from dyhead_cuda.detection.models.two_stage import FasterRCNN
-from dyhead_cuda.detection.training.recipe import DataConfig, TrainConfig
-from dyhead_cuda.detection.training.trainer import load_model, train
+from typing import TYPE_CHECKING
+
+from dyhead_cuda.detection.lazy import attribute_of
+
+if TYPE_CHECKING:
+    from dyhead_cuda.detection.data import (
+        CocoFolder,
+        DataConfig,
+        DetectionDataset,
+        DigitScenes,
+        HorizontalFlip,
+        collate,
+        open_dataset,
+        write_coco,
+    )
+    from dyhead_cuda.detection.evaluation import Metrics, evaluate, score
+    from dyhead_cuda.detection.models import (
+        ATSS,
+        FCOS,
+        MICROSOFT_R50,
+        MICROSOFT_SWINT,
+        MMDET_R50,
+        MMDET_R50_CAFFE,
+        MMDET_SWINL,
+        FasterRCNN,
+        ModelConfig,
+        Pyramid,
+        Recipe,
+        RetinaNet,
+        atss_from_microsoft,
+        atss_from_mmdet,
+        build,
+    )
+    from dyhead_cuda.detection.training import TrainConfig, load_model, train
+
+__getattr__ = attribute_of(
+    __name__,
+    {
+        "data": (
+            "CocoFolder",
+            "DataConfig",
+            "DetectionDataset",
+            "DigitScenes",
+            "HorizontalFlip",
+            "collate",
+            "open_dataset",
+            "write_coco",
+        ),
+        "evaluation": (
+            "Metrics",
+            "evaluate",
+            "score",
+        ),
+        "models": (
+            "ATSS",
+            "FCOS",
+            "MICROSOFT_R50",
+            "MICROSOFT_SWINT",
+            "MMDET_R50",
+            "MMDET_R50_CAFFE",
+            "MMDET_SWINL",
+            "FasterRCNN",
+            "ModelConfig",
+            "Pyramid",
+            "Recipe",
+            "RetinaNet",
+            "atss_from_microsoft",
+            "atss_from_mmdet",
+            "build",
+        ),
+        "training": (
+            "TrainConfig",
+            "load_model",
+            "train",
+        ),
+    },
+)
 
 __all__ = [
     "ATSS",
     "FCOS",
+    "MICROSOFT_R50",
+    "MICROSOFT_SWINT",
+    "MMDET_R50",
+    "MMDET_R50_CAFFE",
+    "MMDET_SWINL",
     "CocoFolder",
     "DataConfig",
+    "DetectionDataset",
     "DigitScenes",
     "FasterRCNN",
+    "HorizontalFlip",
     "Metrics",
     "ModelConfig",
     "Pyramid",
+    "Recipe",
     "RetinaNet",
     "TrainConfig",
     "atss_from_microsoft",
@@ -40,6 +115,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "open_dataset",
+    "score",
     "train",
     "write_coco",
 ]

@@ -31,13 +31,20 @@ _LOG = logging.getLogger("dyhead_cuda.detection")
 class Metrics:
     """COCO's metrics as fractions, nan where there is no such object.
 
-    Attributes:
+    Args:
         summary: AP (mean over IoU 0.5 to 0.95), AP50, AP75, APs, APm, APl (areas up to 32^2, up
             to 96^2, above), AR1, AR10, AR100 (average recall with so many boxes per image).
         per_class: AP of each class by name.
         keypoints: AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl by object keypoint
             similarity; None for datasets or models without keypoints.
         detections: all detections in COCO's result format, bbox x, y, width, height in pixels.
+
+    Source: https://cocodataset.org/#detection-eval.
+
+    Example:
+        >>> from dyhead_cuda.detection import DigitScenes, score
+        >>> score(DigitScenes("val", num_images=1, size=(64, 64)), []).summary["AP"]
+        0.0
     """
 
     summary: dict[str, float]
@@ -70,18 +77,32 @@ def evaluate(
         progress: called after each batch with the images done and all images of this process.
         keypoint_sigmas: see :func:`score`.
 
+    Returns:
+        The metrics, with all detections.
+
     Raises:
         ValueError: labels that are no class of the dataset, or not one sigma per keypoint.
+
+    Source: https://cocodataset.org/#detection-eval, by pycocotools.
+
+    Example:
+        >>> from dyhead_cuda.detection import DigitScenes, ModelConfig, build, evaluate
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
+        >>> model = build(ModelConfig("atss", 10, "timm/test_resnet.r160_in1k", **small))
+        >>> scenes = DigitScenes("val", num_images=2, size=(64, 64))
+        >>> metrics = evaluate(model, scenes, device="cpu", batch_size=2)
+        >>> 0 <= metrics.summary["AP"] <= 1
+        True
     """
     if keypoint_sigmas is not None:
-        _sigmas(dataset.num_keypoints, keypoint_sigmas)  # fails before the work, not after it
+        _sigmas(dataset.num_keypoints, keypoint_sigmas)  # fail early, before predicting
     if isinstance(model, DistributedDataParallel):
-        # Its forward exchanges buffers, which would wait for ever where processes have unequally
-        # many batches.
+        # Its forward exchanges buffers between the processes, so it would hang when they have
+        # different numbers of batches.
         model = model.module
     rank, world = _rank(), _world()
     shard: Subset[Any] = Subset(cast(Any, dataset), range(rank, len(dataset), world))
-    # With a generator of its own the loader leaves torch's random state, so training, as it is.
+    # Its own generator: the loader must not advance torch's random state during training.
     loader = DataLoader(
         shard, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
@@ -103,7 +124,9 @@ def evaluate(
     scored: list[Any] = [None]
     if rank == 0:
         metrics = score(dataset, everything, keypoint_sigmas=keypoint_sigmas)
-        scored = [dataclasses.replace(metrics, detections=[])]  # every process has them
+        scored = [
+            dataclasses.replace(metrics, detections=[])
+        ]  # every process has the detections already
     distributed.broadcast_object_list(scored)
     return dataclasses.replace(scored[0], detections=everything)
 
@@ -114,7 +137,7 @@ def score(
     *,
     keypoint_sigmas: Sequence[float] | None = None,
 ) -> Metrics:
-    """COCO's metrics of detections that are there already.
+    """COCO's metrics of given detections.
 
     Args:
         dataset: with the ground truth.
@@ -123,8 +146,20 @@ def score(
         keypoint_sigmas: per keypoint the standard deviation of its place, as a fraction of the
             object's size (default: COCO's own for 17 keypoints, otherwise 0.05 for each).
 
+    Returns:
+        The metrics.
+
     Raises:
         ValueError: not one sigma per keypoint.
+
+    Source: https://cocodataset.org/#detection-eval, by pycocotools.
+
+    Example:
+        >>> from dyhead_cuda.detection import DigitScenes, score
+        >>> scenes = DigitScenes("val", num_images=3, size=(128, 128))
+        >>> perfect = [{**truth, "score": 0.9} for truth in scenes.coco["annotations"]]
+        >>> round(score(scenes, perfect).summary["AP"], 3)
+        1.0
     """
     boxes = _run_cocoeval(dataset.coco, detections, "bbox", None)
     keypoints = None
@@ -132,7 +167,7 @@ def score(
         sigmas = _sigmas(dataset.num_keypoints, keypoint_sigmas)
         stats = _run_cocoeval(dataset.coco, detections, "keypoints", sigmas).stats
         keypoints = _named(KEYPOINT_SUMMARY, stats)
-    # [IoU thresholds, recalls, categories, areas, detections per image], -1 for no object
+    # [IoU thresholds, recalls, categories, areas, detections per image]; -1: no object
     precision = boxes.eval["precision"]
     order = list(boxes.params.catIds)
     per_class = {}
@@ -157,7 +192,7 @@ def _is_distributed() -> bool:
 
 @contextlib.contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    # Module by module: a frozen part of a model in training mode stays frozen.
+    # Modes are restored module by module, so that frozen parts of the model stay frozen.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import actions, operators, plans, problems
-from benchmarks.actions import Action, WrongResultError
-from benchmarks.heads import CASES, problem_of
-from benchmarks.precisions import PRECISIONS, products
-from benchmarks.problems import BOTH, DIRECTIONS, FORWARD, OURS, Maps, Problem, Setting, Work
-from benchmarks.shapes import SHAPE_SETS, SMALL_LEVELS, ShapeSet
+from benchmarks.cases import common, peers, problems
+from benchmarks.cases.heads import CASES, problem_of
+from benchmarks.cases.precisions import PRECISIONS, products
+from benchmarks.cases.problems import BOTH, DIRECTIONS, FORWARD, OURS, Maps, Problem, Setting, Work
+from benchmarks.cases.shapes import SHAPE_SETS, SMALL_LEVELS, ShapeSet
+from benchmarks.measuring import checking, selection, timing
+from benchmarks.measuring.checking import Action, WrongResultError
 from dyhead_cuda import backends
 from dyhead_cuda.ops.common import tf32_allowed
 
@@ -44,7 +45,7 @@ def results_of(
 @pytest.mark.parametrize("case", CASES)
 def test_every_implementation_computes_the_case(case: str) -> None:
     problem = problem_of(setting(case))
-    right = actions.expected(problem, CPU, BOTH, last_only=False)
+    right = checking.expected(problem, CPU, BOTH, last_only=False)
     assert len(right.inputs) == len(problem.images)
     assert all(x.dtype == torch.float64 for x in right.outputs)
     names = [how.name for how in problem.implementations]
@@ -56,7 +57,7 @@ def test_every_implementation_computes_the_case(case: str) -> None:
         found = results_of(problem, how, BOTH, "float32")
         if how.bar:
             continue
-        error = actions.check(problem, how, "float32", found, right)
+        error = checking.check(problem, how, "float32", found, right)
         assert (error == 0) == (case == "pack_levels"), how.name  # what only copies is exact
         assert error < 1e-4
 
@@ -68,8 +69,8 @@ def test_compiled_peers_compute_the_case(case: str, monkeypatch: pytest.MonkeyPa
     problems.compiled.cache_clear()
     problem = problem_of(setting(case, 1))
     how = next(how for how in problem.implementations if how.compiled)
-    right = actions.expected(problem, CPU, BOTH, last_only=False)
-    actions.check(problem, how, "float32", results_of(problem, how, BOTH, "float32"), right)
+    right = checking.expected(problem, CPU, BOTH, last_only=False)
+    checking.check(problem, how, "float32", results_of(problem, how, BOTH, "float32"), right)
     problems.compiled.cache_clear()
 
 
@@ -77,24 +78,24 @@ def test_compiled_peers_compute_the_case(case: str, monkeypatch: pytest.MonkeyPa
 def test_ours_is_right_in_every_precision(precision: str) -> None:
     for case in ("block", "branches", "fuse_branches", "dynamic_relu"):
         problem = problem_of(setting(case))
-        right = actions.expected(problem, CPU, BOTH, last_only=False)
+        right = checking.expected(problem, CPU, BOTH, last_only=False)
         ours = problem.implementations[0]
-        actions.check(problem, ours, precision, results_of(problem, ours, BOTH, precision), right)
+        checking.check(problem, ours, precision, results_of(problem, ours, BOTH, precision), right)
 
 
 def test_one_image_of_the_reference_judges_any_batch() -> None:
     three, one = (problem_of(setting("block", batch)) for batch in (3, 1))
     ours = three.implementations[0]
-    right = actions.expected(three, CPU, BOTH, last_only=True)
-    same = actions.expected(one, CPU, BOTH, last_only=False)
+    right = checking.expected(three, CPU, BOTH, last_only=True)
+    same = checking.expected(one, CPU, BOTH, last_only=False)
     for a, b in zip([*right.outputs, *right.inputs], [*same.outputs, *same.inputs], strict=True):
         assert torch.equal(a, b)
     found = results_of(three, ours, BOTH, "float32")
     assert len(found.parameters) == len(right.parameters) > 0
-    actions.check(three, ours, "float32", found, right)
+    checking.check(three, ours, "float32", found, right)
     swapped = replace(found, outputs=[x.flip(0) for x in found.outputs])
     with pytest.raises(WrongResultError, match="the outputs"):
-        actions.check(three, ours, "float32", swapped, right)
+        checking.check(three, ours, "float32", swapped, right)
 
 
 def _slightly_larger(run: problems.Run) -> problems.Run:
@@ -128,9 +129,9 @@ def test_a_wrong_result_is_found(spoil: Any, direction: str, message: str) -> No
     problem = problem_of(setting("dynamic_relu", 1))
     ours = problem.implementations[0]
     wrong = replace(ours, run=spoil(ours.run))
-    right = actions.expected(problem, CPU, direction, last_only=False)
+    right = checking.expected(problem, CPU, direction, last_only=False)
     with pytest.raises(WrongResultError, match=message):
-        actions.check(
+        checking.check(
             problem, wrong, "float32", results_of(problem, wrong, direction, "float32"), right
         )
 
@@ -138,15 +139,15 @@ def test_a_wrong_result_is_found(spoil: Any, direction: str, message: str) -> No
 def test_gradients_may_jump_at_real_sizes_alone() -> None:
     problem = problem_of(setting("block", 1))
     ours = problem.implementations[0]
-    right = actions.expected(problem, CPU, BOTH, last_only=False)
+    right = checking.expected(problem, CPU, BOTH, last_only=False)
     found = results_of(problem, ours, BOTH, "float32")
     moved = replace(found, inputs=[x * 1.01 for x in found.inputs])
     with pytest.raises(WrongResultError, match="the inputs' gradients of at most 1e-04"):
-        actions.check(problem, ours, "float32", moved, right)
-    actions.check(problem, ours, "float32", moved, right, real=True)
+        checking.check(problem, ours, "float32", moved, right)
+    checking.check(problem, ours, "float32", moved, right, real=True)
     far = replace(found, inputs=[x * 1.1 for x in found.inputs])
     with pytest.raises(WrongResultError, match="the inputs' gradients of at most 5e-02"):
-        actions.check(problem, ours, "float32", far, right, real=True)
+        checking.check(problem, ours, "float32", far, right, real=True)
 
 
 def test_wrong_gradients_of_parameters_are_found() -> None:
@@ -158,9 +159,9 @@ def test_wrong_gradients_of_parameters_are_found() -> None:
         return [ours.run(relu, inputs)[0] + 0.1 * (bias.sum() - bias.sum().detach())]
 
     found = results_of(problem, replace(ours, run=run), BOTH, "float32")
-    right = actions.expected(problem, CPU, BOTH, last_only=False)
+    right = checking.expected(problem, CPU, BOTH, last_only=False)
     with pytest.raises(WrongResultError, match="the parameters' gradients"):
-        actions.check(problem, ours, "float32", found, right)
+        checking.check(problem, ours, "float32", found, right)
 
 
 def test_ours_runs_on_compiled_kernels_and_the_reference_on_none() -> None:
@@ -190,7 +191,7 @@ def test_inputs_are_random_exact_and_repeatable() -> None:
     images = first.images[0]
     assert 0.8 < images.std() < 1.2
     assert not torch.equal(images[0], images[1])
-    cotangents = actions.cotangents_for(first.images)
+    cotangents = checking.cotangents_for(first.images)
     assert not torch.equal(cotangents[0], images)
 
 
@@ -214,12 +215,12 @@ def test_shapes_are_those_of_the_images() -> None:
 
 
 def test_branches_of_three_levels() -> None:
-    assert operators.branch_sizes(((8, 6), (4, 3), (2, 2))) == [
+    assert common.branch_sizes(((8, 6), (4, 3), (2, 2))) == [
         *((8, 6), (4, 3)),
         *((4, 3), (4, 3), (2, 2)),
         *((2, 2), (2, 2)),
     ]
-    assert operators.branch_counts(SMALL_LEVELS) == [2, 3, 2]
+    assert common.branch_counts(SMALL_LEVELS) == [2, 3, 2]
 
 
 def test_work_of_a_deformable_convolution() -> None:
@@ -283,36 +284,36 @@ def test_bytes_and_products_of_both_directions() -> None:
 # --- plans --------------------------------------------------------------------------------------
 
 
-def test_the_plan_of_a_selection_is_the_product_of_what_was_chosen() -> None:
-    selection = plans.Selection(
+def test_a_selection_is_the_product_of_what_was_chosen() -> None:
+    chosen = selection.Selection(
         cases=("head", "block"), shapes=("glip", "yolo"), batches=(1, 8), precisions=("tf32",)
     )
-    plan = plans.entries(selection, "cuda")
-    assert [(e.setting.case, e.setting.shapes.name, e.setting.blocks) for e in plan[::2]] == [
+    entries = selection.entries(chosen, "cuda")
+    assert [(e.setting.case, e.setting.shapes.name, e.setting.blocks) for e in entries[::2]] == [
         ("head", "glip", 6),
         ("head", "yolo", 2),
         ("block", "glip", 1),
         ("block", "yolo", 1),
     ]
-    assert {e.precisions for e in plan} == {("tf32",)}
-    assert {e.directions for e in plan} == {DIRECTIONS}
-    eight = plans.entries(plans.Selection(cases=("head",), blocks=(6, 8)), "cpu")
+    assert {e.precisions for e in entries} == {("tf32",)}
+    assert {e.directions for e in entries} == {DIRECTIONS}
+    eight = selection.entries(selection.Selection(cases=("head",), blocks=(6, 8)), "cpu")
     assert [e.setting.blocks for e in eight] == [6, 8]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_usual_plan_grows_a_block(device: str) -> None:
-    plan = plans.entries(plans.Selection(), device)
-    grown = {(e.setting.shapes.name, e.setting.batch) for e in plan if not e.real_check}
-    assert grown == set(plans.SWEEP)
-    assert all(e.setting.case in CASES for e in plan)
-    assert plan[0].setting.case == ("head" if device == "cuda" else "block")
+def test_the_usual_run_grows_a_block(device: str) -> None:
+    entries = selection.entries(selection.Selection(), device)
+    grown = {(e.setting.shapes.name, e.setting.batch) for e in entries if not e.real_check}
+    assert grown == set(selection.SWEEP)
+    assert all(e.setting.case in CASES for e in entries)
+    assert entries[0].setting.case == ("head" if device == "cuda" else "block")
 
 
 def test_quick_is_tiny_and_compiles_nothing() -> None:
-    plan = plans.entries(plans.Selection(quick=True), "cpu")
-    assert {e.setting.shapes.name for e in plan} == {"tiny"}
-    assert all("compile" not in e.families for e in plan)
+    entries = selection.entries(selection.Selection(quick=True), "cpu")
+    assert {e.setting.shapes.name for e in entries} == {"tiny"}
+    assert all("compile" not in e.families for e in entries)
 
 
 # --- precisions ---------------------------------------------------------------------------------
@@ -337,3 +338,26 @@ def test_a_peer_without_bfloat16_runs_in_its_best_precision() -> None:
     assert by_name["torchvision"].precision_for("float64", CPU) == "float64"
     assert by_name["reference"].precision_for("bfloat16", CPU) == "float32"
     assert by_name[OURS].precision_for("bfloat16", CPU) == "bfloat16"
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"direction to be one of \('forward', .*got 'backward'"):
+        Work(1, 1, 1).flops_of("backward")
+    with pytest.raises(ValueError, match="direction to be one of"):
+        Work(1, 1, 1).bytes_of("backward", 4)
+    problem = problem_of(Setting("dynamic_relu", SHAPE_SETS["tiny"]))
+    action = Action(problem, problem.reference, "float32", torch.device("cpu"))
+    with pytest.raises(ValueError, match="direction to be one of"):
+        action.prepare("backward")
+    with pytest.raises(ValueError, match=r"family to be one of .*'mmcv'.*, got 'detectron'"):
+        problems.Implementation("detectron", "detectron", lambda module, inputs: inputs)
+    features, weight = torch.rand(1, 2, 4, 3, 3), torch.rand(2, 4, 4, 3, 3)
+    predictor = torch.rand(27, 4, 3, 3), torch.rand(27)
+    operator = peers.deform_convs()["torchvision"]
+    with pytest.raises(ValueError, match=r"targets to be one of .*'median'.*, got 'middle'"):
+        peers.spatial_attention(features, weight, *predictor, "middle", operator)
+
+
+def test_an_unknown_way_to_time_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method to be one of .*'graph'.*, got 'hot'"):
+        timing.measure(lambda: None, torch.device("cpu"), timing.QUICK, "hot")

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import heads, machine, peers, probes, results, runner, timing
+from benchmarks import machine
 from benchmarks.__main__ import main
-from benchmarks.problems import BOTH, DIRECTIONS, FORWARD, OURS, Problem, Setting
-from benchmarks.results import Row
-from benchmarks.shapes import SHAPE_SETS
-from benchmarks.timing import COLD, GRAPH, QUICK, WARM, Effort, Timing
+from benchmarks.cases import heads, peers
+from benchmarks.cases.problems import BOTH, DIRECTIONS, FORWARD, OURS, Problem, Setting
+from benchmarks.cases.shapes import SHAPE_SETS
+from benchmarks.measuring import probes, runner, timing
+from benchmarks.measuring.timing import COLD, GRAPH, QUICK, WARM, Effort, Timing
+from benchmarks.reports import results
+from benchmarks.reports.results import Row
 from tests.helpers.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -66,7 +69,7 @@ def test_a_quick_run_writes_a_complete_record(tmp_path: Path) -> None:
         assert row.status == results.OK, row.remark
         assert row.blocks == (2 if row.case == "head" else 1)
         assert list(row.times) == [WARM]
-        assert row.times[WARM].runs == QUICK.least_runs
+        assert row.times[WARM].runs == QUICK.min_runs
         assert row.bytes > 0
         assert row.memory is not None
         assert row.launches is None
@@ -176,12 +179,12 @@ def test_a_peer_that_breaks_is_reported_and_ours_must_not(
 
 
 def test_what_there_is_no_time_for_is_skipped() -> None:
-    plan = [
+    entries = [
         runner.Entry(Setting("dynamic_relu", SHAPE_SETS["tiny"]), ("float32",)),
         runner.Entry(Setting("offset_conv", SHAPE_SETS["tiny"]), ("float32",)),
     ]
     options = runner.Options(CPU, QUICK, (WARM,), deadline=0.0)
-    rows = [row for _, row in runner.run_plan(plan, options, _quietly)]
+    rows = [row for _, row in runner.run_entries(entries, options, _quietly)]
     assert [(r.case, r.direction, r.status) for r in rows] == [
         (case, direction, results.SKIPPED)
         for case in ("dynamic_relu", "offset_conv")
@@ -204,7 +207,7 @@ def test_a_precision_that_falls_back_is_measured_once(monkeypatch: pytest.Monkey
         (FORWARD,),
         ("reference",),
     )
-    rows = [r for _, r in runner.run_plan([entry], MICRO, _quietly)]
+    rows = [r for _, r in runner.run_entries([entry], MICRO, _quietly)]
     assert measured == [(OURS, "float32"), ("reference", "float32"), (OURS, "bfloat16")]
     assert [r.precision for r in rows] == ["float32", "float32", "bfloat16", "bfloat16"]
     assert rows[1].times == rows[3].times
@@ -225,12 +228,12 @@ def test_gradients_too_large_for_the_reference_are_checked_small(
 ) -> None:
     setting = Setting("block", SHAPE_SETS["tiny"])
     problem = heads.problem_of(setting)
-    forward = runner.actions.reference_bytes(problem, FORWARD)
-    assert forward < runner.actions.reference_bytes(problem, BOTH)
+    forward = runner.checking.reference_bytes(problem, FORWARD)
+    assert forward < runner.checking.reference_bytes(problem, BOTH)
     for room, expected in ((2 * forward, ["small", "real, outputs only"]), (forward, ["small"])):
-        monkeypatch.setattr(runner.actions, "available_bytes", _NoRoom(room))
+        monkeypatch.setattr(runner.checking, "available_bytes", _NoRoom(room))
         entry = runner.Entry(setting, ("float32",), (BOTH,), ())
-        rows = [r for _, r in runner.run_plan([entry], MICRO, _quietly)]
+        rows = [r for _, r in runner.run_entries([entry], MICRO, _quietly)]
         assert [r.checked for r in rows] == [expected]
 
 
@@ -264,7 +267,7 @@ def test_wrong_options_are_refused_at_once(
 
 def test_timing_counts_the_runs_and_orders_the_quartiles() -> None:
     calls: list[int] = []
-    effort = Effort(seconds=60, least_runs=5, most_runs=5, warmup_seconds=0)
+    effort = Effort(seconds=60, min_runs=5, max_runs=5, warmup_seconds=0)
     for method in (WARM, COLD):
         calls.clear()
         assert timing.measure(lambda: calls.append(0), CPU, effort, method).runs == 5
@@ -277,7 +280,7 @@ def test_a_slow_action_gets_no_warm_up_and_few_runs() -> None:
     assert usual.given(0.1) == (usual, [])
     assert usual.given(1.0) == (replace(usual, warmup_seconds=0.0), [])
     effort, known = usual.given(60.0)
-    assert (effort.warmup_seconds, effort.least_runs, known) == (0.0, 2, [60.0])
+    assert (effort.warmup_seconds, effort.min_runs, known) == (0.0, 2, [60.0])
     calls: list[int] = []
     found = timing.measure(lambda: calls.append(0), CPU, effort, WARM, [9.0, 60.0])
     assert (found.runs, found.upper_quartile > 9, len(calls)) == (2, True, 0)
@@ -285,7 +288,7 @@ def test_a_slow_action_gets_no_warm_up_and_few_runs() -> None:
 
 def test_a_run_is_warmed_up_for_the_time_given() -> None:
     calls: list[int] = []
-    effort = Effort(seconds=0, least_runs=2, most_runs=2, warmup_seconds=0.01)
+    effort = Effort(seconds=0, min_runs=2, max_runs=2, warmup_seconds=0.01)
     timing.measure(lambda: calls.append(0), CPU, effort, WARM)
     assert len(calls) > 2
 

@@ -1,4 +1,4 @@
-"""``make gpu-check``: its plan, its time limits and its verdicts, all without a GPU."""
+"""``make gpu-check``: its steps, its time limits and its verdicts, all without a GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import command as command_line
-from benchmarks import gpu_check, plans, results, targets
-from benchmarks.command import selection_of
+from benchmarks import arguments as options
+from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
+from benchmarks.measuring import selection
+from benchmarks.measuring.measure import selection_of
+from benchmarks.reports import results, targets
 from tests.benchmarks.test_results import CEILINGS, environment, fast_rows
 
 
@@ -24,12 +26,12 @@ def python(name: str, code: str, **options: object) -> Step:
 
 
 def verdicts(steps: list[Step], output: Path, budget_s: float = 60.0) -> dict[str, str]:
-    outcomes = gpu_check.run_plan(steps, output, budget_s)
+    outcomes = gpu_check.run_steps(steps, output, budget_s)
     return {outcome.step.name: outcome.verdict for outcome in outcomes}
 
 
-def test_the_plan_builds_tests_sanitizes_and_measures() -> None:
-    steps = gpu_check.plan(["90a"], "/tools/compute-sanitizer", Path("/results"))
+def test_the_steps_build_test_sanitize_and_measure() -> None:
+    steps = gpu_check.steps_for(["90a"], "/tools/compute-sanitizer", Path("/results"))
     assert [step.name for step in steps] == [
         "build",
         "info",
@@ -52,18 +54,18 @@ def test_the_plan_builds_tests_sanitizes_and_measures() -> None:
     logs = {step.log for step in steps}
     files = {*gpu_check.HEAD_BENCHMARKS, *gpu_check.OPERATOR_BENCHMARKS, "summary.txt"}
     assert len(logs | files) <= 8
-    missing = gpu_check.plan(["90a"], None, Path("/results"))
+    missing = gpu_check.steps_for(["90a"], None, Path("/results"))
     assert [bool(step.unavailable) for step in missing] == [
         step.name in gpu_check.SANITIZERS for step in missing
     ]
 
 
 def benchmark_arguments(name: str) -> argparse.Namespace:
-    steps = gpu_check.plan(["90a"], None, Path("/tmp"))
+    steps = gpu_check.steps_for(["90a"], None, Path("/tmp"))
     command = next(s.command for s in steps if s.name == f"benchmark {Path(name).stem}")
     assert command[1:4] == ["-m", "benchmarks", "--device"]
     parser = argparse.ArgumentParser()
-    command_line.add_arguments(parser)
+    options.measure(parser)
     return parser.parse_args(command[3:])
 
 
@@ -72,7 +74,7 @@ def test_the_benchmarks_measure_what_the_targets_are_about() -> None:
     for name in gpu_check.HEAD_BENCHMARKS:
         arguments = benchmark_arguments(name)
         assert arguments.json == f"/tmp/{name}"
-        for entry in plans.entries(selection_of(arguments), "cuda"):
+        for entry in selection.entries(selection_of(arguments), "cuda"):
             s = entry.setting
             for precision in entry.precisions:
                 for direction in entry.directions:
@@ -145,7 +147,7 @@ def test_nothing_runs_after_a_failed_build(tmp_path: Path) -> None:
         python("build", "raise SystemExit(1)", essential=True),
         python("tests", f"open({str(marker)!r}, 'w')"),
     ]
-    outcomes = gpu_check.run_plan(steps, tmp_path)
+    outcomes = gpu_check.run_steps(steps, tmp_path)
     assert [outcome.verdict for outcome in outcomes] == ["FAILED", "FAILED"]
     assert outcomes[1].remark == "not run: build failed"
     assert not marker.exists()
@@ -164,7 +166,7 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
 
 def test_what_the_time_does_not_suffice_for_has_failed(tmp_path: Path) -> None:
     steps = [python("slow", "import time; time.sleep(60)"), python("late", "pass")]
-    outcomes = gpu_check.run_plan(steps, tmp_path, budget_s=2.0)
+    outcomes = gpu_check.run_steps(steps, tmp_path, budget_s=2.0)
     assert [outcome.verdict for outcome in outcomes] == ["FAILED", "FAILED"]
     assert outcomes[1].remark == "not run: out of time"
 
@@ -177,7 +179,12 @@ def test_the_dry_run_prints_every_command() -> None:
         text=True,
         check=True,
     )
-    for part in ("build_ext --inplace", "-m gpu", *gpu_check.SANITIZERS, "bench --device cuda"):
+    for part in (
+        "build_ext --inplace",
+        "-m gpu",
+        *gpu_check.SANITIZERS,
+        "benchmarks --device cuda",
+    ):
         assert part in result.stdout
 
 

@@ -1,4 +1,4 @@
-"""What is made of results: files, comparison, targets, the README's table, plots."""
+"""What is made of results: files, comparison, targets, the table in the docs, plots."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare, plots, readme, report, results, targets
+from benchmarks import readme
 from benchmarks.__main__ import main
-from benchmarks.heads import RECOMPUTE
-from benchmarks.problems import BOTH, FORWARD, OURS
-from benchmarks.results import Results, ResultsError, Row
-from benchmarks.timing import COLD, GRAPH, WARM, Timing
+from benchmarks.cases.heads import RECOMPUTE
+from benchmarks.cases.problems import BOTH, FORWARD, OURS
+from benchmarks.measuring.timing import COLD, GRAPH, WARM, Timing
+from benchmarks.reports import compare, plots, report, results, targets
+from benchmarks.reports.results import Results, ResultsError, Row
 from tests.helpers.paths import ROOT
 
-BEGIN, END = readme.markers(report.SECTION)
+BEGIN, END = readme.markers(readme.BENCHMARKS)
 
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -346,11 +347,13 @@ def test_report_is_written_between_the_markers(
     assert target.read_text() == "no markers"
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_docs_show_the_committed_results() -> None:
+    path = ROOT / "docs" / "performance.md"
+    text = path.read_text()
     assert COMMITTED
-    assert readme.replace_section(text, report.SECTION, report.section(COMMITTED, ROOT)) == text, (
-        "run python -m benchmarks report benchmarks/results/*.json --write README.md"
+    new = report.section(COMMITTED, path.parent)
+    assert readme.replace_section(text, readme.BENCHMARKS, new) == text, (
+        "run python -m benchmarks report benchmarks/results/*.json --write docs/performance.md"
     )
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.readme import markers, replace_section
+from benchmarks.readme import STUDY, markers, replace_section
 from benchmarks.study import plots, report, results
-from benchmarks.study.plan import QUICK, TABLES, VARIANTS, Plan, variants_of
+from benchmarks.study.setup import QUICK, Setup
+from benchmarks.study.variants import TABLES, VARIANTS, variants_of
+from dyhead_cuda.detection.data import DataConfig
 from dyhead_cuda.detection.models.config import build, count_parameters
-from dyhead_cuda.detection.training.recipe import DataConfig, TrainConfig
+from dyhead_cuda.detection.training.config import TrainConfig
 from tests.helpers.paths import ROOT
 
 COMMITTED = ROOT / "benchmarks" / "results" / "study" / "study.json"
@@ -49,8 +51,8 @@ def study(tables: list[str], seeds: int = 3) -> dict[str, Any]:
         "threads": 2,
         "versions": {"torch": "2.11.0"},
     }
-    plan = Plan().to_dict()
-    return {"environment": environment, "plan": plan, "tables": tables, "variants": variants}
+    setup = Setup().to_dict()
+    return {"environment": environment, "setup": setup, "tables": tables, "variants": variants}
 
 
 def test_variants_differ_in_what_their_table_is_about() -> None:
@@ -65,21 +67,21 @@ def test_variants_differ_in_what_their_table_is_about() -> None:
 
 
 def test_detectors_of_the_plan_differ_only_in_the_head() -> None:
-    plan = Plan(channels=16)
-    plain, head = (build(plan.model(VARIANTS[name])) for name in ("plain", "dyhead-2"))
+    setup = Setup(channels=16)
+    plain, head = (build(setup.model(VARIANTS[name])) for name in ("plain", "dyhead-2"))
     ours, theirs = ({n for n, _ in m.named_parameters()} for m in (head, plain))
     assert {name.partition(".blocks")[0] for name in ours - theirs} == {"backbone.dyhead"}
     assert {name.split("_tower")[0] for name in theirs - ours} == {"head.cls", "head.box"}
-    none = build(plan.model(VARIANTS["none"]))
+    none = build(setup.model(VARIANTS["none"]))
     assert count_parameters(none) < count_parameters(head)
 
 
 def test_settings_are_plain_data() -> None:
-    plan = Plan()
-    assert Plan(**json.loads(json.dumps(plan.to_dict()))) == plan
-    for kind, made in ((TrainConfig, plan.training(1, "cpu")), (DataConfig, plan.data())):
+    setup = Setup()
+    assert Setup(**json.loads(json.dumps(setup.to_dict()))) == setup
+    for kind, made in ((TrainConfig, setup.training(1, "cpu")), (DataConfig, setup.data())):
         assert kind.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    assert plan.training(1, "cpu").seed == 1
+    assert setup.training(1, "cpu").seed == 1
 
 
 def test_mean_spread_and_differences() -> None:
@@ -121,7 +123,7 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
 def test_the_command_trains_measures_writes_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin, end = markers(report.SECTION)
+    begin, end = markers(STUDY)
     readme = tmp_path / "README.md"
     readme.write_text(f"{begin}\nold\n{end}\n")
     options = ["study", "--quick", "--folder", str(tmp_path / "runs"), "--tables", "high_offset"]
@@ -151,7 +153,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "study.json" in capsys.readouterr().err
     path.write_text('{"schema": 7}')
     assert main(["study", "--report", "--json", str(path)]) == 2
-    assert "expected a study of schema 1" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"expected a study of schema 2 in {path}, got schema 7" in said
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     assert main(["study", "--folder", str(tmp_path / "new"), "--write", str(readme)]) == 2
@@ -162,12 +165,13 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "integer of at least 1" in capsys.readouterr().err
 
 
-def test_the_readme_shows_the_committed_study() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_docs_show_the_committed_study() -> None:
+    path = ROOT / "docs" / "study.md"
+    text = path.read_text()
     found = results.read(COMMITTED)
     assert all(len(facts["runs"]) >= 3 for facts in found["variants"].values())
-    new = report.section(found, COMMITTED, ROOT)
-    assert replace_section(text, report.SECTION, new) == text, (
+    new = report.section(found, COMMITTED, path.parent)
+    assert replace_section(text, STUDY, new) == text, (
         "run python -m benchmarks study --report --json benchmarks/results/study/study.json "
-        "--write README.md"
+        "--write docs/study.md"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dyhead_cuda import __main__ as command_line
 from dyhead_cuda import functional
+from dyhead_cuda.commands import arguments as options
 from dyhead_cuda.commands import demo, images
 from dyhead_cuda.inspect import figure
 
@@ -345,7 +346,8 @@ def test_an_interest_point_is_where_the_photograph_changes() -> None:
 
 def test_options_have_the_documented_defaults() -> None:
     parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
+    options.demo(parser)
     arguments = parser.parse_args([])
     assert (arguments.size, arguments.blocks, arguments.dtype) == (800, 6, "float32")
     assert arguments.output == Path("demo_output")
+    assert set(options.DTYPES) == set(demo.TOLERANCES)

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from dyhead_cuda import __main__ as command_line
-from dyhead_cuda.commands import train_options
+from dyhead_cuda.commands import arguments as options
+from dyhead_cuda.commands import train_settings
 from dyhead_cuda.detection.data import DigitScenes, write_coco
-from dyhead_cuda.detection.models.config import DETECTORS
+from dyhead_cuda.detection.names import DETECTORS
 from dyhead_cuda.detection.training import progress, runs
 from dyhead_cuda.detection.training.trainer import load_model
 
@@ -254,11 +255,11 @@ def test_a_checkpoint_that_is_not_there(
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_levels_are_the_published_ones_unless_given(detector: str) -> None:
     parser = argparse.ArgumentParser()
-    train_options.add_arguments(parser)
+    options.train(parser)
     expected = (2, 6) if detector.startswith("faster_rcnn") else (3, 7)
     for given, levels in (([], expected), (["--levels", "4-5"], (4, 5))):
         arguments = parser.parse_args(["--model", detector, *given])
-        config = train_options.model_config(arguments, DigitScenes("val", 1))
+        config = train_settings.model_config(arguments, DigitScenes("val", 1))
         assert (config.first_level, config.last_level) == levels
 
 

@@ -1,4 +1,4 @@
-"""What every detection dataset gives, and what works on any of them."""
+"""The interface of detection datasets, and what works with all of them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ class DetectionDataset(Protocol):
         category_ids: the COCO id of label i + 1.
         coco: ground truth in COCO's format (images, annotations, categories).
         num_keypoints: K, 0 for none.
+
+    Example:
+        >>> from dyhead_cuda.detection import DetectionDataset, DigitScenes
+        >>> dataset: DetectionDataset = DigitScenes("val", num_images=1, size=(64, 64))
+        >>> dataset.classes[3], dataset.category_ids[3], dataset.num_keypoints
+        ('3', 4, 0)
     """
 
     num_keypoints: int
@@ -53,6 +59,13 @@ class HorizontalFlip(Dataset[tuple[Tensor, Target]]):
 
     Raises:
         ValueError: a dataset with keypoints, or a probability outside 0..1.
+
+    Example:
+        >>> from dyhead_cuda.detection import DigitScenes, HorizontalFlip
+        >>> scenes = DigitScenes("train", num_images=1, size=(64, 64))
+        >>> mirrored = HorizontalFlip(scenes, probability=1.0)
+        >>> bool((mirrored[0][0] == scenes[0][0].flip(-1)).all())
+        True
     """
 
     def __init__(self, dataset: DetectionDataset, probability: float = 0.5) -> None:
@@ -71,7 +84,7 @@ class HorizontalFlip(Dataset[tuple[Tensor, Target]]):
 
     @property
     def coco(self) -> dict[str, Any]:
-        """Of the images as they are, not mirrored."""
+        """The ground truth of the original images, which are not mirrored."""
         return self.dataset.coco
 
     def __len__(self) -> int:
@@ -88,5 +101,20 @@ class HorizontalFlip(Dataset[tuple[Tensor, Target]]):
 
 
 def collate(batch: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Images (of any sizes) and targets as two lists."""
+    """Images and targets as two lists: the ``collate_fn`` of detection.
+
+    Args:
+        batch: items of a :class:`DetectionDataset`; images float32 [3, H, W] of any sizes.
+
+    Returns:
+        The images, and the targets in the same order.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from dyhead_cuda.detection import DigitScenes, collate
+        >>> scenes = DigitScenes("val", num_images=2, size=(64, 64))
+        >>> images, targets = next(iter(DataLoader(scenes, batch_size=2, collate_fn=collate)))
+        >>> len(images), [int(target["image_id"]) for target in targets]
+        (2, [1, 2])
+    """
     return [image for image, _ in batch], [target for _, target in batch]

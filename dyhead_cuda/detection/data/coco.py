@@ -38,7 +38,8 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
     Every image file is opened once (its header only) and every annotation checked. What is broken
     is left out or repaired with one logged warning per kind (logger "dyhead_cuda.detection"), and
     counted in ``problems``; see ``coco_checks.KINDS``. An image whose pixels turn out to be damaged
-    when it is read gives a black image without objects.
+    when it is read gives a black image without objects. Items are those of
+    :class:`DetectionDataset`.
 
     Crowd annotations are in ``coco``, for evaluation, but not in the targets.
 
@@ -57,6 +58,18 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
         ValueError: no such folder, json or images (with what was looked for), a json in another
             format, no usable image, categories with different numbers of keypoints; with
             ``strict`` any problem.
+
+    Source: https://cocodataset.org/#format-data.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from dyhead_cuda.detection import CocoFolder, DigitScenes, write_coco
+        >>> with TemporaryDirectory() as folder:
+        ...     path = write_coco(DigitScenes("val", num_images=2, size=(64, 64)), folder)
+        ...     dataset = CocoFolder(folder, "val", strict=True)
+        ...     image, target = dataset[1]
+        >>> len(dataset), list(image.shape), int(target["image_id"]), dict(dataset.problems)
+        (2, [3, 64, 64], 2, {})
     """
 
     def __init__(self, path: str | Path, split: str, strict: bool = False) -> None:

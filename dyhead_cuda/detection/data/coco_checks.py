@@ -13,7 +13,9 @@ from PIL import Image, UnidentifiedImageError
 
 _LOG = logging.getLogger("dyhead_cuda.detection")
 _EXAMPLES = 5
-_ROUNDING = 1.0  # pixels by which a box may leave its image unremarked: tools round differently
+_ROUNDING = (
+    1.0  # pixels that a box may leave its image by without a warning: tools round differently
+)
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
 
@@ -149,7 +151,7 @@ def _open_header(entry: dict[str, Any], path: Path, problems: Problems) -> Image
         return None
     shown = raw[::-1] if sideways else raw
     stated = (entry.get("width"), entry.get("height"))
-    # Some annotation tools ignore the EXIF orientation: the json's size tells.
+    # Some annotation tools ignore the EXIF orientation; the size in the json shows which do.
     turn = not (sideways and stated == raw != shown)
     width, height = shown if turn else raw
     if stated not in ((width, height), (None, None)):

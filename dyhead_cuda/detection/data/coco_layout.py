@@ -61,7 +61,7 @@ def find_images(folder: Path, split: str, annotations: Path, names: list[str]) -
         places += [folder / name, folder / f"{name}2017"]
         places += [folder / "images" / name, folder / "images" / f"{name}2017"]
     places = list(dict.fromkeys((*places, folder / "images", folder)))
-    places.sort(key=lambda place: place == folder)  # it holds the others, so it comes last
+    places.sort(key=lambda place: place == folder)  # it contains the others, so try it last
     for place in places:
         if any((place / name).is_file() for name in names):
             return place

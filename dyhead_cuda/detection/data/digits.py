@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dyhead_cuda.detection.data.scenes import Scene, SceneStyle, compose
+from dyhead_cuda.detection.names import SPLITS, Split
 
-Split = Literal["train", "val"]
-
-SPLITS: tuple[Split, ...] = ("train", "val")
 NUM_IMAGES = {"train": 2000, "val": 400}
 KEYPOINT_NAMES = ("top", "right", "bottom", "left")
 
 _VAL_SHARE = 4  # one scan in four is kept for val
-_SMALLEST_SIDE = 32
+_MIN_SIDE = 32
 
 
 class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -45,16 +43,29 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         split: "train" or "val".
         num_images: how many scenes (default: 2000 for "train", 400 for "val").
         size: height and width of every scene in pixels.
-        min_size, max_size: instead of ``size``: each side of each scene is drawn between them.
+        min_size, max_size: pixels; instead of ``size``: each side of each scene is drawn between
+            them.
         seed: of the scenes.
         keypoints: give the keypoints too.
         cache: keep scenes in memory (3 bytes per pixel) once they are drawn.
-        glyphs: least and most digits tried per scene; those without a free place are left out.
-        heights: least and most height of a digit in pixels; log-uniform between.
-        clutter: most things per scene that are no digit.
+        glyphs: minimum and maximum of the digits tried per scene; those without a free place are
+            left out.
+        heights: minimum and maximum height of a digit in pixels; log-uniform between.
+        clutter: maximum of things per scene that are no digit.
 
     Raises:
         ValueError: unknown split, or options out of range.
+
+    Source: the scans of https://doi.org/10.24432/C50P49, as scikit-learn has them.
+
+    Example:
+        >>> from dyhead_cuda.detection import DigitScenes
+        >>> scenes = DigitScenes("train", num_images=2, size=(64, 96), keypoints=True)
+        >>> image, target = scenes[0]
+        >>> list(image.shape), list(target["keypoints"].shape[1:])
+        ([3, 64, 96], [4, 3])
+        >>> sorted(target)
+        ['area', 'boxes', 'image_id', 'iscrowd', 'keypoints', 'labels']
     """
 
     classes: tuple[str, ...] = tuple("0123456789")
@@ -82,8 +93,8 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 f"expected both min_size and max_size or none, got {min_size} and {max_size}"
             )
         sides = size if min_size is None or max_size is None else (min_size, max_size)
-        if len(sides) != 2 or min(sides) < _SMALLEST_SIDE:
-            raise ValueError(f"expected scenes of at least {_SMALLEST_SIDE} pixels, got {sides}")
+        if len(sides) != 2 or min(sides) < _MIN_SIDE:
+            raise ValueError(f"expected scenes of at least {_MIN_SIDE} pixels, got {sides}")
         if max_size is not None and sides[0] > sides[1]:
             raise ValueError(f"expected min_size of at most max_size, got {sides}")
         self._num_images = NUM_IMAGES[split] if num_images is None else num_images
@@ -118,12 +129,19 @@ class DigitScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return pixels.float().div_(255).contiguous(), target
 
     def scene(self, index: int) -> Scene:
-        """Scene ``index`` as numpy arrays; its labels count from 0."""
+        """One scene as numpy arrays; its labels count from 0.
+
+        Args:
+            index: from 0.
+
+        Raises:
+            IndexError: there is no such scene.
+        """
         if not 0 <= index < self._num_images:
             raise IndexError(f"expected a scene from 0 to {self._num_images - 1}, got {index}")
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        # A stream per scene: neither the order of reading nor the number of scenes matters.
+        # One random stream per scene: it does not depend on which ones were read before.
         key = (SPLITS.index(self.split), index)
         rng = np.random.Generator(
             np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=key))
@@ -183,8 +201,23 @@ def write_coco(dataset: DigitScenes, folder: str | Path) -> Path:
     ``folder/annotations/instances_<split>.json`` and ``folder/<split>/000001.png`` and so on, so
     that both splits fit into one folder.
 
+    Args:
+        dataset: the scenes.
+        folder: is made if it does not exist.
+
     Returns:
         The path of the json.
+
+    Raises:
+        OSError: the folder cannot be written to.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from dyhead_cuda.detection import DigitScenes, write_coco
+        >>> with TemporaryDirectory() as folder:
+        ...     path = write_coco(DigitScenes("val", num_images=1, size=(64, 64)), folder)
+        >>> path.name
+        'instances_val.json'
     """
     folder = Path(folder)
     images = folder / dataset.split

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-INK = 128  # an opacity from which a pixel counts as ink, of 255
+INK = 128  # pixels of at least this opacity, of 255, are ink
 
 _PAD = 2  # empty pixels around a scan, so that its strokes fade out before the border
-_MOST_ANGLE = math.radians(15)
-_MOST_SHEAR = 0.2
+_MAX_ANGLE = math.radians(15)
+_MAX_SHEAR = 0.2
 _STRETCHES = (0.65, 2.6)  # of the width; the scans are narrower than high
 _ASPECTS = (0.5, 2.0)  # width over height
-_MOST_OF_SIDE = 0.8  # of the scene's side that one glyph may fill
-_MOST_COVER = 0.15  # of the smaller of two boxes that the other may cover
-_TRIES = 20  # places tried before a glyph is left out
-_LEAST_CONTRAST = 0.3  # of luminance, between ink and what lies below it
+_MAX_SIDE_SHARE = 0.8  # of the scene's side that one glyph may fill
+_MAX_COVER = 0.15  # share of the smaller of two boxes that the other may cover
+_TRIES = 20  # attempts to place a glyph before it is left out
+_MIN_CONTRAST = 0.3  # difference of luminance between ink and its background
 _LUMINANCE = np.array((0.299, 0.587, 0.114))
 _SUPERSAMPLING = 2
 
@@ -49,9 +49,10 @@ class SceneStyle:
     """What scenes contain.
 
     Attributes:
-        glyphs: least and most glyphs that are tried; those without a free place are left out.
-        heights: least and most height of a glyph in pixels; log-uniform between.
-        clutter: most things that are no glyph.
+        glyphs: minimum and maximum of the glyphs that are tried; those without a free place are
+            left out.
+        heights: minimum and maximum height of a glyph in pixels; log-uniform between.
+        clutter: maximum of things that are no glyph.
     """
 
     glyphs: tuple[int, int]
@@ -163,8 +164,8 @@ def _draw_glyph(
     a large glyph then has an edge of about a pixel instead of a wide blur.
     """
     edge = rng.uniform(0.45, 0.65)
-    turn = rng.uniform(-_MOST_ANGLE, _MOST_ANGLE)
-    shear = rng.uniform(-_MOST_SHEAR, _MOST_SHEAR)
+    turn = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE)
+    shear = rng.uniform(-_MAX_SHEAR, _MAX_SHEAR)
     cos, sin = math.cos(turn), math.sin(turn)
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
 
@@ -175,7 +176,7 @@ def _draw_glyph(
     low, high = turned.min(axis=1), turned.max(axis=1)
     extent = high - low
 
-    most = _MOST_OF_SIDE * np.array((size[1], size[0]))  # x, y like all below
+    most = _MAX_SIDE_SHARE * np.array((size[1], size[0]))  # x, y like all below
     height = _log_uniform(rng, style.heights[0], min(style.heights[1], most[1]))
     stretch = _log_uniform(rng, *_STRETCHES)
     aspect = float(np.clip(stretch * extent[0] / extent[1], *_ASPECTS))
@@ -219,7 +220,7 @@ def _free_place(
         box = (left, top, left + width, top + height)
         over = np.minimum(taken[:, 2:], box[2:]) - np.maximum(taken[:, :2], box[:2])
         common = over.clip(0).prod(axis=1)
-        if (common <= _MOST_COVER * np.minimum(areas, width * height)).all():
+        if (common <= _MAX_COVER * np.minimum(areas, width * height)).all():
             return box
     return None
 
@@ -228,7 +229,7 @@ def _ink_colour(rng: np.random.Generator, below: Image.Image) -> tuple[int, int,
     background = np.asarray(below).mean(axis=(0, 1)) @ _LUMINANCE
     while True:
         colour = rng.integers(256, size=3)
-        if abs(float(colour @ _LUMINANCE - background)) >= 255 * _LEAST_CONTRAST:
+        if abs(float(colour @ _LUMINANCE - background)) >= 255 * _MIN_CONTRAST:
             return int(colour[0]), int(colour[1]), int(colour[2])
 
 
@@ -279,10 +280,10 @@ def _shape(rng: np.random.Generator, kind: int, size: tuple[int, int]) -> Image.
     draw = ImageDraw.Draw(mask)
     box = (0, 0, width - 1, height - 1)
     stroke = max(_SUPERSAMPLING, int(rng.uniform(0.06, 0.2) * min(width, height)))
-    if kind == 0:  # a diagonal: an upright line would be a one
+    if kind == 0:  # diagonal, because an upright line looks like a one
         ends = (0, 0, width, height) if rng.random() < 0.5 else (0, height, width, 0)
         draw.line(ends, 255, stroke)
-    elif kind == 1:  # at most half a ring: a whole one would be a zero
+    elif kind == 1:  # at most half a ring, because a whole one looks like a zero
         start = rng.uniform(0, 360)
         draw.arc(box, start, start + rng.uniform(60, 180), 255, stroke)
     elif kind == 2:

@@ -22,12 +22,12 @@ from dyhead_cuda.detection.figures.attention import Observation, Point
 from dyhead_cuda.inspect import figure
 from dyhead_cuda.inspect.record import BRANCHES, Samples
 
-MOST_POINTS = 4
+MAX_POINTS = 4
 WIDTH, DPI = 24.0, 100  # inches, and pixels in one of them
 MARGIN, TOP, BOTTOM, GAP, BETWEEN = 0.5, 1.9, 0.2, 0.75, 0.12  # inches
 AFTER_INPUT = 0.25  # below the first row, inches: titles
-LEAST_SAMPLES_WIDTH = 2  # panels: room for the photograph and the legend
-TALLEST, LOWEST = 3.0, 1.7  # of a row, inches
+MIN_SAMPLES_WIDTH = 2  # panels: room for the photograph and the legend
+MAX_ROW, MIN_ROW = 3.0, 1.7  # of a row, inches
 GATES_WIDTH, SWITCHES_WIDTH = 1.2, 1.9  # in panels
 # Colour and marker both tell the branches apart; the last is drawn over the others.
 BRANCH_MARKS = {
@@ -35,10 +35,10 @@ BRANCH_MARKS = {
     "low": (figure.SKY, "s"),
     "mid": (figure.YELLOW, "o"),
 }
-LARGEST_DOT = 90.0  # square points, for a weight of 1
-LEAST_WINDOW = 3.0  # half the side of a close-up, in pixels of the level
+MAX_DOT = 90.0  # square points, for a weight of 1
+MIN_WINDOW = 3.0  # half the side of a close-up, in pixels of the level
 SHOWN = 0.9  # the share of all samples, by weight, that a close-up holds
-LEAST_GATE = 0.5  # of relu and hsigmoid
+MIN_GATE = 0.5  # of relu and hsigmoid
 
 ENERGY_TEXT = (
     "Features: their energy at each level",
@@ -84,8 +84,8 @@ def draw(
     Raises:
         ValueError: no points or more than there is room for; an image of another size.
     """
-    if not 1 <= len(points) <= MOST_POINTS:
-        raise ValueError(f"expected 1 to {MOST_POINTS} points, got {len(points)}")
+    if not 1 <= len(points) <= MAX_POINTS:
+        raise ValueError(f"expected 1 to {MAX_POINTS} points, got {len(points)}")
     if image.size != observation.frame.image:
         raise ValueError(
             f"expected the observed image of {observation.frame.image} pixels, got {image.size}"
@@ -113,11 +113,11 @@ class _Picture:
         self.image, self.observation, self.points = image, observation, points
         self.blocks, self.frame = blocks, observation.frame
         self.names = observation.level_names
-        self.samples_width = max(len(points), LEAST_SAMPLES_WIDTH)
+        self.samples_width = max(len(points), MIN_SAMPLES_WIDTH)
         units = len(self.names) + self.samples_width + GATES_WIDTH + SWITCHES_WIDTH
         self.panel = (WIDTH - 2 * MARGIN - 3 * GAP) / units
         aspect = image.height / image.width
-        self.row = min(max((self.panel - BETWEEN) * aspect, LOWEST), TALLEST)
+        self.row = min(max((self.panel - BETWEEN) * aspect, MIN_ROW), MAX_ROW)
         self.height = TOP + (self.row + BETWEEN) * (len(blocks) + 1) + AFTER_INPUT + BOTTOM
         self.figure = Figure(figsize=(WIDTH, self.height), dpi=DPI)
         FigureCanvasAgg(self.figure)
@@ -215,7 +215,7 @@ class _Picture:
         last = int((share < SHOWN * share[-1]).sum())
         farthest = float(distances[order[min(last, len(order) - 1)]])
         width, height = self.frame.image
-        least = LEAST_WINDOW * self.frame.strides[level] * width / self.frame.resized[0]
+        least = MIN_WINDOW * self.frame.strides[level] * width / self.frame.resized[0]
         return min(max(1.1 * farthest, least), max(width, height) / 2)
 
     def _marks(self, axes: Axes, samples: dict[str, Samples]) -> None:
@@ -232,7 +232,7 @@ class _Picture:
             axes.scatter(
                 end[strong, 0],
                 end[strong, 1],
-                s=LARGEST_DOT * read.weights.numpy()[strong],
+                s=MAX_DOT * read.weights.numpy()[strong],
                 c=colour,
                 marker=marker,
                 ec="black",
@@ -326,12 +326,12 @@ class _Picture:
             if "scale" not in self.observation.attentions:
                 self._off(axes, "off: every gate is 1")
                 continue
-            shown = axes.imshow(values, cmap="cividis", vmin=LEAST_GATE, vmax=most, aspect="auto")
+            shown = axes.imshow(values, cmap="cividis", vmin=MIN_GATE, vmax=most, aspect="auto")
             axes.set_facecolor("0.85")
             axes.set_yticks(range(len(values)), self.names)
             axes.set_xticks(range(len(BRANCHES)), BRANCHES if i == 0 else [""] * len(BRANCHES))
             axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-            figure.write_values(axes, values, (LEAST_GATE + most) / 2)
+            figure.write_values(axes, values, (MIN_GATE + most) / 2)
         if "scale" in self.observation.attentions:
             self._bar(left, width, shown, "gate; 0.50 is the least\n(grey: no such level)")
 

@@ -14,7 +14,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints
 # Of Okabe and Ito's palette, which every kind of colour vision tells apart.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
-SMALLEST_SIDE = 480  # in pixels; labels could not be read on smaller pictures
+MIN_SIDE = 480  # in pixels; labels could not be read on smaller pictures
 LINE_WIDTH, FONT_SIZE, GAP = 3, 18, 8
 
 
@@ -30,7 +30,7 @@ def draw(image: Tensor, objects: Mapping[str, Tensor], classes: Sequence[str]) -
     Returns:
         uint8 [3, f H, f W].
     """
-    factor = max(1, SMALLEST_SIDE // max(image.shape[1:]))
+    factor = max(1, MIN_SIDE // max(image.shape[1:]))
     pixels = (image.detach().cpu() * 255).round().clamp(0, 255).byte()
     pixels = F.interpolate(pixels[None], scale_factor=factor, mode="nearest")[0]
     labels = objects["labels"].tolist()

@@ -1,4 +1,4 @@
-"""What torchvision's detectors need to be right on any pyramid and in any precision."""
+"""Fixes for torchvision's detectors on any pyramid and in any precision."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _widen_output(module: nn.Module, arguments: Any, output: Any) -> Any:
 
 
 def widen(predictor: M) -> M:
-    """Give what ``predictor`` returns in at least float32, also under autocast.
+    """Make ``predictor`` return at least float32, also under autocast.
 
     Boxes are computed from it: rounded to bfloat16 they would be off by pixels.
     """
@@ -87,6 +87,22 @@ class CheckedDetector(nn.Module):
     num_keypoints: int = 0
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
+        """Losses in training, detections in evaluation, as torchvision's detectors give them.
+
+        Args:
+            images: float [3, H, W] each, RGB in 0..1, of any sizes.
+            targets: in training one for each image: boxes, float [n, 4] (x1, y1, x2, y2 in
+                pixels), labels, int64 [n] in 1..num_classes, and for a detector with keypoints
+                keypoints, float32 [n, K, 3] (x, y, visible); n may be 0.
+
+        Returns:
+            In training a dict of scalar losses. In evaluation for each image boxes, float32 [m, 4]
+            in its pixels, scores, float32 [m], labels, int64 [m], and maybe keypoints, float32
+            [m, K, 3].
+
+        Raises:
+            ValueError: images or targets that do not fit, before anything runs.
+        """
         check_images(images)
         run: Callable[..., Any] = super().forward
         if self.training:
@@ -138,7 +154,7 @@ def check_targets(
                 f"expected int64 labels [{count}] in target {i}, got {labels.dtype} "
                 f"{list(labels.shape)}"
             )
-        # Asked this way round, NaN is wrong as well.
+        # NaN fails the comparison, so it is refused too.
         good = (boxes[:, :2] < boxes[:, 2:]).all(1) & boxes.isfinite().all(1)
         if not good.all():
             raise ValueError(

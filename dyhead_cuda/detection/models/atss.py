@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from torchvision.ops import (
 from dyhead_cuda import checks
 from dyhead_cuda.detection.models.adapters import PyramidAnchors, check_images, check_targets
 from dyhead_cuda.detection.models.atss_assigner import assign, centers, margins
+from dyhead_cuda.detection.names import Postprocess
 
-Postprocess = Literal["mmdet", "microsoft"]
 Target = dict[str, Any]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +32,7 @@ _PRIOR = 0.01
 
 
 class Predictions(NamedTuple):
-    """What the head says of each anchor, float32, one tensor per level."""
+    """The head's raw outputs for each anchor, float32, one tensor per level."""
 
     logits: list[Tensor]  # [N, A_l, num_classes]
     deltas: list[Tensor]  # [N, A_l, 4]
@@ -106,7 +106,7 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
 def _clip(
     boxes: Tensor, scores: Tensor, kinds: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes clipped to the image, without those that have no area left."""
+    """Boxes clipped to the image; those without any area left are dropped."""
     boxes = clip_boxes_to_image(boxes, size)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return boxes[keep], scores[keep], kinds[keep]
@@ -118,44 +118,52 @@ class ATSS(nn.Module):
     One square anchor of 8 strides at each position; focal, GIoU (weight 2, weighted by the
     centerness targets) and centerness losses; scores are class probability times centerness.
 
-    Args:
-        backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
-            ``out_channels``, ``strides`` (one int per level) and ``num_levels``, as
-            :class:`~dyhead_cuda.detection.models.backbones.Pyramid`.
-        num_classes: without the background.
-        min_size, max_size: the shorter side is resized to ``min_size`` unless the longer one
-            would exceed ``max_size``; see torchvision's ``GeneralizedRCNNTransform``.
-        convs: 3x3 convolutions with group normalisation and ReLU before the predictors; 0 as
-            published with a Dynamic Head, 4 without.
-        kernel_size: of the predictors; 3 in mmdet's reproduction with ResNet-50 and in plain ATSS,
-            1 in microsoft/DynamicHead. From random weights, 3 learns much faster.
-        center_offset: an anchor's centre is (x + center_offset, y + center_offset) strides; 0.5 in
-            microsoft/DynamicHead and mmdet's reproduction of it, 0 in mmdet's other configs.
-        postprocess: "mmdet" ranks the candidates of a level by class probability and clips boxes
-            before non-maximum suppression, "microsoft" ranks by the score and clips afterwards.
-        image_mean, image_std: per channel, of RGB in 0..1.
-        size_divisible: images are padded at the right and bottom to multiples of this.
-        score_threshold: least class probability of a candidate.
-        candidates: kept on each level of an image before non-maximum suppression.
-        nms_threshold: a box is dropped for a better one of its class with a greater IoU.
-        detections: kept in each image.
-        topk: see :func:`~dyhead_cuda.detection.models.atss_assigner.assign`.
-
-    ``forward(images, targets)`` in training takes lists of float images [3, H, W] (RGB, 0..1) and
-    of targets (boxes float [n, 4] xyxy pixels, labels int64 [n] in 1..num_classes, n may be 0) and
-    returns scalar losses "classification", "bbox_regression" and "bbox_ctrness" (torchvision's
-    names). In evaluation it returns for each image boxes [m, 4] xyxy in its pixels, scores [m],
-    best first, and labels [m].
-
     The losses are divided by the number of positive anchors, at least 1 per image, and the sum of
     centerness targets, at least 1; both averaged over the ranks where torch.distributed runs.
     Anchors over the padding are background, as in microsoft/DynamicHead (mmdet leaves those out
     that lie beyond an image's own multiple of the padding).
 
+    Args:
+        backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
+            ``out_channels`` (C) and ``strides`` (one int per level, pixels), as
+            :class:`Pyramid`.
+        num_classes: without the background.
+        min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
+            one would exceed ``max_size``; see torchvision's ``GeneralizedRCNNTransform``.
+        convs: 3x3 convolutions with group normalisation and ReLU before the predictors; 0 as
+            published with a Dynamic Head, 4 without.
+        kernel_size: of the predictors; 3 in mmdet's reproduction with ResNet-50 and in plain ATSS,
+            1 in microsoft/DynamicHead. From random weights, 3 learns much faster.
+        center_offset: strides; an anchor's centre is (x + center_offset, y + center_offset): 0.5
+            in microsoft/DynamicHead and mmdet's reproduction of it, 0 in mmdet's other configs.
+        postprocess: "mmdet" ranks the candidates of a level by class probability and clips boxes
+            before non-maximum suppression, "microsoft" ranks by the score and clips afterwards.
+        image_mean, image_std: three values, of RGB in 0..1.
+        size_divisible: pixels; images are padded at the right and bottom to multiples of it.
+        score_threshold: minimum class probability of a candidate.
+        candidates: kept on each level of an image before non-maximum suppression.
+        nms_threshold: a box is dropped for a better one of its class with a greater IoU.
+        detections: kept in each image.
+        topk: candidates of an object on each level; see
+            :func:`~dyhead_cuda.detection.models.atss_assigner.assign`.
+
     Raises:
-        ValueError: images or targets that do not fit, before anything runs.
+        ValueError: ``num_classes`` or ``topk`` below 1, an unknown ``postprocess``.
 
     Source: arXiv 1912.02424; mmdet ``ATSSHead``; microsoft/DynamicHead ``extra/atss.py``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import ATSS, Pyramid
+        >>> pyramid = Pyramid("timm/test_resnet.r160_in1k", channels=16, blocks=1, last_level=5)
+        >>> model = ATSS(pyramid, num_classes=3, min_size=64, max_size=64)
+        >>> images = [torch.rand(3, 64, 64)]
+        >>> boxes, labels = torch.tensor([[8.0, 8.0, 40.0, 48.0]]), torch.tensor([2])
+        >>> sorted(model(images, [{"boxes": boxes, "labels": labels}]))
+        ['bbox_ctrness', 'bbox_regression', 'classification']
+        >>> (found,) = model.eval()(images)
+        >>> sorted(found)
+        ['boxes', 'labels', 'scores']
     """
 
     def __init__(
@@ -198,6 +206,21 @@ class ATSS(nn.Module):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            images: float [3, H, W] each, RGB in 0..1, of any sizes.
+            targets: in training one for each image: boxes, float [n, 4] (x1, y1, x2, y2 in
+                pixels), and labels, int64 [n] in 1..num_classes; n may be 0.
+
+        Returns:
+            In training the scalar losses "classification", "bbox_regression" and "bbox_ctrness"
+            (torchvision's names). In evaluation for each image boxes, float32 [m, 4] (x1, y1, x2,
+            y2 in its pixels), scores, float32 [m], best first, and labels, int64 [m].
+
+        Raises:
+            ValueError: images or targets that do not fit, before anything runs.
+        """
         check_images(images)
         if self.training:
             check_targets(images, targets, self.num_classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,9 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dyhead_cuda import checks
+from dyhead_cuda.detection.names import Extra
 from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init
 from dyhead_cuda.pyramid import HighOffset
-
-Extra = Literal["conv", "conv_relu", "pool"]
 
 FIRST_LEVEL, LAST_LEVEL = 2, 7
 TIMM = "timm/"
@@ -42,21 +41,32 @@ class Pyramid(nn.Module):
         extra: how a level beyond the backbone is made from the one before: "conv" (convolution of
             stride 2; mmdet's ``add_extra_convs="on_output"``), "conv_relu" (with a ReLU between
             two of them, as RetinaNet and FCOS) or "pool" (every second pixel, as Faster R-CNN).
-        load_weights: False for the modules that ``weights`` asks for with random values in them,
-            when a checkpoint is loaded next: nothing is downloaded.
+        load_weights: False gives the modules that ``weights`` asks for, with random values: nothing
+            is downloaded where a checkpoint is loaded next.
 
-    ``forward`` takes images [N, 3, H, W], H and W divisible by 32, and returns an OrderedDict with
-    keys "0", "1", ... of levels [N, C, ceil(H / 2 ** l), ceil(W / 2 ** l)], finest first.
-
-    Attributes: ``out_channels``, ``strides`` (finest first), ``num_levels``, ``levels`` (l of
-    each), ``dyhead`` (None without blocks). ``body``, ``fpn`` and ``fpn.extra_blocks`` have the
-    parameter names of torchvision's detectors.
+    Attributes:
+        out_channels: C.
+        levels: l of each level, finest first.
+        strides: 2 ** l of each, in pixels.
+        num_levels: how many.
+        body, fpn: backbone and feature pyramid; with ``fpn.extra_blocks`` they have the parameter
+            names of torchvision's detectors.
+        dyhead: the :class:`dyhead_cuda.DyHead`; None without blocks.
 
     Raises:
-        ValueError: an unknown backbone, or levels that it does not have.
+        ValueError: an unknown name, or levels that the backbone does not have.
         ImportError: a timm backbone without timm.
 
     Source: arXiv 1612.03144 (feature pyramid), arXiv 2106.08322 (Dynamic Head).
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import Pyramid
+        >>> pyramid = Pyramid("timm/test_resnet.r160_in1k", channels=16, blocks=1, last_level=5)
+        >>> pyramid.strides
+        (8, 16, 32)
+        >>> [list(level.shape) for level in pyramid(torch.rand(1, 3, 64, 96)).values()]
+        [[1, 16, 8, 12], [1, 16, 4, 6], [1, 16, 2, 3]]
     """
 
     def __init__(
@@ -105,6 +115,14 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """The levels of images.
+
+        Args:
+            images: float [N, 3, H, W], H and W divisible by 32.
+
+        Returns:
+            By "0", "1", ... the levels [N, C, ceil(H / 2 ** l), ceil(W / 2 ** l)], finest first.
+        """
         levels = self.fpn(self.body(images)).values()
         features = OrderedDict((str(i), x) for i, x in enumerate(levels))
         return features if self.dyhead is None else self.dyhead(features)
@@ -115,6 +133,7 @@ class ExtraLevels(ExtraFPNBlock):
 
     def __init__(self, channels: int, levels: Sequence[int], extra: Extra) -> None:
         super().__init__()
+        checks.one_of("extra", extra, get_args(Extra))
         self.levels, self.extra = tuple(levels), extra
         for level in self.levels if extra != "pool" else ():
             convolution = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -208,7 +227,7 @@ def _make_body(
         # Patch embedding, then stage, patch merging, stage, ...
         stages = {str(2 * level - 3): str(level) for level in levels}
         return SwinBody(IntermediateLayerGetter(network.features, stages), channels), channels
-    # The few images of a detector's batch would only blur pretrained statistics.
+    # A detector's batch is too small to update pretrained statistics.
     norm = FrozenBatchNorm2d if weights else nn.BatchNorm2d
     network = models.get_model(name, norm_layer=norm, **options)
     channels = [network.fc.in_features >> (5 - level) for level in levels]
@@ -243,10 +262,10 @@ def _make_timm(
         )
     options: dict[str, Any] = {"features_only": True}
     if "swin" in model:
-        options["strict_img_size"] = False  # other sizes than that of its classification
+        options["strict_img_size"] = False  # allow other sizes than in classification
     with torch.device("meta"):
         info: Any = timm.create_model(model, **options).feature_info
-    # Of features of the same stride the last is the richest.
+    # Several features may have the same stride: take the last, which is the deepest.
     by_stride = {stride: i for i, stride in enumerate(info.reduction())}
     available = [level for level in range(FIRST_LEVEL, LAST_LEVEL + 1) if 2**level in by_stride]
     levels = _select_levels(name, available, first_level, last_level)

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from dyhead_cuda.compat.names import MICROSOFT, MMDET, CodeBase
-from dyhead_cuda.detection.models.atss import Postprocess
-from dyhead_cuda.detection.models.backbones import Extra
+from dyhead_cuda.detection.names import Extra, Postprocess
 
 FIRST, LAST = 3, 7
 COARSEST = 5  # level of the backbone

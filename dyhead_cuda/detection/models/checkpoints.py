@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -14,7 +14,7 @@ from torchvision.models import SwinTransformer
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork
 
-from dyhead_cuda import compat
+from dyhead_cuda import checks, compat
 from dyhead_cuda.compat.towers import unnest
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.backbones import Pyramid, SwinBody
@@ -37,18 +37,32 @@ _RESNETS = {
 _TABLE = r"(?:layers|stages)\.\d\.blocks\.0\.attn\.(?:w_msa\.)?relative_position_bias_table"
 
 
+FAMILIES, CHANNEL_ORDERS = ("resnet", "swin"), ("rgb", "bgr")
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What a published configuration fixes and a state dict does not tell.
+    """The settings of a published configuration that a state dict does not contain.
 
     Args:
-        family: of the backbone.
-        kernel_size: of the predictors.
+        family: of the backbone, "resnet" or "swin".
+        kernel_size: of the predictors, 1 or 3.
         pixel_mean, pixel_std: of pixels in 0..255, in the order of ``channels``.
-        channels: the order in which the network takes them.
+        channels: the order in which the network takes them, "rgb" or "bgr".
         stride_in_1x1: whether a ResNet stage halves its input in its first 1x1 convolution (caffe's
             style) and not in the 3x3 one.
-        center_offset, size_divisible, min_size, max_size: see :class:`~dyhead_cuda.detection.ATSS`.
+        center_offset, size_divisible, min_size, max_size: see :class:`ATSS`.
+
+    Raises:
+        ValueError: an unknown ``family`` or order of ``channels``.
+
+    Source: the configurations of mmdet 3.3.0 and microsoft/DynamicHead that the constants name.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from dyhead_cuda.detection import MMDET_R50
+        >>> replace(MMDET_R50, min_size=640, max_size=1066).size_divisible
+        32
     """
 
     family: Literal["resnet", "swin"]
@@ -61,6 +75,10 @@ class Recipe:
     size_divisible: int = 128
     min_size: int = 800
     max_size: int = 1333
+
+    def __post_init__(self) -> None:
+        checks.one_of("family", self.family, FAMILIES)
+        checks.one_of("channels", self.channels, CHANNEL_ORDERS)
 
 
 #: mmdet ``atss_r50_fpn_dyhead_1x_coco``.
@@ -106,7 +124,7 @@ def _pyramid(state: Mapping[str, Any], source: Source, family: str, channels: in
         "blocks": 0,
         "extra": source.extra,
     }
-    if residual:
+    if family == "resnet":
         convs = 3 if any(re.search(r"\.0\.conv3\.", key) for key in keys) else 2
         found = (*residual, convs)
         if found not in _RESNETS:
@@ -114,27 +132,45 @@ def _pyramid(state: Mapping[str, Any], source: Source, family: str, channels: in
                 "expected blocks of the four stages and convolutions of a block as one of "
                 f"{sorted(_RESNETS)}, got {found}"
             )
-        # These weights are not loaded: a network that has some has frozen batch normalisation.
+        # The weights are not loaded: naming some only makes the batch normalisation frozen.
         return Pyramid(_RESNETS[found], weights="DEFAULT", load_weights=False, **options)
+    return _swin_pyramid(state, source, keys, windowed, options)
+
+
+def _swin_pyramid(
+    state: Mapping[str, Any],
+    source: Source,
+    keys: Sequence[str],
+    depths: list[int],
+    options: Mapping[str, Any],
+) -> Pyramid:
+    """As :func:`_pyramid` for a Swin transformer with so many blocks in each stage.
+
+    Args:
+        state, source: as there.
+        keys: of the backbone, without its prefix.
+        depths: blocks of each stage.
+        options: of :class:`Pyramid`.
+    """
     tables = [state[source.body + key] for key in sorted(keys) if re.fullmatch(_TABLE, key)]
     patches = [key for key in keys if re.fullmatch(r"patch_embed\.proj(ection)?\.weight", key)]
-    if len(tables) != len(windowed) or len(windowed) != 4 or len(patches) != 1:
+    if len(tables) != len(depths) or len(depths) != 4 or len(patches) != 1:
         raise ValueError(
             f'expected a Swin transformer of four stages under "{source.body}", found '
-            f"{len(windowed)} with {len(tables)} tables of relative positions and {len(patches)} "
+            f"{len(depths)} with {len(tables)} tables of relative positions and {len(patches)} "
             "patch embeddings"
         )
     width, window = len(state[source.body + patches[0]]), (round(len(tables[0]) ** 0.5) + 1) // 2
     heads = [table.shape[1] for table in tables]
     network = SwinTransformer(
-        [4, 4], width, windowed, heads, [window, window], stochastic_depth_prob=0.2
+        [4, 4], width, depths, heads, [window, window], stochastic_depth_prob=0.2
     )
     widths = [width << stage for stage in range(1, 4)]
     pyramid = Pyramid("swin_t", **options)
     pyramid.body = SwinBody(
         IntermediateLayerGetter(network.features, {"3": "3", "5": "4", "7": "5"}), widths
     )
-    pyramid.fpn = FeaturePyramidNetwork(widths, channels, pyramid.fpn.extra_blocks)
+    pyramid.fpn = FeaturePyramidNetwork(widths, pyramid.out_channels, pyramid.fpn.extra_blocks)
     return pyramid
 
 
@@ -148,7 +184,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _load(model: ATSS, state: Mapping[str, Any], source: Source, tower: set[str]) -> None:
-    """Load all but the Dynamic Head, whose keys are ``tower``; every key must have its use."""
+    """Load all but the Dynamic Head, whose keys are ``tower``; refuse keys that nothing uses."""
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     scales = [source.scales.format(i) for i in range(model.head.scales.numel())]
     names = {
@@ -156,9 +192,23 @@ def _load(model: ATSS, state: Mapping[str, Any], source: Source, tower: set[str]
         for key in shapes
         if not key.startswith("backbone.dyhead.") and key != "head.scales"
     }
-    used = {*names.values(), *scales, *tower}
+    _check_keys(state, {*names.values(), *scales, *tower}, source)
+    tensors = {key: _tensor(state[name]) for key, name in names.items()}
+    tensors["head.scales"] = torch.cat([_tensor(state[name]).flatten() for name in scales])
+    for key, value in tensors.items():
+        if key.endswith("relative_position_index"):
+            tensors[key] = value.flatten()
+    _check_shapes(tensors, shapes, {**names, "head.scales": "all scales"})
+    if source.unfolded:
+        for key in tensors:
+            if re.search(r"\.stages\.\d+\.(norm|reduction)\.", key):
+                tensors[key] = _reorder_patches(tensors[key])
+    model.load_state_dict(tensors, strict=False)
+
+
+def _check_keys(state: Mapping[str, Any], used: set[str], source: Source) -> None:
     missing = sorted(used - set(state))
-    # Frozen batch normalisation counts no batches.
+    # Frozen batch normalisation has no such counter.
     unexpected = sorted(key for key in set(state) - used if not key.endswith("num_batches_tracked"))
     if missing or unexpected:
         raise ValueError(
@@ -166,24 +216,24 @@ def _load(model: ATSS, state: Mapping[str, Any], source: Source, tower: set[str]
             f"Head of P{FIRST}..P{LAST}, missing: {', '.join(missing) or 'none'}; unexpected: "
             f"{', '.join(unexpected) or 'none'}"
         )
-    tensors = {key: _tensor(state[name]) for key, name in names.items()}
-    tensors["head.scales"] = torch.cat([_tensor(state[name]).flatten() for name in scales])
-    for key, value in tensors.items():
-        if key.endswith("relative_position_index"):
-            tensors[key] = value.flatten()
-    wrong = [key for key, value in tensors.items() if value.shape != shapes[key]]
-    if wrong:
-        lines = (
-            f"{names.get(key, 'all scales')}: expected {list(shapes[key])}, got "
-            f"{list(tensors[key].shape)}"
-            for key in wrong
-        )
+
+
+def _check_shapes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Mapping[str, str]
+) -> None:
+    """Raise unless all have the model's shapes; ``names`` are the keys in the checkpoint."""
+    lines = [
+        f"{names[key]}: expected {list(shapes[key])}, got {list(value.shape)}"
+        for key, value in tensors.items()
+        if value.shape != shapes[key]
+    ]
+    if lines:
         raise ValueError(f"expected other shapes in the checkpoint: {'; '.join(lines)}")
-    for key, value in tensors.items():
-        if source.unfolded and re.search(r"\.stages\.\d+\.(norm|reduction)\.", key):
-            # From (channel, dy, dx) to (dx, dy, channel).
-            tensors[key] = value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
-    model.load_state_dict(tensors, strict=False)
+
+
+def _reorder_patches(value: Tensor) -> Tensor:
+    """The four pixels of patch merging, from (channel, dy, dx) to (dx, dy, channel)."""
+    return value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
 
 
 def _build(checkpoint: Mapping[str, Any], source: Source, head: DyHead, recipe: Recipe) -> ATSS:
@@ -231,16 +281,16 @@ def atss_from_mmdet(
     """The detector of a checkpoint that mmdet's ATSS with a Dynamic Head has.
 
     The depth of the ResNet or the sizes of the Swin transformer, blocks, channels and classes are
-    read from the checkpoint; every tensor in it must have its use. Batch normalisation is frozen.
-    The result takes RGB images in 0..1. On an image whose size the transform keeps it gives mmdet's
-    numbers to rounding; resizing is torchvision's, which interpolates slightly differently from
-    OpenCV and Pillow. A Swin transformer differs where a padded image has at most 32 * window
-    pixels on a side: torchvision does not shift windows in a map of one window.
+    read from the checkpoint; a tensor that the model does not use is an error. Batch normalisation
+    is frozen. The result takes RGB images in 0..1. On an image whose size the transform keeps it
+    gives mmdet's numbers to rounding; resizing is torchvision's, which interpolates slightly
+    differently from OpenCV and Pillow. A Swin transformer differs where a padded image has at most
+    32 * window pixels on a side: torchvision does not shift windows in a map of one window.
 
     Args:
         state_dict: a state dict, or a checkpoint with one under "state_dict"; its tensors are
             copied.
-        recipe: of the configuration that it was trained with.
+        recipe: of the configuration that it was trained with, such as :data:`MMDET_R50`.
         version: of the mmdet that trained it, see :func:`dyhead_cuda.compat.from_mmdet`.
 
     Returns:
@@ -250,6 +300,18 @@ def atss_from_mmdet(
         ValueError: missing, unexpected or misshapen tensors, all of them listed; a backbone or
             predictors that do not fit the recipe.
         TypeError: not a mapping.
+
+    Source: mmdet 3.3.0, ``configs/dyhead``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import MMDET_SWINL, atss_from_mmdet
+        >>> state = torch.load("atss_swin-l.pth", weights_only=True)  # doctest: +SKIP
+        >>> model = atss_from_mmdet(state, recipe=MMDET_SWINL)  # doctest: +SKIP
+        >>> atss_from_mmdet({"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)})
+        Traceback (most recent call last):
+            ...
+        ValueError: expected ...
     """
     head = compat.from_mmdet(state_dict, version=version, prefix=MMDET_ATSS.tower)
     return _build(state_dict, MMDET_ATSS, head.cpu(), recipe)
@@ -258,7 +320,33 @@ def atss_from_mmdet(
 def atss_from_microsoft(state_dict: Mapping[str, Any], *, recipe: Recipe = MICROSOFT_R50) -> ATSS:
     """The detector of a checkpoint of microsoft/DynamicHead on detectron2.
 
-    As :func:`atss_from_mmdet`; the state dict may be under "model", with numpy arrays.
+    Sizes are read from the checkpoint as by :func:`atss_from_mmdet`, which also says how the result
+    differs from the original.
+
+    Args:
+        state_dict: a state dict, or a checkpoint with one under "model", of tensors or numpy
+            arrays; they are copied.
+        recipe: of the configuration that it was trained with, such as :data:`MICROSOFT_R50`.
+
+    Returns:
+        The detector in evaluation mode, float32, on the CPU.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, all of them listed; a backbone or
+            predictors that do not fit the recipe.
+        TypeError: not a mapping.
+
+    Source: microsoft/DynamicHead, ``configs``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import atss_from_microsoft
+        >>> state = torch.load("dyhead_r50_atss_fpn_1x.pth")  # doctest: +SKIP
+        >>> model = atss_from_microsoft(state)  # doctest: +SKIP
+        >>> atss_from_microsoft({"model": {}})
+        Traceback (most recent call last):
+            ...
+        ValueError: expected ...
     """
     head = compat.from_microsoft(state_dict, prefix=MICROSOFT_ATSS.tower)
     return _build(state_dict, MICROSOFT_ATSS, head.cpu(), recipe)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,16 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead_cuda import backend, checks
 from dyhead_cuda.detection.models.atss import ATSS
-from dyhead_cuda.detection.models.backbones import Extra, Pyramid, check_levels
+from dyhead_cuda.detection.models.backbones import Pyramid, check_levels
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
-from dyhead_cuda.detection.models.two_stage import BoxHead, FasterRCNN
+from dyhead_cuda.detection.models.two_stage import FasterRCNN
+from dyhead_cuda.detection.names import DETECTORS, ONE_STAGE, TWO_STAGE, BoxHead, Extra
+from dyhead_cuda.detection.settings import Settings
 from dyhead_cuda.modules import ATTENTIONS, Attention, Init
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
-ONE_STAGE = ("atss", "retinanet", "fcos")
-TWO_STAGE = ("faster_rcnn", "faster_rcnn_task")
-DETECTORS = ONE_STAGE + TWO_STAGE
-# How each one's publication makes the levels beyond the backbone.
+# How each publication makes the levels beyond the backbone.
 EXTRA_LEVELS: dict[str, Extra] = {
     "atss": "conv",
     "retinanet": "conv_relu",
@@ -31,17 +30,17 @@ EXTRA_LEVELS: dict[str, Extra] = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Everything that says what a detector is; :func:`build` makes it.
+class ModelConfig(Settings):
+    """All settings of a detector, which :func:`build` makes; JSON-able.
 
     Args:
         detector: "atss", "retinanet", "fcos", "faster_rcnn" (Dynamic Head on the pyramid, ordinary
             box head) or "faster_rcnn_task" (the paper's figure: the task attention is the box
             head).
         num_classes: without the background.
-        backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset,
-            init: see :class:`~dyhead_cuda.detection.models.backbones.Pyramid`; 0 blocks are the
-            plain head. Two-stage detectors are published with levels 2 to 6.
+        backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset, init:
+            see :class:`Pyramid`; 0 blocks are the plain head. Two-stage detectors are published
+            with levels 2 to 6.
         convs: convolutions in each tower before the predictors of a one-stage detector. None: 0
             with a Dynamic Head, as published, and 4 without.
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
@@ -50,6 +49,16 @@ class ModelConfig:
 
     Raises:
         ValueError: values that no detector can be made of.
+
+    Example:
+        >>> from dyhead_cuda.detection import ModelConfig
+        >>> config = ModelConfig("retinanet", num_classes=80, blocks=2)
+        >>> ModelConfig.from_dict(config.to_dict()) == config
+        True
+        >>> ModelConfig("yolo", 80)
+        Traceback (most recent call last):
+            ...
+        ValueError: expected detector to be one of ('atss', ...
     """
 
     detector: str
@@ -115,44 +124,51 @@ class ModelConfig:
         """``convs`` with its default filled in."""
         return (0 if self.blocks else 4) if self.convs is None else self.convs
 
-    def to_dict(self) -> dict[str, Any]:
-        """All values, as JSON has them."""
-        return {**asdict(self), "attentions": list(self.attentions)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """The configuration of :meth:`to_dict`; names left out have their defaults.
-
-        Raises:
-            ValueError: unknown or missing names, or wrong values.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        missing = sorted({"detector", "num_classes"} - set(values))
-        if unknown:
-            raise ValueError(f"expected model settings among {known}, got {unknown}")
-        if missing:
-            raise ValueError(f"expected model settings {missing}, which are missing")
-        return cls(**values)
-
 
 def build(config: ModelConfig) -> nn.Module:
     """The detector that ``config`` describes, with torchvision's interface.
 
-    In training, ``model(images, targets)`` returns a dict of scalar losses; in evaluation,
-    ``model(images)`` a list of dicts with boxes [m, 4] (xyxy, pixels of the input), scores [m],
-    labels [m] from 1, and keypoints [m, K, 3] if it has them. ``model.backbone`` is a
-    :class:`~dyhead_cuda.detection.models.backbones.Pyramid`.
+    Args:
+        config: what to make. Its weights are drawn from torch's random state, or downloaded.
+
+    Returns:
+        :class:`ATSS`, :class:`RetinaNet`, :class:`FCOS` or :class:`FasterRCNN`, in training mode.
+        ``model(images, targets)`` in training returns a dict of scalar losses; in evaluation
+        ``model(images)`` a list of dicts with boxes, float32 [m, 4] (x1, y1, x2, y2 in pixels of
+        the input), scores, float32 [m], labels, int64 [m] from 1, and keypoints, float32 [m, K, 3],
+        if it has them. ``model.backbone`` is a :class:`Pyramid`.
 
     Raises:
         ValueError: channels that the Dynamic Head cannot group, levels or weights that the backbone
             does not have.
+
+    Example:
+        >>> from dyhead_cuda.detection import ModelConfig, build
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5}
+        >>> config = ModelConfig("atss", 3, "timm/test_resnet.r160_in1k", **small)
+        >>> type(build(config)).__name__
+        'ATSS'
     """
     return _build(config, load_weights=True)
 
 
 def build_empty(config: ModelConfig) -> nn.Module:
-    """As :func:`build`, for a model whose state is loaded next: no weights are downloaded."""
+    """As :func:`build`, for a model whose state is loaded next: no weights are downloaded.
+
+    Args:
+        config: what to make.
+
+    Returns:
+        The detector with random weights, whatever ``config.weights`` is.
+
+    Raises:
+        ValueError: as :func:`build`.
+
+    Example:
+        >>> from dyhead_cuda.detection.models import ModelConfig, build_empty
+        >>> config = ModelConfig("fcos", 3, "resnet18", weights="DEFAULT", channels=16, blocks=1)
+        >>> model = build_empty(config)
+    """
     return _build(config, load_weights=False)
 
 
@@ -165,7 +181,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         last_level=config.last_level,
         channels=config.channels,
         blocks=config.blocks,
-        # There, the task attention comes after RoI pooling.
+        # faster_rcnn_task applies the task attention after RoI pooling instead.
         attentions=[a for a in config.attentions if not (task_head and a == "task")],
         high_offset=config.high_offset,
         init=config.init,
@@ -185,7 +201,20 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Values in all parameters of ``model``, frozen ones among them."""
+    """Values in all parameters of a model, frozen ones among them.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Their number.
+
+    Example:
+        >>> from torch import nn
+        >>> from dyhead_cuda.detection.models import count_parameters
+        >>> count_parameters(nn.Conv2d(2, 3, 3))
+        57
+    """
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -197,13 +226,27 @@ def gflops(model: nn.Module, height: int, width: int) -> float:
     interpolation. What runs counts: an attention that is left out runs with fixed values, at the
     same cost. The image is resized as the model does it; for a two-stage detector the number
     depends on how many proposals it makes.
+
+    Args:
+        model: a detector; its mode is left as it was.
+        height, width: of the image, in pixels.
+
+    Returns:
+        10^9 operations.
+
+    Example:
+        >>> from dyhead_cuda.detection.models import ModelConfig, build, gflops
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
+        >>> model = build(ModelConfig("atss", 3, "timm/test_resnet.r160_in1k", **small))
+        >>> gflops(model, 64, 64) > 0
+        True
     """
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
     image = image.to(next(model.parameters()).device)
     training = model.training
     model.eval()
     try:
-        # In plain PyTorch the head's products are ones that torch can count.
+        # The counter sees only PyTorch's own operators, not the fused kernels.
         with torch.no_grad(), backend("reference"), FlopCounterMode(display=False) as counter:
             model([image])
     finally:

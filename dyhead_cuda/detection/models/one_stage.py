@@ -26,7 +26,7 @@ DETECTIONS = 100
 
 
 class _LabelsFromOne(CheckedDetector):
-    """Labels 1..num_classes outside, 0..num_classes - 1 inside: no predictor of the background."""
+    """Mixin: labels are 1..num_classes for users, 0..num_classes - 1 inside torchvision."""
 
     def compute_loss(self, targets: list[Target], *arguments: Any) -> dict[str, Tensor]:
         shifted = [{**target, "labels": target["labels"] - 1} for target in targets]
@@ -42,20 +42,34 @@ class _LabelsFromOne(CheckedDetector):
 class RetinaNet(_LabelsFromOne, detection.RetinaNet):
     """RetinaNet: nine anchors at each position, of 4 to 6.3 strides and three ratios.
 
-    Args:
-        backbone: with ``out_channels`` and ``strides``, as
-            :class:`~dyhead_cuda.detection.models.backbones.Pyramid`.
-        num_classes: without background.
-        min_size, max_size: pixels, see :class:`~dyhead_cuda.detection.models.config.ModelConfig`.
-        convs: 3x3 convolutions with ReLU before each predictor.
-
     The interface is torchvision's, with labels from 1; at most 100 detections with scores above
     0.05 are returned for an image.
 
-    Raises:
-        ValueError: images or targets that do not fit, before anything runs.
+    Args:
+        backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+        num_classes: without background.
+        min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
+            one would exceed ``max_size``.
+        convs: 3x3 convolutions with ReLU before each predictor.
 
-    Source: arXiv 1708.02002.
+    Raises:
+        ValueError: ``num_classes`` below 1.
+
+    Source: arXiv 1708.02002; torchvision ``RetinaNet``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import Pyramid, RetinaNet
+        >>> pyramid = Pyramid("timm/test_resnet.r160_in1k", channels=16, blocks=1, last_level=5)
+        >>> model = RetinaNet(pyramid, num_classes=3, min_size=64, max_size=64)
+        >>> images = [torch.rand(3, 64, 64)]
+        >>> boxes, labels = torch.tensor([[8.0, 8.0, 40.0, 48.0]]), torch.tensor([2])
+        >>> sorted(model(images, [{"boxes": boxes, "labels": labels}]))
+        ['bbox_regression', 'classification']
+        >>> (found,) = model.eval()(images)
+        >>> sorted(found)
+        ['boxes', 'labels', 'scores']
     """
 
     def __init__(
@@ -90,10 +104,34 @@ class RetinaNet(_LabelsFromOne, detection.RetinaNet):
 class FCOS(_LabelsFromOne, detection.FCOS):
     """FCOS: boxes from points, each level for sizes of 4 to 8 strides (any, at the two ends).
 
-    Args: see :class:`RetinaNet`; the convolutions of the towers have group normalisation. The
-    least score is 0.05 (of sqrt(class probability * centerness); torchvision's default is 0.2).
+    The interface is torchvision's, with labels from 1; at most 100 detections with scores above
+    0.05 are returned for an image. A score is sqrt(class probability * centerness).
 
-    Source: arXiv 1904.01355, arXiv 2006.09214.
+    Args:
+        backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+        num_classes: without background.
+        min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
+            one would exceed ``max_size``.
+        convs: 3x3 convolutions with group normalisation and ReLU before each predictor.
+
+    Raises:
+        ValueError: ``num_classes`` below 1.
+
+    Source: arXiv 1904.01355, arXiv 2006.09214; torchvision ``FCOS``, whose minimum score is 0.2.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import FCOS, Pyramid
+        >>> pyramid = Pyramid("timm/test_resnet.r160_in1k", channels=16, blocks=1, last_level=5)
+        >>> model = FCOS(pyramid, num_classes=3, min_size=64, max_size=64)
+        >>> images = [torch.rand(3, 64, 64)]
+        >>> boxes, labels = torch.tensor([[8.0, 8.0, 40.0, 48.0]]), torch.tensor([2])
+        >>> sorted(model(images, [{"boxes": boxes, "labels": labels}]))
+        ['bbox_ctrness', 'bbox_regression', 'classification']
+        >>> (found,) = model.eval()(images)
+        >>> sorted(found)
+        ['boxes', 'labels', 'scores']
     """
 
     def __init__(
@@ -108,7 +146,8 @@ class FCOS(_LabelsFromOne, detection.FCOS):
         checks.positive(num_classes=num_classes)
         pyramid: Any = backbone
         channels = pyramid.out_channels
-        # 32 groups as published, fewer for few channels: a map of one pixel needs two in each.
+        # 32 groups as published, fewer for few channels: on a map of one pixel, group normalisation
+        # needs at least two channels in each group.
         norm = partial(nn.GroupNorm, math.gcd(32, channels, channels // 2))
         head = FCOSHead(channels, 1, num_classes, num_convs=0)
         head.classification_head = FCOSClassificationHead(

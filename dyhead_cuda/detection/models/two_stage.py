@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 from torchvision.models import detection
@@ -15,9 +15,8 @@ from torchvision.ops.poolers import LevelMapper
 
 from dyhead_cuda import checks
 from dyhead_cuda.detection.models.adapters import CheckedDetector, PyramidAnchors, widen
+from dyhead_cuda.detection.names import BoxHead
 from dyhead_cuda.modules import DynamicReLU
-
-BoxHead = Literal["mlp", "task", "linear"]
 
 ANCHOR_SCALE = 8  # in strides
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
@@ -31,11 +30,15 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
 
     Proposals come from all levels, regions of 7x7 are pooled from those of stride 32 and less.
 
+    The interface is torchvision's, with labels from 1; with keypoints, targets and results have
+    "keypoints" [n, K, 3] (x, y, visible).
+
     Args:
-        backbone: with ``out_channels`` and ``strides``, as
-            :class:`~dyhead_cuda.detection.models.backbones.Pyramid`.
+        backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
         num_classes: without background.
-        min_size, max_size: pixels, see :class:`~dyhead_cuda.detection.models.config.ModelConfig`.
+        min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
+            one would exceed ``max_size``.
         box_head: what is between the pooled regions [R, C, 7, 7] and the linear predictors.
             "mlp": two fully connected layers of 4 C values (1024 for 256 channels, as
             torchvision). "task": the task attention, one dynamic ReLU whose coefficients come from
@@ -46,15 +49,25 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
         keypoints: K, of each object; 0 for no keypoint head. Its eight convolutions have
             2 C channels (512 for 256, as torchvision).
 
-    The interface is torchvision's, with labels from 1; with keypoints, targets and results have
-    "keypoints" [n, K, 3] (x, y, visible).
-
     Raises:
-        ValueError: images or targets that do not fit, before anything runs; a pyramid without
-            levels to pool from.
+        ValueError: ``num_classes`` below 1, an unknown ``box_head``, or a pyramid without levels to
+            pool from.
 
     Source: arXiv 1506.01497, arXiv 1612.03144; arXiv 2106.08322, figure 4b; arXiv 1703.06870
-    (keypoints).
+    (keypoints); torchvision ``FasterRCNN``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.detection import FasterRCNN, Pyramid
+        >>> pyramid = Pyramid("timm/test_resnet.r160_in1k", channels=16, blocks=1, last_level=5)
+        >>> model = FasterRCNN(pyramid, num_classes=3, min_size=64, max_size=64, box_head="task")
+        >>> images = [torch.rand(3, 64, 64)]
+        >>> boxes, labels = torch.tensor([[8.0, 8.0, 40.0, 48.0]]), torch.tensor([2])
+        >>> sorted(model(images, [{"boxes": boxes, "labels": labels}]))
+        ['loss_box_reg', 'loss_classifier', 'loss_objectness', 'loss_rpn_box_reg']
+        >>> (found,) = model.eval()(images)
+        >>> sorted(found)
+        ['boxes', 'labels', 'scores']
     """
 
     def __init__(
@@ -68,7 +81,6 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
         keypoints: int = 0,
     ) -> None:
         checks.positive(num_classes=num_classes)
-        checks.one_of("box_head", box_head, get_args(BoxHead))
         pyramid: Any = backbone
         channels, strides = pyramid.out_channels, pyramid.strides
         pooled_values = channels * BOX_SIDE**2
@@ -94,9 +106,10 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
 
 def _make_box_head(kind: BoxHead, channels: int, pooled_values: int) -> tuple[nn.Module, int]:
     """The module from pooled regions to rows for the predictors, and the length of a row."""
+    checks.one_of("box_head", kind, get_args(BoxHead))
     if kind == "mlp":
         return TwoMLPHead(pooled_values, 4 * channels), 4 * channels
-    attention = [DynamicReLU(channels)] if kind == "task" else []
+    attention = {"task": [DynamicReLU(channels)], "linear": []}[kind]
     return nn.Sequential(*attention, nn.Flatten()), pooled_values
 
 
@@ -108,7 +121,7 @@ def _make_pooling(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
             f"from, got strides {tuple(strides)}"
         )
     pooling = MultiScaleRoIAlign([str(i) for i in range(len(pooled))], side, sampling_ratio=2)
-    # torchvision would guess these from the sizes of the first batch, wrongly for small images.
+    # torchvision infers these from the sizes of the first batch, wrongly for small images.
     pooling.scales = [1 / stride for stride in pooled]
     pooling.map_levels = LevelMapper(pooled[0].bit_length() - 1, pooled[-1].bit_length() - 1)
     return pooling

@@ -1,1 +1,37 @@
 """Training: optimiser and schedule, run folders, several processes, progress."""
+
+from typing import TYPE_CHECKING
+
+from dyhead_cuda.detection.lazy import attribute_of
+
+if TYPE_CHECKING:
+    from dyhead_cuda.detection.training.config import TrainConfig
+    from dyhead_cuda.detection.training.runs import RunError, RunFolder
+    from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, load_model, train
+
+__getattr__ = attribute_of(
+    __name__,
+    {
+        "config": ("TrainConfig",),
+        "runs": (
+            "RunError",
+            "RunFolder",
+        ),
+        "trainer": (
+            "Interrupted",
+            "TrainingError",
+            "load_model",
+            "train",
+        ),
+    },
+)
+
+__all__ = [
+    "Interrupted",
+    "RunError",
+    "RunFolder",
+    "TrainConfig",
+    "TrainingError",
+    "load_model",
+    "train",
+]

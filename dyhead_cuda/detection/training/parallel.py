@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-DEVICES = ("auto", "cpu", "cuda")
+from dyhead_cuda import checks
+from dyhead_cuda.detection.names import DEVICES
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
@@ -72,8 +73,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: no such device, or fewer GPUs than processes on this machine.
     """
-    if name not in DEVICES:
-        raise ValueError(f"expected device in {', '.join(DEVICES)}, got {name!r}")
+    checks.one_of("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device cuda needs a GPU, but torch {torch.__version__} sees none; use device cpu"

@@ -22,7 +22,7 @@ Record = dict[str, Any]
 Listener = Callable[[Record], None]
 
 LINE_INTERVAL_S = 10.0  # between lines where there is no terminal
-SMOOTHED_STEPS = 20  # over which the shown loss and speed are means
+SMOOTHED_STEPS = 20  # that the shown loss and speed are averaged over
 
 
 class _State:
@@ -115,7 +115,7 @@ def tensorboard(folder: Path) -> Iterator[Listener]:
             nonlocal writer
             step = record["step"]
             if writer is None:
-                # Of an earlier process, steps that the last checkpoint does not hold.
+                # Hides steps of an earlier process that came after its last checkpoint.
                 writer = stack.enter_context(SummaryWriter(str(folder), purge_step=step))
             for name in ("loss", "lr", "grad_norm", "images_per_second"):
                 if name in record:

@@ -40,7 +40,7 @@ def restore(states: Mapping[str, Any]) -> None:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Whatever is drawn inside, the states are the same afterwards."""
+    """Restores the states at the end, whatever is drawn inside."""
     states = capture()
     try:
         yield

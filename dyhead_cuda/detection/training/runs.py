@@ -20,7 +20,7 @@ import torch
 
 LAST, BEST, CONFIG, LOG = "last.pt", "best.pt", "config.json", "log.jsonl"
 
-# Where and how often, not what: a run may be resumed with others.
+# These do not change what is trained, so a run may be resumed with other values.
 _FREE = ("training.device", "training.workers", "training.checkpoint_every")
 
 _logger = logging.getLogger("dyhead_cuda.detection")
@@ -50,7 +50,7 @@ class RunFolder:
             ) from None
 
     def begin(self, config: Mapping[str, Any], restart: bool = False) -> dict[str, Any] | None:
-        """Starts a run here or continues the one that is here, whose log ends at its checkpoint.
+        """Starts a run, or continues the one in the folder after cutting its log at the checkpoint.
 
         Args:
             config: JSON-able, by section.
@@ -105,7 +105,7 @@ class RunFolder:
             file.write(_line(record).encode())
 
     def save_last(self, checkpoint: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint to resume from; the log up to it is on the disk before it is."""
+        """Replaces the checkpoint to resume from, after writing the log to the disk."""
         with (self.path / LOG).open("ab") as file:
             os.fsync(file.fileno())
         write_atomically(self.path / LAST, lambda file: torch.save(checkpoint, file))
@@ -176,7 +176,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces ``path`` by what ``write`` writes, on the disk at return; never half of it.
+    """Replaces a file atomically: it is on the disk at return, and never half written.
 
     Raises:
         OSError: it could not be written; what was there is still there.
@@ -199,7 +199,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back: lists for tuples, and null for nan and inf, which it does not have."""
+    """As JSON returns it: lists for tuples, and null for nan and inf, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -17,7 +17,7 @@ class Request:
 
 @contextmanager
 def remembered() -> Iterator[Request]:
-    """The first SIGINT or SIGTERM inside is remembered; a second one acts as it usually does.
+    """Remembers the first SIGINT or SIGTERM inside; a second one has its usual effect.
 
     In a thread other than the main one, where Python has no handlers, nothing changes.
     """

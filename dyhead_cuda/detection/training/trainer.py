@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dyhead_cuda.detection.data import DetectionDataset, collate
+from dyhead_cuda.detection.data import DataConfig, DetectionDataset, collate
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models.config import ModelConfig, build, build_empty
 from dyhead_cuda.detection.training import parallel, random_state, signals
+from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.detection.training.parallel import Processes
 from dyhead_cuda.detection.training.recipe import (
-    DataConfig,
     Stream,
-    TrainConfig,
     batches,
     learning_rate,
     make_optimizer,
@@ -43,7 +42,7 @@ Listener = Callable[[Record], None]
 
 
 class TrainingError(Exception):
-    """Training cannot go on: the step, what went wrong, and what to try."""
+    """Training cannot continue: the step, what went wrong, and what to try."""
 
 
 class Interrupted(Exception):
@@ -71,14 +70,14 @@ def train(
     sets: tuple[DetectionDataset, DetectionDataset] | None = None,
     listeners: Sequence[Listener] = (),
 ) -> Metrics:
-    """Trains a detector, or goes on with the run that ``folder`` holds.
+    """Trains a detector, or resumes the run in ``folder``.
 
     Under torchrun each process trains on a batch of its own, and gradients are averaged.
 
     Args:
-        config: how.
-        model: what; it has as many classes as the data.
-        data: on what.
+        config: how to train.
+        model: the detector to make; it has as many classes as the data.
+        data: what to train and measure on.
         folder: of the run, see :mod:`dyhead_cuda.detection.training.runs`.
         restart: delete the run in ``folder`` first.
         sets: what ``data`` opens, for training and validation, where it is open already.
@@ -95,6 +94,18 @@ def train(
         Interrupted: a SIGINT or SIGTERM came.
         RunError: the folder holds a run of another configuration, or damaged files.
         ValueError: the data do not fit the model, or there is no such device.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from dyhead_cuda.detection import DataConfig, ModelConfig, TrainConfig, train
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
+        >>> model = ModelConfig("atss", 10, "timm/test_resnet.r160_in1k", **small)
+        >>> one = {"num_images": 1}
+        >>> data = DataConfig("digits", {"size": [64, 64]}, train=one, val=one)
+        >>> with TemporaryDirectory() as folder:
+        ...     metrics = train(TrainConfig(steps=1, batch_size=1), model, data, folder)
+        >>> 0 <= metrics.summary["AP"] <= 1
+        True
     """
     with parallel.join(config.device) as processes:
         training_set, validation_set = sets or (data.open("train"), data.open("val"))
@@ -136,6 +147,20 @@ def load_model(
 
     Raises:
         RunError: there is no such checkpoint, or it is damaged.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from dyhead_cuda.detection import DataConfig, ModelConfig, TrainConfig
+        >>> from dyhead_cuda.detection import load_model, train
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
+        >>> model = ModelConfig("atss", 10, "timm/test_resnet.r160_in1k", **small)
+        >>> one = {"num_images": 1}
+        >>> data = DataConfig("digits", {"size": [64, 64]}, train=one, val=one)
+        >>> with TemporaryDirectory() as folder:
+        ...     metrics = train(TrainConfig(steps=1, batch_size=1), model, data, folder)
+        ...     detector, config = load_model(folder)
+        >>> type(detector).__name__, config["classes"][:3]
+        ('ATSS', ['0', '1', '2'])
     """
     path = Path(path)
     if path.is_dir():
@@ -217,7 +242,7 @@ class Trainer:
                 due, last = self._evaluation_due(), self.step == config.steps
                 stop = self.processes.any(request.number > 0)
                 if due or stop or self.step % config.checkpoint_every == 0:
-                    # Before the evaluation, which may take long and which a resumed run repeats.
+                    # Save before the evaluation: it may take long, and a resumed run repeats it.
                     self._save(description)
                 if stop and not last:
                     raise Interrupted(
@@ -233,7 +258,7 @@ class Trainer:
 
     @contextmanager
     def _replicated(self) -> Iterator[None]:
-        """Inside, gradients are averaged over the processes.
+        """Averages gradients over the processes inside.
 
         The replica goes before the process group does: it must not be the last to hold the group,
         whose threads it would end while they wait for Python's lock.
@@ -243,8 +268,7 @@ class Trainer:
             self.replica = DistributedDataParallel(
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                # Which parameters a step uses may depend on its images, e.g. on whether any has
-                # boxes.
+                # A step may leave parameters unused, for example when none of its images has boxes.
                 find_unused_parameters=True,
             )
         try:
@@ -260,7 +284,7 @@ class Trainer:
             collate_fn=collate,
             num_workers=config.workers,
             pin_memory=processes.device.type == "cuda",
-            # The seed that it draws for its workers shall not come from the state of the steps.
+            # Its own generator: drawing the seed of the workers must not change the steps.
             generator=torch.Generator(),
         )
 
@@ -279,7 +303,7 @@ class Trainer:
                 ],
             )
         values = torch.stack([loss.float() for loss in losses.values()])
-        # All processes then find the same, and none waits for one that has stopped.
+        # Every process sees the same means, so all stop together and none waits for another.
         means = self.processes.mean(values.detach().clone()).tolist()
         by_name = dict(zip(losses, means, strict=True))
         self._check("loss", sum(means), by_name)
@@ -344,14 +368,14 @@ class Trainer:
 
     def _keep_if_best(self, metrics: Metrics, description: Mapping[str, Any]) -> None:
         ap = metrics.summary["AP"]
-        ap = -1.0 if math.isnan(ap) else ap  # there is nothing to find
+        ap = -1.0 if math.isnan(ap) else ap  # no objects in the validation set
         if ap > self.folder.best_ap():
             weights = self.model.state_dict()
             config = dict(description)
             self.folder.save_best({"step": self.step, "ap": ap, "config": config, "model": weights})
 
     def _logged_metrics(self) -> Metrics | None:
-        """Those of an evaluation after the present step, if it is in the log."""
+        """The metrics of an evaluation after the current step, if the log has one."""
         for record in reversed(self.folder.records()):
             if "evaluation" in record and record["step"] == self.step:
                 return _metrics(record["evaluation"])

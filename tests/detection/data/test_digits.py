@@ -172,7 +172,7 @@ def test_boxes_are_inside_and_cover_each_other_little() -> None:
 
 
 def test_keypoints_below_another_digit_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scenes, "_MOST_COVER", 1)
+    monkeypatch.setattr(scenes, "_MAX_COVER", 1)
     dataset = DigitScenes("val", 20, size=(64, 64), keypoints=True, glyphs=(6, 8))
     hidden = 0
     for index in range(20):

@@ -12,7 +12,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from dyhead_cuda.detection.models.backbones import Extra, Pyramid
+from dyhead_cuda.detection.models.backbones import ExtraLevels, Pyramid
+from dyhead_cuda.detection.names import Extra
 from dyhead_cuda.modules import Attention
 
 TIMM_RESNET = "timm/test_resnet.r160_in1k"
@@ -162,3 +163,8 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     Pyramid("resnet18", channels=16, blocks=0)
     with pytest.raises(ImportError, match="pip install timm"):
         Pyramid(TIMM_RESNET, channels=16, blocks=0)
+
+
+def test_unknown_extra_levels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"extra to be one of .*'pool'.*, got 'pooling'"):
+        ExtraLevels(8, [6], "pooling")  # type: ignore[arg-type]

@@ -215,3 +215,10 @@ def test_unknown_backbones(mmdet_r18: State) -> None:
     short = {k: v for k, v in state.items() if not k.startswith("backbone.stages.3")}
     with pytest.raises(ValueError, match="four stages"):
         atss_from_mmdet(short, recipe=MMDET_SWINL)
+
+
+def test_a_recipe_with_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"family to be one of \('resnet', 'swin'\), got 'resent'"):
+        Recipe("resent", 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"channels to be one of \('rgb', 'bgr'\), got 'BGR'"):
+        Recipe("resnet", 3, channels="BGR")  # type: ignore[arg-type]

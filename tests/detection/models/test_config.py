@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet18
 
-from dyhead_cuda.detection.models.config import (
-    DETECTORS,
-    ONE_STAGE,
+from dyhead_cuda.detection.models import (
     ModelConfig,
     build,
     build_empty,
     count_parameters,
     gflops,
 )
+from dyhead_cuda.detection.names import DETECTORS, ONE_STAGE
 from dyhead_cuda.modules import ATTENTIONS, DynamicReLU
 from tests.helpers.detection.small_scenes import empty_target, scenes
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
-from dyhead_cuda.detection.models.two_stage import BoxHead, FasterRCNN, _make_pooling
+from dyhead_cuda.detection.models.two_stage import FasterRCNN, _make_pooling
+from dyhead_cuda.detection.names import BoxHead
 from dyhead_cuda.modules import DynamicReLU
 from tests.helpers.detection.small_scenes import (
     SmallPyramid,

@@ -11,15 +11,9 @@ import torch
 from torch import nn
 
 from dyhead_cuda import DyHead
-from dyhead_cuda.detection.data import HorizontalFlip
-from dyhead_cuda.detection.training.recipe import (
-    DataConfig,
-    Stream,
-    TrainConfig,
-    batches,
-    learning_rate,
-    make_optimizer,
-)
+from dyhead_cuda.detection.data import DataConfig, HorizontalFlip
+from dyhead_cuda.detection.training.config import TrainConfig
+from dyhead_cuda.detection.training.recipe import Stream, batches, learning_rate, make_optimizer
 from tests.helpers.detection.trainees import IMAGES, Detector, Pictures
 
 
@@ -129,3 +123,16 @@ def test_data_of_a_run() -> None:
     mirrored = DataConfig("digits", config.options, config.train, config.val, flip=True)
     assert isinstance(mirrored.open("train"), HorizontalFlip)
     assert not isinstance(mirrored.open("val"), HorizontalFlip)
+
+
+@pytest.mark.parametrize("split", ["test", "flip", "spec"])
+def test_an_unknown_split_is_refused(split: str) -> None:
+    with pytest.raises(ValueError, match=r"expected split to be one of \('train', 'val'\)"):
+        DataConfig("digits").open(split)  # type: ignore[arg-type]
+
+
+def test_unknown_and_missing_settings_of_data_are_named() -> None:
+    with pytest.raises(ValueError, match=r"settings among .*'flip'.*, got \['flipped'\]"):
+        DataConfig.from_dict({"spec": "digits", "flipped": True})
+    with pytest.raises(ValueError, match=r"\['spec'\], which are missing"):
+        DataConfig.from_dict({"flip": True})

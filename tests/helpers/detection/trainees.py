@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from dyhead_cuda.detection.evaluation import Metrics
 from dyhead_cuda.detection.training import trainer
+from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.detection.training.parallel import Processes, join
-from dyhead_cuda.detection.training.recipe import TrainConfig
 from dyhead_cuda.detection.training.runs import LAST, LOG, RunFolder, read_checkpoint
 
 IMAGES = 7

@@ -1,0 +1,106 @@
+"""The options of every action; nothing here imports what an action needs beyond torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks import readme
+from benchmarks.cases.heads import CASES
+from benchmarks.cases.precisions import PRECISIONS
+from benchmarks.cases.problems import DIRECTIONS, FAMILIES
+from benchmarks.cases.shapes import SHAPE_SETS
+from benchmarks.measuring.timing import COLD, WARM
+from benchmarks.study.variants import TABLES
+from dyhead_cuda.commands.options import integer, number
+from dyhead_cuda.detection.names import DEVICES
+
+
+def measure(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a measurement."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=[], help="cases")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPE_SETS), default=[])
+    parser.add_argument("--batch", nargs="+", type=integer(1), default=[])
+    parser.add_argument("--blocks", nargs="+", type=integer(1), default=[], help="of whole heads")
+    parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=[])
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=[])
+    parser.add_argument(
+        "--peers", nargs="*", choices=FAMILIES, help="what to run beside ours; default: all"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two runs: does it work?")
+    parser.add_argument("--graph", action="store_true", help="also replay CUDA graphs")
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        choices=[WARM, COLD],
+        help="of the processor, before a run; default: warm, on a GPU both",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=integer(1),
+        help="start nothing after that long; it is reported as skipped",
+    )
+    parser.add_argument("--json", type=_target, metavar="FILE", help="write results; - for stdout")
+    parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="draw them there")
+
+
+def compare(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``compare``."""
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--threshold", type=number(0), default=0.05, help="default: %(default)s")
+    parser.add_argument("--force", action="store_true", help="even if of different machines")
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``report``."""
+    files(parser)
+    _add_write(parser, readme.BENCHMARKS)
+
+
+def files(parser: argparse.ArgumentParser) -> None:
+    """Adds the files of actions that have no options: ``plot`` and ``targets``."""
+    parser.add_argument("files", nargs="+", type=Path)
+
+
+def study(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``study``."""
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/study"),
+        help="of the runs; finished ones are kept, others resumed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default: all"
+    )
+    parser.add_argument("--seeds", type=integer(1), default=3, help="runs of each (default: 3)")
+    parser.add_argument(
+        "--jobs", type=integer(1), default=1, help="runs at a time (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument(
+        "--json", type=Path, help="results, with plots beside it (default: FOLDER/study.json)"
+    )
+    _add_write(parser, readme.STUDY)
+    parser.add_argument("--quick", action="store_true", help="two steps each: to try the command")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: tables and plots of --json as it is"
+    )
+
+
+def _add_write(parser: argparse.ArgumentParser, section: str) -> None:
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help=f"write the tables between {' and '.join(readme.markers(section))} there",
+    )
+
+
+def _target(text: str) -> str:
+    # Fail early, before measuring.
+    if text != "-" and not Path(text).resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in an existing directory, got {text!r}")
+    return text

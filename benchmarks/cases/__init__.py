@@ -1,0 +1,1 @@
+"""What is measured: operators and heads on real shapes, ours and what people run instead."""

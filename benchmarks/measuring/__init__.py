@@ -1,0 +1,1 @@
+"""How it is measured: what is selected, checked against the reference, and timed."""

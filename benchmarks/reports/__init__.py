@@ -1,0 +1,1 @@
+"""What is done with results: files, tables, plots, comparisons, targets."""

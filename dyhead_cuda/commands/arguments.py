@@ -1,0 +1,243 @@
+"""The options of every command.
+
+``--help`` must work without the packages that a command needs, so nothing here imports them: names
+to choose from come from :mod:`dyhead_cuda.detection.names` and the layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from dyhead_cuda.commands.options import attentions, blocks, integer, levels, number, point
+from dyhead_cuda.detection.names import DETECTORS, DEVICES, Amp, Optimizer, Schedule
+from dyhead_cuda.detection.training.config import TrainConfig
+from dyhead_cuda.modules import ATTENTIONS, Init
+from dyhead_cuda.pyramid import HIGH_OFFSETS
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
+MIN_SIZE, MAX_SIZE = 64, 4096  # longer side of its photograph in pixels
+DEFAULT_POINTS = 3  # that attend shows
+COCO_SIZE, COCO_MAX_SIZE = 800, 1333
+SCENE_SIZE = 128
+_USUAL = TrainConfig(1)  # for the defaults
+
+
+def info(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda info``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def demo(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda demo``."""
+    parser.add_argument("--image", type=Path, help="a photograph (default: one of scikit-image's)")
+    parser.add_argument(
+        "--size",
+        type=integer(MIN_SIZE, MAX_SIZE),
+        default=800,
+        help="its longer side in pixels, to which it is resized (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--blocks", type=integer(1, 100), default=6, help="of the head (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    _add_device(parser)
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of all weights")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"), help="directory (default: %(default)s)"
+    )
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda train``."""
+    _add_data(parser.add_argument_group("data"))
+    _add_model(parser.add_argument_group("model"))
+    _add_training(parser.add_argument_group("training"))
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="of the run; one that is there already is continued (default: runs/MODEL-DATA)",
+    )
+    run.add_argument("--restart", action="store_true", help="delete the run in that folder first")
+    run.add_argument(
+        "--pictures",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="draw N scenes of val at the end",
+    )
+    run.add_argument("--tensorboard", action="store_true", help="write events for it, too")
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda eval``."""
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a folder that train wrote, or a checkpoint in it"
+    )
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="in COCO's format, its val split (default: the run's)"
+    )
+    parser.add_argument("--batch-size", type=integer(1), default=8, help="default: %(default)s")
+    parser.add_argument("--workers", type=integer(0), default=0, help="load images")
+    _add_device(parser)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write metrics and all detections there"
+    )
+
+
+def predict(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda predict``."""
+    _add_images(parser)
+    parser.add_argument(
+        "--threshold", type=number(0, 1), default=0.3, help="on scores (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
+    )
+
+
+def attend(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda attend``."""
+    _add_images(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--box",
+        nargs="+",
+        type=int,
+        metavar="INDEX",
+        help="show the centres of these detections; 0 has the best score (default: the best "
+        f"{DEFAULT_POINTS} of different objects)",
+    )
+    where.add_argument(
+        "--points",
+        nargs="+",
+        type=point,
+        metavar="X,Y[,LEVEL]",
+        help="show these places, in pixels of the image, e.g. 120,80 or 120,80,P4; without a level "
+        "that of the smallest detection around it, or else the finest",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=blocks,
+        default=None,
+        metavar="all|I,J,...",
+        help="the blocks to draw, from 1 (default: all)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("attention"), help="folder (default: %(default)s)"
+    )
+
+
+def _add_device(parser: Any) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of commands that run a trained detector on image files."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a folder that train wrote, or a checkpoint in it",
+    )
+    _add_device(parser)
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument(
+        "--data", default="digits", metavar="digits|FOLDER", help="a folder is in COCO's format"
+    )
+    group.add_argument("--strict", action="store_true", help="fail on any broken annotation")
+    group.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    group.add_argument("--images", type=integer(1), metavar="N", help="digits: scenes of train")
+    group.add_argument("--val-images", type=integer(1), metavar="N", help="digits: scenes of val")
+    group.add_argument(
+        "--scene-size", type=integer(32), metavar="PIXELS", help=f"digits: default {SCENE_SIZE}"
+    )
+
+
+def _add_model(group: Any) -> None:
+    group.add_argument("--model", choices=DETECTORS, default="atss", help="default: %(default)s")
+    group.add_argument("--blocks", type=integer(0), default=6, help="of the head; 0: no DyHead")
+    group.add_argument(
+        "--backbone", default="resnet50", help="torchvision's resnet*, swin_*, or timm/NAME"
+    )
+    group.add_argument("--weights", help="of the backbone: DEFAULT, or pretrained for timm")
+    group.add_argument("--channels", type=integer(1), default=256, help="of the pyramid")
+    group.add_argument(
+        "--convs", type=integer(0), help="in each tower (default: 0 with a DyHead, 4 without)"
+    )
+    group.add_argument(
+        "--levels",
+        type=levels,
+        metavar="FIRST-LAST",
+        help="of the pyramid (default, as published: 3-7; two-stage models: 2-6)",
+    )
+    group.add_argument(
+        "--attentions",
+        type=attentions,
+        default=ATTENTIONS,
+        metavar="LIST",
+        help=f"some of {','.join(ATTENTIONS)}, or none",
+    )
+    group.add_argument("--high-offset", choices=HIGH_OFFSETS, default="flat")
+    group.add_argument(
+        "--init", choices=get_args(Init), default="mmdet", help="of the head (default: mmdet)"
+    )
+    group.add_argument(
+        "--size",
+        type=integer(1),
+        metavar="PIXELS",
+        help=f"the shorter side in the model (default: {COCO_SIZE}; digits: the scene's size)",
+    )
+    group.add_argument(
+        "--max-size",
+        type=integer(1),
+        metavar="PIXELS",
+        help=f"the longer side at most (default: {COCO_MAX_SIZE}; digits: the scene's size)",
+    )
+    group.add_argument("--keypoints", action="store_true", help="two-stage models: predict them")
+
+
+def _add_training(group: Any) -> None:
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=integer(1), help="of the optimizer (default: 1000)")
+    length.add_argument("--epochs", type=number(0.001), help="instead: passes over the images")
+    group.add_argument(
+        "--batch-size",
+        type=integer(1),
+        default=_USUAL.batch_size,
+        metavar="N",
+        help="images per process (default: %(default)s)",
+    )
+    group.add_argument("--optimizer", choices=get_args(Optimizer), default=_USUAL.optimizer)
+    group.add_argument("--lr", type=number(1e-12), default=_USUAL.lr, help="default: %(default)s")
+    group.add_argument(
+        "--offset-lr",
+        type=number(0),
+        default=_USUAL.offset_lr,
+        metavar="FACTOR",
+        help="part of it for what predicts sampling offsets (default: %(default)s)",
+    )
+    group.add_argument("--schedule", choices=get_args(Schedule), default=_USUAL.schedule)
+    group.add_argument("--weight-decay", type=number(0), default=_USUAL.weight_decay)
+    group.add_argument("--warmup-steps", type=integer(0), default=_USUAL.warmup_steps, metavar="N")
+    group.add_argument(
+        "--clip-norm", type=number(0), default=_USUAL.clip_norm, help="of gradients; 0: no limit"
+    )
+    group.add_argument("--amp", choices=get_args(Amp), default=_USUAL.amp)
+    group.add_argument("--seed", type=integer(0), default=_USUAL.seed)
+    group.add_argument(
+        "--eval-every", type=integer(1), metavar="STEPS", help="default: only at the end"
+    )
+    group.add_argument(
+        "--checkpoint-every", type=integer(1), default=_USUAL.checkpoint_every, metavar="STEPS"
+    )
+    group.add_argument("--workers", type=integer(0), default=_USUAL.workers, help="load images")
+    group.add_argument("--device", choices=DEVICES, default=_USUAL.device)
+    group.add_argument("--deterministic", action="store_true", help="refuse what varies on GPUs")

@@ -1,0 +1,156 @@
+"""The documentation keeps to the tree: links, paths, names, commands, numbers and examples."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dyhead_cuda.__main__ import COMMANDS
+from tests.helpers.paths import ROOT
+
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDES, ROOT / "CHANGELOG.md"]  # which also names what was somewhere else before
+NOT_RUN = "# Not run by the tests:"
+
+FOLDERS = ("csrc", "cmake", "dyhead_cuda", "benchmarks", "examples", "tests", "docs", ".ci")
+ENDINGS = "py|md|h|cuh|cu|cpp|inc|cmake|toml|yml|txt|json|in"
+PATH = re.compile(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*|[\w.-]+\.(?:{ENDINGS})")
+PLACEHOLDER = re.compile(r"(?<![A-Za-z])X(?![A-Za-z])")  # csrc/host/X.cpp
+
+names = pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+
+
+def without_code_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def backticked(page: Path) -> list[str]:
+    found = re.findall(r"`([^`]+)`", without_code_blocks(page.read_text()))
+    return [" ".join(text.split()) for text in found]
+
+
+def links(page: Path) -> Iterator[tuple[Path, str]]:
+    """Target and anchor of every relative link."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code_blocks(page.read_text())):
+        if not re.match(r"\w+:", target):
+            path, _, anchor = target.partition("#")
+            yield (page.parent / path if path else page).resolve(), anchor
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code_blocks(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def existing_names() -> set[str]:
+    folders = [folder for folder in FOLDERS if folder != ".ci"]
+    inside = {path.name for folder in folders for path in (ROOT / folder).rglob("*")}
+    return inside | {path.name for path in ROOT.iterdir()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_to_what_exists(page: Path) -> None:
+    missing = [
+        f"{path}#{anchor}"
+        for path, anchor in links(page)
+        if not path.exists() or (anchor and anchor not in anchors(path))
+    ]
+    assert not missing
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached = {ROOT / "README.md"}
+    waiting = list(reached)
+    while waiting:
+        new = {path for path, _ in links(waiting.pop()) if path.suffix == ".md"} - reached
+        reached |= new
+        waiting += new
+    assert set(PAGES) <= reached, "link these pages, from README.md or from one that it links"
+
+
+@names
+def test_paths_exist(page: Path) -> None:
+    known = existing_names()
+    missing = [
+        text
+        for text in backticked(page)
+        if PATH.fullmatch(text)
+        and not PLACEHOLDER.search(text)
+        and not ((ROOT / text).exists() if "/" in text else text in known)
+    ]
+    assert not missing
+
+
+@names
+def test_names_of_the_package_exist(page: Path) -> None:
+    for text in backticked(page):
+        if match := re.match(r"dyhead_cuda(?:\.\w+)+", text):
+            pkgutil.resolve_name(match[0])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    indented = re.findall(r"^ {4}(.*)$", page.read_text(), re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for text in [*indented, *backticked(page)]:
+        for target in re.findall(r"(?:^|; )(?:\w+=\S+ )*make ([a-z-]+)", text):
+            assert target in targets, text
+    if page.name == "CHANGELOG.md":
+        return
+    for text in [*indented, *backticked(page)]:
+        for command in re.findall(r"python -m dyhead_cuda (\w+)", text):
+            assert command in COMMANDS, text
+
+
+def test_examples_of_the_readme_run() -> None:
+    blocks = python_blocks(ROOT / "README.md")
+    run = [block for block in blocks if NOT_RUN not in block]
+    assert run
+    assert len(blocks) - len(run) <= 2, "most examples should run"
+    namespace: dict[str, object] = {}
+    for block in run:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+@names
+def test_names_in_examples_exist(page: Path) -> None:
+    for block in python_blocks(page):
+        for node in ast.walk(ast.parse(block)):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if re.fullmatch(r"dyhead_cuda(?:\.\w+)+", name):
+                pkgutil.resolve_name(name)
+
+
+def table_rows(page: Path, first_column: str) -> list[dict[str, str]]:
+    """The rows of all tables whose first column has this title, by the titles of their columns."""
+    rows: list[dict[str, str]] = []
+    header: list[str] = []
+    for line in page.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else []
+        if not cells:
+            header = []
+        elif not header:
+            header = cells
+        elif header[0] == first_column and not set(line) <= set("|-: "):
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def test_numbers_of_the_readme_are_those_of_the_committed_results() -> None:
+    measured = table_rows(ROOT / "docs" / "performance.md", "case")
+    shown = table_rows(ROOT / "README.md", "case")
+    assert shown
+    for row in shown:
+        assert any(row.items() <= full.items() for full in measured), (
+            f"expected the numbers of docs/performance.md, got {row}"
+        )
