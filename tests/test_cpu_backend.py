@@ -186,7 +186,8 @@ def test_nearest_equals_the_reference_with_all_gradients(
         ),
         batch=st.integers(1, 3),
         in_channels=st.integers(1, 9),
-        out_channels=st.sampled_from([4, 12, 20]),
+        # A group of one value has no spread: its gradients are nothing but rounding.
+        out_channels=st.sampled_from([8, 12, 20]),
         num_groups=st.sampled_from([1, 2, 4]),
         bias=st.booleans(),
         high_offset=st.sampled_from(HIGH_OFFSETS),
