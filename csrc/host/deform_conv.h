@@ -46,7 +46,7 @@ inline void check_rule(const DeformJob& job, ReadRule rule) {
 }
 
 // Jobs either share a prediction map or read others: the gradients of a map are one task's.
-inline void check_disjoint_predictions(const DeformTables& t) {
+inline void check_disjoint_predictions(const DeformCall& t) {
   std::vector<MapShape> maps;
   for (const DeformJob& job : t.jobs) {
     if (job.predictions.pixels() > 0) maps.push_back(job.predictions);
@@ -65,10 +65,10 @@ inline void check_disjoint_predictions(const DeformTables& t) {
 
 }  // namespace detail
 
-inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predictions,
-                                       const std::vector<Tensor>& weights, const IntList& geometry,
-                                       const IntList& sources, const IntList& terms,
-                                       const IntList& jobs, bool mask_logits) {
+inline DeformCall read_deform_tables(const Tensor& source, const Tensor& predictions,
+                                     const std::vector<Tensor>& weights, const IntList& geometry,
+                                     const IntList& sources, const IntList& terms,
+                                     const IntList& jobs, bool mask_logits) {
   constexpr size_t kJobFields = 14;
   STD_TORCH_CHECK(geometry.size() == 9 && sources.size() % 3 == 0 && terms.size() % 2 == 0 &&
                       !jobs.empty() && jobs.size() % kJobFields == 0,
@@ -81,7 +81,7 @@ inline DeformTables read_deform_tables(const Tensor& source, const Tensor& predi
                   shape_string(source), ", ", shape_string(predictions), " and ",
                   shape_string(weights[0]));
   constexpr int64_t kMaxStep = 1 << 20;  // strides, paddings and dilations: products fit
-  DeformTables t{};
+  DeformCall t{};
   const int64_t images = narrow("images", geometry[0], 0);
   t.shape = {images,
              source.size(1),
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd_with(
     const std::vector<Tensor>& weights, const std::vector<Tensor>& bias,
     const std::optional<Tensor>& gates, const IntList& geometry, const IntList& sources,
     const IntList& terms, const IntList& jobs, bool mask_logits, bool wide_out, bool moments) {
-  const DeformTables tables =
+  const DeformCall tables =
       read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
   const DeformShape& s = tables.shape;
   const DeformWeights matrices = read_deform_weights(s, weights, bias, half_weights, source);
@@ -211,14 +211,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd_with(
   const Tensor var = statistics();
   const Tensor up_mean = statistics();
   DeformFwdParams params{};
-  params.tables = &tables;
+  params.call = &tables;
   params.weights = &matrices;
   params.source = source.const_data_ptr();
   params.predictions = predictions.const_data_ptr();
   params.gates = optional_data("gates", gates,
                                {s.images, static_cast<int64_t>(tables.sources.size())}, source);
   params.out = out.mutable_data_ptr();
-  params.wide_out = wide_out;
+  params.out_in_compute_dtype = wide_out;
   params.moments = moments;
   params.mean = mean.mutable_data_ptr();
   params.var = var.mutable_data_ptr();
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd_with(
     const std::optional<Tensor>& gates, const Tensor& out, const Tensor& mean,
     const IntList& geometry, const IntList& sources, const IntList& terms, const IntList& jobs,
     bool mask_logits, bool wide_out, bool with_bias, bool deterministic) {
-  const DeformTables tables =
+  const DeformCall tables =
       read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
   const DeformShape& s = tables.shape;
   const DeformWeights matrices = read_deform_weights(s, weights, {}, half_weights, source);
@@ -263,14 +263,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd_with(
   const Tensor grad_gates =
       torch::stable::new_empty(source, {gates.has_value() ? s.images : 0, source_count}, compute);
   DeformBwdParams params{};
-  params.tables = &tables;
+  params.call = &tables;
   params.weights = &matrices;
   params.source = source.const_data_ptr();
   params.predictions = predictions.const_data_ptr();
   params.gates = optional_data("gates", gates, {s.images, source_count}, source);
   params.grad_out = grad_out.const_data_ptr();
   params.out = out.const_data_ptr();
-  params.wide_out = wide_out;
+  params.out_in_compute_dtype = wide_out;
   params.moments = moments;
   params.mean = moments ? mean.const_data_ptr() : nullptr;
   const auto statistics = {job_count, s.images, s.out_channels};

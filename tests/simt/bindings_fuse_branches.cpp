@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "bindings.h"
 #include "cuda/fuse_branches/fuse_branches.h"
 #include "device_array.h"
 
@@ -123,9 +124,7 @@ py::object backward(const Call& c, const py::array& grad_out) {
   return result;
 }
 
-}  // namespace
-
-void bind_fuse_branches(py::module_& module) {
+void bind(py::module_& module) {
   py::module_ m = module.def_submodule("fuse_branches", "csrc/cuda/fuse_branches/fuse_branches.h");
   m.attr("levels_per_launch") = kFuseLevels;
   py::class_<FuseTiling>(m, "Tiling")
@@ -172,4 +171,7 @@ void bind_fuse_branches(py::module_& module) {
           py::arg("grad_out"));
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

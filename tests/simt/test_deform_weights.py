@@ -13,10 +13,10 @@ from torch import Tensor
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import NO_MAP, NONE, Job, Plan, stack_maps
 from tests.helpers.compare import TOLERANCE, leaf, random_like, relative_l2
-from tests.helpers.deform_work import WORKS, Work
+from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Convolution, Work
 
-from .arrays import to_array, to_tensor
-from .test_deform_conv import CONVOLUTIONS, TF32, Convolution, dtypes, name_of
+from .arithmetic import TF32_TOLERANCE, dtypes
+from .arrays import name_of, to_array, to_tensor
 
 HALF = torch.bfloat16
 
@@ -54,13 +54,13 @@ class Operator:
         )
         return to_tensor(result, compute_dtype(source.dtype))
 
-    def plan_of(self, plan: Plan, channels: int, outs: int, name: str) -> Any:
-        return self.simt.deform_weights.plan(
+    def slices_of(self, plan: Plan, channels: int, outs: int, name: str) -> Any:
+        return self.simt.deform_weights.slices(
             *plan.tables, name, channels, outs, allow_tf32=self.allow_tf32, device=self.device()
         )
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        return 2 * (TF32 if self.allow_tf32 else TOLERANCE[dtype])
+        return 2 * (TF32_TOLERANCE if self.allow_tf32 else TOLERANCE[dtype])
 
 
 def rows_of(maps: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def test_sizes_of_wide_types(simt: Any, name: str, math: str) -> None:
 
 def test_little_shared_memory(simt: Any) -> None:
     convolution, operator = SIZES["wide output"], Operator(simt, shared_bytes=99 << 10)
-    outs, *_ = operator.plan_of(convolution.plan, 8, 264, "bfloat16")
+    outs, *_ = operator.slices_of(convolution.plan, 8, 264, "bfloat16")
     assert outs == 128
     check(convolution, HALF, operator)
 
@@ -145,7 +145,7 @@ def test_little_shared_memory(simt: Any) -> None:
 @pytest.mark.parametrize("processors", [1, 30, 500])
 def test_slices_give_what_one_gives(simt: Any, processors: int) -> None:
     convolution, operator = SIZES["many pixels"], Operator(simt, processors=processors)
-    _, blocks, [[slices]] = operator.plan_of(convolution.plan, 8, 3, "bfloat16")
+    _, blocks, [[slices]] = operator.slices_of(convolution.plan, 8, 3, "bfloat16")
     assert blocks == 5
     assert slices == {1: 1, 30: 11, 500: 21}[processors]
     check(convolution, HALF, operator)
@@ -204,7 +204,7 @@ class Tables:
 @pytest.mark.parametrize("dtype", [HALF, torch.float64], ids=name_of)
 def test_several_launches(simt: Any, dtype: torch.dtype) -> None:
     tables, operator = Tables(), Operator(simt)
-    *_, launches = operator.plan_of(tables.plan, 3, 5, name_of(dtype))
+    *_, launches = operator.slices_of(tables.plan, 3, 5, name_of(dtype))
     assert [len(slices) for slices in launches] == [4, 4]
     check(tables, dtype, operator)
 

@@ -2,7 +2,9 @@
 
 #include "../../host/cuda.h"
 #include "../../host/deform_conv.h"
-#include "deform_run_weights.h"
+#include "deform_conv_bwd_input_run.h"
+#include "deform_conv_bwd_weights_run.h"
+#include "deform_conv_fwd_run.h"
 
 namespace dyhead::cuda {
 namespace {
@@ -35,7 +37,7 @@ class Workspaces {
   std::vector<Tensor> tensors_;
 };
 
-void check_problem(const DeformTables& tables) {
+void check_problem(const DeformCall& tables) {
   const char* problem = deform_problem(tables);
   STD_TORCH_CHECK(problem == nullptr, problem == nullptr ? "" : problem,
                   "; run this layer under backend(\"reference\")");
@@ -48,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
     bool wide_out, bool moments, bool allow_tf32) {
   const auto guard = device_guard(source);
   const auto run = [&](const DeformFwdParams& params) {
-    check_problem(*params.tables);
+    check_problem(*params.call);
     STD_CUDA_CHECK(run_deform_fwd(params, allow_tf32, device_limits(source), Workspaces(source),
                                   current_stream(source)));
   };
@@ -65,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
     bool mask_logits, bool wide_out, bool with_bias, bool allow_tf32, bool deterministic) {
   const auto guard = device_guard(source);
   const auto run = [&](const DeformBwdParams& params) {
-    check_problem(*params.tables);
+    check_problem(*params.call);
     const DeviceLimits limits = device_limits(source);
     const cudaStream_t stream = current_stream(source);
     Workspaces workspaces(source);
-    const DeformShape& s = params.tables->shape;
-    void* rows = workspaces(params.tables->out_rows * s.out_channels * element_bytes(s.dtype));
+    const DeformShape& s = params.call->shape;
+    void* rows = workspaces(params.call->out_rows * s.out_channels * element_bytes(s.dtype));
     STD_CUDA_CHECK(run_deform_bwd_input(params, rows, allow_tf32, limits, workspaces, stream));
     STD_CUDA_CHECK(run_deform_bwd_weights(params, rows, allow_tf32, limits, workspaces, stream));
   };

@@ -1,4 +1,4 @@
-// What the bindings of deform_conv's kernels share: the operator's tables, and workspaces.
+// What the bindings of deform_conv's kernels share: the operator's call, and workspaces.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +12,11 @@ namespace dyhead::simt {
 
 using Numbers = std::vector<int64_t>;
 
-// The tables as the operator reads them, without its checks.
-inline DeformTables read_tables(const Numbers& geometry, const Numbers& sources,
-                                const Numbers& terms, const Numbers& jobs, bool mask_logits,
-                                DType dtype, int64_t channels, int64_t out_channels,
-                                int64_t weights) {
-  DeformTables t{};
+// The call as the operator reads them, without its checks.
+inline DeformCall read_call(const Numbers& geometry, const Numbers& sources, const Numbers& terms,
+                            const Numbers& jobs, bool mask_logits, DType dtype, int64_t channels,
+                            int64_t out_channels, int64_t weights) {
+  DeformCall t{};
   const auto small = [](int64_t value) { return static_cast<int32_t>(value); };
   t.shape = {geometry[0],
              channels,
