@@ -152,10 +152,10 @@ def test_slices_give_what_one_gives(simt: Any, processors: int) -> None:
 
 
 def test_slices_are_planned_as_documented(simt: Any) -> None:
-    plan = simt.deform_weights.weight_slices
-    assert plan([360, 95, 95], blocks=18, resident=132) == [4, 1, 1]
-    assert plan([0, 5], blocks=1, resident=1) == [0, 1]
-    assert plan([0], blocks=1, resident=1) == [0]
+    cut = simt.deform_weights.weight_slices
+    assert cut([360, 95, 95], blocks=18, resident=132) == [4, 1, 1]
+    assert cut([0, 5], blocks=1, resident=1) == [0, 1]
+    assert cut([0], blocks=1, resident=1) == [0]
 
 
 @dataclass(frozen=True)
