@@ -41,24 +41,23 @@ DYHEAD_HD Interpolation<F> interpolate(int32_t i, int32_t from, int32_t to, Upsa
     return {position, position, F(0)};
   }
   if (to <= 1 || from <= 1) return {0, 0, F(0)};
-  // The position is i (from - 1) / (to - 1): whole numbers give its fraction without rounding
-  // error.
+  // The position is i (from - 1) / (to - 1). In whole numbers its fraction has no rounding error.
   const int64_t position = static_cast<int64_t>(i) * (from - 1);
   const Division division = divide(position, to - 1);
   const int32_t first = static_cast<int32_t>(division.quotient);
-  const F fraction = static_cast<F>(division.rest) / static_cast<F>(to - 1);
+  const F fraction = static_cast<F>(division.remainder) / static_cast<F>(to - 1);
   return {first, first + 1 < from ? first + 1 : first, fraction};
 }
 
-// Output positions [begin, end) read one position of `from`.
+// The output positions [begin, end) that read one position of `from`.
 template <class F>
 struct Readers {
   int32_t begin, end;
-  int64_t distance;    // of `begin` from the position, in units of 1 / span; negative before it
-  int32_t step, span;  // neighbouring outputs lie step / span apart
+  int64_t distance;    // from the position to `begin`, in units of 1 / span; may be negative
+  int32_t step, span;  // neighbouring outputs are step / span apart
   F unit;              // 1 / span
 
-  // What reader i takes of the position.
+  // The weight with which reader i reads the position.
   DYHEAD_HD F weight(int32_t i) const {
     const int64_t d = distance + static_cast<int64_t>(i - begin) * step;
     return static_cast<F>(static_cast<int32_t>(span - (d < 0 ? -d : d))) * unit;
@@ -84,8 +83,8 @@ DYHEAD_HD Readers<F> readers_of(int32_t i, int32_t from, int32_t to, UpsampleMod
   }
   if (to <= 1 || from <= 1) return {0, i == 0 ? to : 0, 0, 0, 1, F(1)};
   const int32_t step = from - 1, span = to - 1;
-  // Output o lies at o step / span and reads the whole numbers around it: i is read from (i - 1)
-  // span / step on, included, and up to (i + 1) span / step.
+  // Output o lies at o step / span and reads the whole numbers on either side, so the readers of i
+  // are those in [(i - 1) span / step, (i + 1) span / step).
   const int64_t begin = i == 0 ? 0 : (static_cast<int64_t>(i - 1) * span + step - 1) / step;
   const int64_t end = (static_cast<int64_t>(i + 1) * span + step - 1) / step;
   return {static_cast<int32_t>(begin),
@@ -97,7 +96,7 @@ DYHEAD_HD Readers<F> readers_of(int32_t i, int32_t from, int32_t to, UpsampleMod
 }
 
 // The sum of the weights with which all output positions read position p, divided by their number:
-// p's share in the mean of the upsampled axis.
+// p's weight in the mean of the upsampled axis.
 template <class F>
 DYHEAD_HD F upsampled_mean_weight(int32_t p, int32_t from, int32_t to, UpsampleMode mode) {
   if (from <= 1 || to <= 1) return p == 0 ? F(1) : F(0);

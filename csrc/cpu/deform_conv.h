@@ -24,7 +24,7 @@ struct DeformChunk {
   }
 };
 
-inline std::vector<DeformChunk> deform_chunks(const DeformTables& tables, int64_t images) {
+inline std::vector<DeformChunk> deform_chunks(const DeformCall& tables, int64_t images) {
   std::vector<DeformChunk> chunks;
   for (int32_t j = 0; j < static_cast<int32_t>(tables.jobs.size()); ++j) {
     const int64_t pixels = tables.jobs[j].out.pixels();
@@ -50,7 +50,7 @@ void sample_rows(const TapSampler<F>& taps, int32_t deform_group, int32_t tap, i
 }
 
 template <class F>
-TapSampler<F> tap_sampler(const DeformTables& tables, const DeformJob& job, const DeformTerm& term,
+TapSampler<F> tap_sampler(const DeformCall& tables, const DeformJob& job, const DeformTerm& term,
                           const F* predictions, const F* gates, int64_t image) {
   const int64_t row = job.predictions.first_row + image * job.predictions.pixels();
   const int64_t sources = static_cast<int64_t>(tables.sources.size());
