@@ -16,7 +16,7 @@ from torch import Tensor
 from dyhead_cuda import checks, fused, reference
 from dyhead_cuda.backends import select
 from dyhead_cuda.ops.dynamic_relu import dynamic_relu as fused_dynamic_relu
-from dyhead_cuda.pyramid import BlockParameters, HighOffset
+from dyhead_cuda.pyramid import UPSAMPLES, BlockParameters, HighOffset, Upsample
 from dyhead_cuda.reference import Activation, Targets, UnifiedParameters
 from dyhead_cuda.reference import scale_attention as scale_attention
 from dyhead_cuda.reference import scale_gates as scale_gates
@@ -121,18 +121,30 @@ def pyramid_block(
     parameters: BlockParameters,
     *,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[Tensor]:
     """One block of the published head; see :func:`dyhead_cuda.reference.pyramid_block`."""
     in_channels, _ = checks.block_parameters(parameters, num_groups, features)
     checks.pyramid(features, in_channels, high_offset)
+    checks.one_of("upsample", upsample, UPSAMPLES)
     if select(features[0]) != "reference":
         return fused.pyramid_block(
-            features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
+            features,
+            parameters,
+            high_offset=high_offset,
+            upsample=upsample,
+            num_groups=num_groups,
+            eps=eps,
         )
     combined = reference.combine_branches(
-        features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
+        features,
+        parameters,
+        high_offset=high_offset,
+        upsample=upsample,
+        num_groups=num_groups,
+        eps=eps,
     )
     return [dynamic_relu(x, *parameters.task).to(features[0].dtype) for x in combined]
 

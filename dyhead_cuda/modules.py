@@ -14,10 +14,12 @@ from dyhead_cuda import checks, functional
 from dyhead_cuda.pyramid import (
     HIGH_OFFSETS,
     TAPS,
+    UPSAMPLES,
     BlockParameters,
     BranchParameters,
     Features,
     HighOffset,
+    Upsample,
     repack,
     unpack,
 )
@@ -182,6 +184,7 @@ class DyHeadBlock(nn.Module):
         out_channels: int = 256,
         *,
         high_offset: HighOffset = "flat",
+        upsample: Upsample = "bilinear",
         deform_bias: bool = True,
         num_groups: int = 16,
         reduction: int = 4,
@@ -192,6 +195,7 @@ class DyHeadBlock(nn.Module):
     ) -> None:
         super().__init__()
         checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
+        checks.one_of("upsample", upsample, UPSAMPLES)
         for attention in attentions:
             checks.one_of("attentions", attention, ATTENTIONS)
         checks.one_of("init", init, get_args(Init))
@@ -202,7 +206,8 @@ class DyHeadBlock(nn.Module):
                 f"{num_groups} groups"
             )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.high_offset, self.num_groups, self.eps = high_offset, num_groups, eps
+        self.high_offset, self.upsample = high_offset, upsample
+        self.num_groups, self.eps = num_groups, eps
         self.recompute = recompute
         self.attentions = tuple(name for name in ATTENTIONS if name in attentions)
         self.offset_conv = nn.Conv2d(in_channels, 3 * TAPS, 3, padding=1)
@@ -251,6 +256,7 @@ class DyHeadBlock(nn.Module):
         run = partial(
             functional.pyramid_block,
             high_offset=self.high_offset,
+            upsample=self.upsample,
             num_groups=self.num_groups,
             eps=self.eps,
         )
@@ -261,6 +267,7 @@ class DyHeadBlock(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, high_offset={self.high_offset!r}, "
+            f"upsample={self.upsample!r}, "
             f"num_groups={self.num_groups}, deform_bias={self.mid.bias is not None}, "
             f"eps={self.eps}, recompute={self.recompute}, attentions={self.attentions}"
         )
@@ -276,6 +283,8 @@ class DyHead(nn.Module):
         high_offset: which offsets the branch on the coarser level reads: "flat" (every released
             checkpoint), "crop", "mmdet_main" or "aligned" (the paper's formula, any sizes); see
             :func:`dyhead_cuda.reference.pyramid_block`.
+        upsample: how that branch comes to the level's size: "bilinear" (published) or "nearest"
+            (public forks that resize by ``F.interpolate``'s default).
         deform_bias: a bias on the deformable convolutions (microsoft and GLIP have one, mmdet not).
         num_groups: groups of the group normalisation; out_channels must be divisible by it.
         reduction: of the dynamic ReLU's hidden layer.
@@ -309,6 +318,7 @@ class DyHead(nn.Module):
         num_blocks: int = 6,
         *,
         high_offset: HighOffset = "flat",
+        upsample: Upsample = "bilinear",
         deform_bias: bool = True,
         num_groups: int = 16,
         reduction: int = 4,
@@ -325,6 +335,7 @@ class DyHead(nn.Module):
                 out_channels if i else in_channels,
                 out_channels,
                 high_offset=high_offset,
+                upsample=upsample,
                 deform_bias=deform_bias,
                 num_groups=num_groups,
                 reduction=reduction,

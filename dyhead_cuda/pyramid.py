@@ -11,6 +11,8 @@ from torch import Tensor
 
 HighOffset = Literal["flat", "crop", "mmdet_main", "aligned"]
 HIGH_OFFSETS: tuple[str, ...] = get_args(HighOffset)
+Upsample = Literal["bilinear", "nearest"]
+UPSAMPLES: tuple[str, ...] = get_args(Upsample)
 
 TAPS = 9
 OFFSET_CHANNELS = 2 * TAPS

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dyhead_cuda import UnifiedDyHead, backend, functional, library
 from dyhead_cuda.backends import Backend
-from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
+from dyhead_cuda.pyramid import HIGH_OFFSETS, UPSAMPLES, HighOffset, Upsample
 from dyhead_cuda.reference import UnifiedParameters
 from tests.helpers.blocks import BLOCKS, Block, block_gradients, check_block
 from tests.helpers.compare import (
@@ -45,6 +45,14 @@ def test_block_equals_the_reference_with_all_gradients(name: str, high_offset: H
     check_block(replace(BLOCKS[name], high_offset=high_offset))
 
 
+@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_nearest_equals_the_reference_with_all_gradients(
+    name: str, high_offset: HighOffset
+) -> None:
+    check_block(replace(BLOCKS[name], high_offset=high_offset, upsample="nearest"))
+
+
 @settings(max_examples=25)
 @given(
     st.builds(
@@ -57,10 +65,12 @@ def test_block_equals_the_reference_with_all_gradients(name: str, high_offset: H
         ),
         batch=st.integers(1, 3),
         in_channels=st.integers(1, 9),
-        out_channels=st.sampled_from([4, 12, 20]),
+        # A group of one value has no spread: its gradients are nothing but rounding.
+        out_channels=st.sampled_from([8, 12, 20]),
         num_groups=st.sampled_from([1, 2, 4]),
         bias=st.booleans(),
         high_offset=st.sampled_from(HIGH_OFFSETS),
+        upsample=st.sampled_from(UPSAMPLES),
         offset_scale=st.sampled_from([0.1, 1.0, 10.0]),
         seed=st.integers(0, 10**6),
     )
@@ -72,10 +82,11 @@ def test_random_blocks(block: Block) -> None:
 @settings(max_examples=15)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 15)), min_size=2, max_size=4),
+    upsample=st.sampled_from(UPSAMPLES),
     seed=st.integers(0, 10**6),
 )
-def test_aligned_takes_any_sizes(sizes: list[Size], seed: int) -> None:
-    check_block(Block(sizes=tuple(sizes), high_offset="aligned", seed=seed))
+def test_aligned_takes_any_sizes(sizes: list[Size], upsample: Upsample, seed: int) -> None:
+    check_block(Block(sizes=tuple(sizes), high_offset="aligned", upsample=upsample, seed=seed))
 
 
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from dyhead_cuda import checks
 from dyhead_cuda.pyramid import (
+    UPSAMPLES,
     BlockParameters,
     BranchParameters,
     HighOffset,
+    Upsample,
     halved,
 )
 from dyhead_cuda.reference.operators import (
@@ -52,17 +54,20 @@ def high_offset_and_mask(
     )
 
 
-def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int], mode: Upsample) -> Tensor:
+    """A map of another size: bilinear with align_corners=True, or nearest as torch has it."""
+    checks.one_of("upsample", mode, UPSAMPLES)
     if 0 in x.shape or 0 in size:
         return x.new_zeros(*x.shape[:2], *size)
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+    corners = True if mode == "bilinear" else None
+    return F.interpolate(x, tuple(size), mode=mode, align_corners=corners)
 
 
 def finer_for_low(finer: Tensor, size: Sequence[int]) -> Tensor:
     """The finer level as ``low`` reads it: resized only where half of it is not ``size``."""
     if halved(finer.shape) == tuple(size):
         return finer
-    return upsample(finer, (2 * size[0], 2 * size[1]))
+    return resize(finer, (2 * size[0], 2 * size[1]), "bilinear")
 
 
 def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -77,6 +82,7 @@ def branch_maps(
     parameters: BlockParameters,
     *,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[dict[str, Tensor]]:
@@ -99,11 +105,13 @@ def branch_maps(
         if level + 1 < len(features):
             coarser = features[level + 1]
             if high_offset == "aligned":
-                branches["high"] = branch(upsample(coarser, size), parameters.high, offset, mask)
+                branches["high"] = branch(
+                    resize(coarser, size, upsample), parameters.high, offset, mask
+                )
             else:
                 coarse_size = (coarser.shape[-2], coarser.shape[-1])
                 read = high_offset_and_mask(offset, mask, coarse_size, high_offset)
-                branches["high"] = upsample(branch(coarser, parameters.high, *read), size)
+                branches["high"] = resize(branch(coarser, parameters.high, *read), size, upsample)
         maps.append(branches)
     return maps
 
@@ -118,6 +126,7 @@ def combine_branches(
     parameters: BlockParameters,
     *,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[Tensor]:
@@ -128,12 +137,13 @@ def combine_branches(
     """
     in_channels, _ = checks.block_parameters(parameters, num_groups, features)
     checks.pyramid(features, in_channels, high_offset)
+    checks.one_of("upsample", upsample, UPSAMPLES)
     features = [to_compute(x) for x in features]
     p = parameters.to(features[0].dtype)
     outputs = []
     with no_autocast(features[0]):
         for branches in branch_maps(
-            features, p, high_offset=high_offset, num_groups=num_groups, eps=eps
+            features, p, high_offset=high_offset, upsample=upsample, num_groups=num_groups, eps=eps
         ):
             combined = torch.zeros_like(branches["mid"])
             for branch in branches.values():
@@ -148,6 +158,7 @@ def pyramid_block(
     parameters: BlockParameters,
     *,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[Tensor]:
@@ -166,7 +177,10 @@ def pyramid_block(
             offset flat, mask cropped; "aligned": level l + 1 is upsampled first and sampled with
             level l's own offsets (the paper's formula), any sizes allowed: where half of the finer
             level, rounded up, is not level l's size [h, w], the ``low`` branch reads it resized to
-            [2 h, 2 w]. All resizing is bilinear with align_corners=True.
+            [2 h, 2 w], bilinear with align_corners=True.
+        upsample: how the ``high`` branch, or for "aligned" the coarser level before it, comes to
+            level l's size. "bilinear": with align_corners=True, as published; "nearest": as
+            ``F.interpolate(x, size)`` does by default, which many public forks call.
         num_groups, eps: of the group normalisation.
 
     Returns:
@@ -180,6 +194,11 @@ def pyramid_block(
     return [
         dynamic_relu(x, *parameters.task).to(features[0].dtype)
         for x in combine_branches(
-            features, parameters, high_offset=high_offset, num_groups=num_groups, eps=eps
+            features,
+            parameters,
+            high_offset=high_offset,
+            upsample=upsample,
+            num_groups=num_groups,
+            eps=eps,
         )
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dyhead_cuda import backend, functional
 from dyhead_cuda.backends import Backend
-from dyhead_cuda.pyramid import BlockParameters, HighOffset
+from dyhead_cuda.pyramid import BlockParameters, HighOffset, Upsample
 from tests.helpers.compare import assert_close, assert_gradients_close, leaf, random_like
 from tests.helpers.inputs import (
     flat_parameters,
@@ -35,6 +35,7 @@ class Block:
     num_groups: int = 4
     bias: bool = True
     high_offset: HighOffset = "flat"
+    upsample: Upsample = "bilinear"
     eps: float = 1e-5
     offset_scale: float = 1.0
     seed: int = 0
@@ -63,6 +64,7 @@ class Block:
                 features,
                 parameters,
                 high_offset=self.high_offset,
+                upsample=self.upsample,
                 num_groups=self.num_groups,
                 eps=self.eps,
             )

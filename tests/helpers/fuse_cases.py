@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
-from dyhead_cuda.ops.jobs import stack_maps
+from dyhead_cuda.ops.jobs import UpsampleMode, stack_maps
 from tests.helpers.compare import leaf, random_like
 from tests.helpers.inputs import halving_sizes
+from tests.helpers.resizing import resized
 
 Size = tuple[int, int]
+NEAREST = UpsampleMode.NEAREST
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Case:
     images: int = 2
     channels: int = 5
     reversed_maps: bool = False  # whether the branches' maps lie in the opposite order
+    up_mode: UpsampleMode = UpsampleMode.BILINEAR
     seed: int = 0
 
     def plan(self) -> dict[str, Any]:
@@ -41,12 +43,17 @@ class Case:
             levels.append((out, [order[used + b] for b in range(len(branches))]))
             used += len(branches)
         maps = stack_maps([sizes[i] for i in order], self.images)
-        return {"images": self.images, "maps": maps, "levels": levels}
+        return {
+            "images": self.images,
+            "maps": maps,
+            "levels": levels,
+            "up_mode": self.up_mode,
+        }
 
     def tables(self) -> tuple[list[int], list[int]]:
         """The plan as the operator's lists of integers."""
         plan = self.plan()
-        return fuse_tables(plan["maps"], plan["levels"])
+        return fuse_tables(plan["maps"], plan["levels"], self.up_mode)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """y, scale, shift and coefficients, which are of the accumulation type."""
@@ -103,9 +110,8 @@ class Case:
                 if self.images == 0:
                     values = values.reshape(0, *size, self.channels)
                 elif (branch.height, branch.width) != size:
-                    values = interpolate(
-                        values.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True
-                    ).permute(0, 2, 3, 1)
+                    values = resized(values.permute(0, 3, 1, 2), size, self.up_mode)
+                    values = values.permute(0, 2, 3, 1)
                 z = z + scale[j][:, None, None] * values
             a1, b1, a2, b2 = coefficients[level][:, :, None, None].unbind(1)
             first.append((a1 * z + b1).reshape(-1, self.channels))
@@ -137,6 +143,13 @@ CASES = {
     "from and to 1x1": Case((((1, 1), ((3, 4), (1, 1), (1, 3))), ((4, 3), ((1, 1), (4, 1))))),
     "three upsampled": Case((((9, 8), ((5, 4), (2, 8), (9, 3))),)),
     "smaller levels": Case((((4, 5), ((9, 11), (4, 17), (13, 5))),)),
+    "nearest, odd": block_case(halving_sizes(13, 21, 3), up_mode=NEAREST),
+    "nearest, even": block_case(halving_sizes(16, 24, 4), up_mode=NEAREST, images=1),
+    "nearest, from and to 1x1": Case(
+        (((1, 1), ((3, 4), (1, 1), (1, 3))), ((4, 3), ((1, 1), (4, 1)))), up_mode=NEAREST
+    ),
+    "nearest, three upsampled": Case((((29, 31), ((5, 4), (2, 30), (13, 7))),), up_mode=NEAREST),
+    "nearest, smaller levels": Case((((4, 5), ((9, 11), (4, 17), (13, 5))),), up_mode=NEAREST),
 }
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -150,5 +163,6 @@ RANDOM_CASES = st.builds(
     images=st.integers(0, 3),
     channels=st.integers(1, 40),
     reversed_maps=st.booleans(),
+    up_mode=st.sampled_from(UpsampleMode),
     seed=st.integers(0, 10**6),
 )

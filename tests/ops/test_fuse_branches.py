@@ -152,35 +152,36 @@ def test_a_second_derivative_raises() -> None:
         grad.sum().backward()
 
 
-# Map tables of three branches of 2x3, 1x2 and 2x3 pixels, and of two levels of 2x3.
+# Map tables of three branches of 2x3, 1x2 and 2x3 pixels, and of two levels of 2x3, bilinear.
 MAPS = [0, 2, 3, 12, 1, 2, 16, 2, 3]
-LEVELS = [0, 2, 3, 2, 0, 1, -1, 12, 2, 3, 1, 2, -1, -1]
+LEVELS = [0, 2, 3, 2, 0, 1, -1, 0, 12, 2, 3, 1, 2, -1, -1, 0]
 HUGE = 2**31 - 1
 BAD_TABLES = {
-    "no levels": (MAPS, [], "tables of 3 n and 7 n"),
-    "a level cut off": (MAPS, LEVELS[:-1], "tables of 3 n and 7 n"),
-    "a map cut off": (MAPS[:-1], LEVELS, "tables of 3 n and 7 n"),
+    "no levels": (MAPS, [], "tables of 3 n and 8 n"),
+    "a level cut off": (MAPS, LEVELS[:-1], "tables of 3 n and 8 n"),
+    "a map cut off": (MAPS[:-1], LEVELS, "tables of 3 n and 8 n"),
     "a map too few": (MAPS[:-3], LEVELS, "expected scale"),
-    "a level too few": (MAPS, LEVELS[:7], "expected shift"),
+    "a level too few": (MAPS, LEVELS[:8], "expected shift"),
     "a gap between maps": ([*MAPS[:3], 13, *MAPS[4:]], LEVELS, "branch maps without gaps"),
-    "a gap between levels": (MAPS, [*LEVELS[:7], 13, *LEVELS[8:]], "level maps without gaps"),
+    "a gap between levels": (MAPS, [*LEVELS[:8], 13, *LEVELS[9:]], "level maps without gaps"),
     "rows left over": ([*MAPS[:-1], 2], LEVELS, "cover all 28 rows"),
     "too many rows": ([*MAPS[:-1], 4], LEVELS, "within 28 rows"),
     "a negative size": ([*MAPS[:-2], -2, -3], LEVELS, "the height of a map"),
     "a size that overflows": ([*MAPS[:-2], HUGE, HUGE], LEVELS, "maps of at most"),
     "a size beyond 32 bits": ([*MAPS[:-2], 2**32 + 2, 3], LEVELS, "the height of a map"),
     "a level that overflows": (MAPS, [0, HUGE, HUGE, *LEVELS[3:]], "maps of at most"),
-    "no branches": (MAPS, [*LEVELS[:10], 0, -1, *LEVELS[12:]], "1 to 3 branches, got 0"),
-    "four branches": (MAPS, [*LEVELS[:10], 4, *LEVELS[11:]], "1 to 3 branches, got 4"),
-    "a branch too many": (MAPS, [*LEVELS[:12], 1, -1], "-1 for an unused branch, got 1"),
-    "an unknown branch": (MAPS, [*LEVELS[:11], 3, -1, -1], "out of 3 maps, got 3"),
-    "a negative branch": (MAPS, [*LEVELS[:11], -1, -1, -1], "out of 3 maps, got -1"),
-    "a branch used twice": (MAPS, [*LEVELS[:11], 1, -1, -1], "in exactly one level"),
+    "no branches": (MAPS, [*LEVELS[:11], 0, -1, *LEVELS[13:]], "1 to 3 branches, got 0"),
+    "four branches": (MAPS, [*LEVELS[:11], 4, *LEVELS[12:]], "1 to 3 branches, got 4"),
+    "a branch too many": (MAPS, [*LEVELS[:13], 1, -1, 0], "-1 for an unused branch, got 1"),
+    "an unknown branch": (MAPS, [*LEVELS[:12], 3, -1, -1, 0], "out of 3 maps, got 3"),
+    "a negative branch": (MAPS, [*LEVELS[:12], -1, -1, -1, 0], "out of 3 maps, got -1"),
+    "a branch used twice": (MAPS, [*LEVELS[:12], 1, -1, -1, 0], "in exactly one level"),
     "a branch without pixels": (
         [0, 2, 3, 12, 0, 2, 12, 4, 2],
         LEVELS,
         "branch of pixels for a level of 2x3",
     ),
+    "an unknown mode": (MAPS, [*LEVELS[:-1], 2], "an upsampling mode from 0 to 1, got 2"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-// Sums of scattered values, by floating-point or by integer atomics.
+// Sums of scattered values, by floating-point or integer atomics.
 #pragma once
 
 #include <cmath>
@@ -9,9 +9,9 @@
 
 namespace dyhead::cuda {
 
-// Integer sums: a value is rounded to steps of 2^-k of a size that follows from the largest
-// magnitude, so that sums of 2^sum_bits values fit 62 bits. float64 values are two integers, of
-// coarse and of fine steps.
+// Fixed-point sums. A value is rounded to a multiple of 2^-k, with k from the largest magnitude
+// such that the sum of 2^sum_bits values fits 62 bits. A float64 value takes two integers, for
+// coarse and for fine steps.
 template <class F>
 struct FixedPoint {
   static constexpr int kWords = std::is_same_v<F, double> ? 2 : 1;
@@ -19,15 +19,15 @@ struct FixedPoint {
   static constexpr F kInfinity = std::numeric_limits<F>::infinity();
   static constexpr F kNaN = std::numeric_limits<F>::quiet_NaN();
 
-  F scale;  // 2^k; NaN where no sum can be finite
+  F scale;  // 2^k; NaN if no sum can be finite
 
   DYHEAD_DEVICE static FixedPoint of(const unsigned* largest, int32_t sum_bits) {
-    const F most = *reinterpret_cast<const F*>(largest);
+    const F magnitude = *reinterpret_cast<const F*>(largest);
     const F infinity = kInfinity, nan = kNaN;
-    if (!(most < infinity)) return {nan};
-    if (most == F(0)) return {F(1)};
+    if (!(magnitude < infinity)) return {nan};
+    if (magnitude == F(0)) return {F(1)};
     int exponent;
-    frexp(most, &exponent);  // most < 2^exponent
+    frexp(magnitude, &exponent);  // magnitude < 2^exponent
     // Beyond these bounds the scale itself would not be a normal number.
     const int wanted = 62 - sum_bits - exponent;
     const int bound = std::is_same_v<F, double> ? 1000 : 120;
@@ -37,12 +37,12 @@ struct FixedPoint {
   // p points to kWords integers.
   DYHEAD_DEVICE void add(unsigned long long* p, F value) const {
     const F scaled = value * scale;
-    if (!(fabs(scaled) < F(0x1p62))) return;  // then the scale is NaN, and the sum's value too
+    if (!(fabs(scaled) < F(0x1p62))) return;  // the scale is NaN, and so will be the sum
     const long long whole = llrint(scaled);
     atomicAdd(p, static_cast<unsigned long long>(whole));
     if constexpr (kWords == 2) {
-      const F rest = ldexp(scaled - static_cast<F>(whole), kFineBits);
-      atomicAdd(p + 1, static_cast<unsigned long long>(llrint(rest)));
+      const F remainder = ldexp(scaled - static_cast<F>(whole), kFineBits);
+      atomicAdd(p + 1, static_cast<unsigned long long>(llrint(remainder)));
     }
   }
 
