@@ -162,7 +162,7 @@ ODD_VALUES = [-(2**63), -(2**31), -1, 0, 1, 2, 3, 5, 12, 24, 26, 40, HUGE, 2**31
 ODD_VALUES += [2**32, 2**32 + 1, 2**32 + 3, 2**61, 2**62, 2**63 - 1]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     images=st.integers(1, 4),
     changes=st.lists(
