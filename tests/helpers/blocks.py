@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from dyhead_cuda import backend, functional
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.pyramid import BlockParameters, HighOffset, Upsample
 from tests.helpers.compare import assert_close, assert_gradients_close, leaf, random_like
+from tests.helpers.devices import Device
 from tests.helpers.inputs import (
     flat_parameters,
     halving_sizes,
@@ -39,7 +39,7 @@ class Block:
     eps: float = 1e-5
     offset_scale: float = 1.0
     seed: int = 0
-    device: Literal["cpu", "cuda"] = "cpu"  # whose backend is compared with the reference
+    device: Device = "cpu"  # whose backend is compared with the reference
 
     def tensors(
         self, dtype: torch.dtype = torch.float64, parameter_dtype: torch.dtype | None = None

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Convolution:
+class PlainConvolution:
     """Sizes of one convolution; `margin` pixels more than its dilated kernel needs."""
 
     batch: int = 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
 from dyhead_cuda.ops.jobs import UpsampleMode, stack_maps
-from tests.helpers.compare import leaf, random_like
+from tests.helpers.compare import assert_close, assert_gradients_close, leaf, random_like
 from tests.helpers.inputs import halving_sizes
 from tests.helpers.resizing import resized
 
@@ -55,7 +55,7 @@ class Case:
         plan = self.plan()
         return fuse_tables(plan["maps"], plan["levels"], self.up_mode)
 
-    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
         """y, scale, shift and coefficients, which are of the accumulation type."""
         source = torch.Generator().manual_seed(self.seed)
 
@@ -68,9 +68,9 @@ class Case:
         count = len(self.levels)
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return [
-            leaf(normal(rows, c), dtype),
+            leaf(normal(rows, c).to(device), dtype),
             *(
-                leaf(normal(*shape, c), compute)
+                leaf(normal(*shape, c).to(device), compute)
                 for shape in ((len(plan["maps"]), n), (count, n), (count, n, 4))
             ),
         ]
@@ -117,6 +117,23 @@ class Case:
             first.append((a1 * z + b1).reshape(-1, self.channels))
             second.append((a2 * z + b2).reshape(-1, self.channels))
         return torch.cat(first), torch.cat(second)
+
+
+def check(case: Case, tensors: list[Tensor]) -> None:
+    """Result and all gradients against the formula in float64."""
+    dtype = tensors[0].dtype
+    exact = [leaf(t, torch.float64) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, dtype)
+    cotangent = case.cotangent(exact, dtype)
+    grads = torch.autograd.grad(actual, tensors, cotangent.to(dtype))
+    assert [g.dtype for g in grads] == [t.dtype for t in tensors]
+    if case.images == 0:
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+    else:
+        wanted = torch.autograd.grad(expected, exact, cotangent)
+        assert_gradients_close(grads, wanted, dtype)
 
 
 def block_case(sizes: list[Size], *, aligned: bool = False, **options: Any) -> Case:

@@ -13,10 +13,10 @@ from torchvision.ops import deform_conv2d
 
 from dyhead_cuda.reference import modulated_deform_conv2d
 from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf, relative_l2
-from tests.helpers.convolutions import EXTREME, LAYOUTS, Convolution, pairs
+from tests.helpers.convolutions import EXTREME, LAYOUTS, PlainConvolution, pairs
 
 CASES = st.builds(
-    Convolution,
+    PlainConvolution,
     batch=st.integers(1, 3),
     groups=st.integers(1, 3),
     deform_groups=st.integers(1, 3),
@@ -35,10 +35,10 @@ CASES = st.builds(
 
 @settings(max_examples=100)
 @given(CASES)
-@example(Convolution())
-@example(Convolution(groups=2, deform_groups=3, kernel=(1, 3), stride=(2, 1), dilation=(1, 2)))
-@example(Convolution(padding=(0, 2), mask=False, bias=False))
-def test_equals_torchvision_with_all_gradients(case: Convolution) -> None:
+@example(PlainConvolution())
+@example(PlainConvolution(groups=2, deform_groups=3, kernel=(1, 3), stride=(2, 1), dilation=(1, 2)))
+@example(PlainConvolution(padding=(0, 2), mask=False, bias=False))
+def test_equals_torchvision_with_all_gradients(case: PlainConvolution) -> None:
     tensors = case.tensors()
     expected = case.run(deform_conv2d, tensors)
     actual = case.run(modulated_deform_conv2d, tensors)
@@ -50,7 +50,7 @@ def test_equals_torchvision_with_all_gradients(case: Convolution) -> None:
 @pytest.mark.parametrize("padding", [0, 1])
 def test_integer_coordinates_use_the_same_one_sided_gradient(padding: int) -> None:
     # With padding 0 no sample is on coordinate -1, where torchvision differs on purpose.
-    case = Convolution(padding=(padding, padding), margin=(4, 4))
+    case = PlainConvolution(padding=(padding, padding), margin=(4, 4))
     tensors = case.tensors()
     with torch.no_grad():
         tensors["offset"].zero_()
@@ -62,7 +62,7 @@ def test_integer_coordinates_use_the_same_one_sided_gradient(padding: int) -> No
 
 
 def test_without_offsets_it_is_a_convolution() -> None:
-    case = Convolution(groups=2, stride=(2, 1), dilation=(1, 2), padding=(2, 1), mask=False)
+    case = PlainConvolution(groups=2, stride=(2, 1), dilation=(1, 2), padding=(2, 1), mask=False)
     tensors = case.tensors()
     with torch.no_grad():
         tensors["offset"].zero_()
@@ -85,7 +85,7 @@ def test_dy_comes_before_dx_and_taps_are_row_major() -> None:
 @pytest.mark.parametrize("value", EXTREME)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
-    case = Convolution(deform_groups=2, in_multiple=1, mask=True)
+    case = PlainConvolution(deform_groups=2, in_multiple=1, mask=True)
     tensors = case.tensors(dtype)
     offset = tensors["offset"]
     bad = torch.rand(offset.shape) < 0.2
@@ -115,7 +115,7 @@ def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", EXTREME)
 def test_extreme_offsets_have_a_finite_second_derivative(value: float) -> None:
-    case = Convolution(batch=1, kernel=(2, 2), padding=(0, 0), margin=(1, 1))
+    case = PlainConvolution(batch=1, kernel=(2, 2), padding=(0, 0), margin=(1, 1))
     tensors = case.tensors()
     with torch.no_grad():
         tensors["offset"][:, 0] = value
@@ -164,7 +164,7 @@ def test_large_negative_fractions_use_a_true_floor() -> None:
 
 
 def test_values_that_are_not_sampled_do_not_matter() -> None:
-    case = Convolution(batch=1, padding=(1, 1), margin=(4, 4))
+    case = PlainConvolution(batch=1, padding=(1, 1), margin=(4, 4))
     tensors = {name: t.detach() for name, t in case.tensors().items()}
     tensors["input"][0, :, 0, 0], tensors["input"][0, :, -1, -1] = math.inf, math.nan
     for shift in (100.0, -100.0):
@@ -181,7 +181,7 @@ def test_values_that_are_not_sampled_do_not_matter() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: str) -> None:
-    case = Convolution(deform_groups=2)
+    case = PlainConvolution(deform_groups=2)
     tensors = case.tensors()
     strange = {
         name: leaf(t) if t.dim() == 1 else LAYOUTS[layout](t.detach()).requires_grad_()
@@ -197,7 +197,7 @@ def test_layout_does_not_matter(layout: str) -> None:
 
 
 def test_expanded_arguments() -> None:
-    case = Convolution()
+    case = PlainConvolution()
     tensors = {name: t.detach() for name, t in case.tensors().items()}
     shared = {
         name: t[:1].expand(2, *t.shape[1:]) if name in ("input", "offset", "mask") else t
@@ -212,7 +212,7 @@ def test_expanded_arguments() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_precision_and_dtype(dtype: torch.dtype) -> None:
-    case = Convolution(groups=2, deform_groups=2, in_multiple=8, out_multiple=8, margin=(6, 7))
+    case = PlainConvolution(groups=2, deform_groups=2, in_multiple=8, out_multiple=8, margin=(6, 7))
     tensors = case.tensors(dtype)
     exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
     actual = case.run(modulated_deform_conv2d, tensors)
@@ -226,12 +226,12 @@ def test_precision_and_dtype(dtype: torch.dtype) -> None:
 
 
 def test_the_result_is_channels_last() -> None:
-    out = Convolution().run(modulated_deform_conv2d, Convolution().tensors())
+    out = PlainConvolution().run(modulated_deform_conv2d, PlainConvolution().tensors())
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_parameters_of_another_type_than_the_input() -> None:
-    case = Convolution()
+    case = PlainConvolution()
     tensors = case.tensors(torch.float32)
     weight = leaf(tensors["weight"], torch.float64)
     out = case.run(modulated_deform_conv2d, tensors | {"weight": weight})
@@ -241,10 +241,10 @@ def test_parameters_of_another_type_than_the_input() -> None:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_empty_batch(mask: bool) -> None:
-    case = Convolution(batch=0, groups=2, deform_groups=2, mask=mask)
+    case = PlainConvolution(batch=0, groups=2, deform_groups=2, mask=mask)
     tensors = case.tensors()
     out = case.run(modulated_deform_conv2d, tensors)
-    one = Convolution(batch=1, groups=2, deform_groups=2, mask=mask)
+    one = PlainConvolution(batch=1, groups=2, deform_groups=2, mask=mask)
     assert out.shape == (0, *one.run(modulated_deform_conv2d, one.tensors()).shape[1:])
     out.sum().backward()
     grad = tensors["bias"].grad
@@ -267,7 +267,7 @@ def test_images_without_pixels(size: tuple[int, int], padding: int) -> None:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_gradcheck_and_gradgradcheck(mask: bool) -> None:
-    case = Convolution(
+    case = PlainConvolution(
         batch=1, groups=2, deform_groups=2, in_multiple=1, out_multiple=1, kernel=(1, 2),
         stride=(1, 2), padding=(1, 0), margin=(1, 2), mask=mask,
     )  # fmt: skip
@@ -283,7 +283,7 @@ def test_gradcheck_and_gradgradcheck(mask: bool) -> None:
 
 
 def test_autocast_does_not_change_it() -> None:
-    case = Convolution(in_multiple=8)
+    case = PlainConvolution(in_multiple=8)
     tensors = case.tensors(torch.float32)
     expected = case.run(modulated_deform_conv2d, tensors)
     with torch.autocast("cpu", torch.bfloat16):
@@ -292,7 +292,7 @@ def test_autocast_does_not_change_it() -> None:
 
 
 def test_compiles_in_one_graph() -> None:
-    case = Convolution(kernel=(1, 2), padding=(0, 0), margin=(1, 1), deform_groups=2)
+    case = PlainConvolution(kernel=(1, 2), padding=(0, 0), margin=(1, 1), deform_groups=2)
     tensors = case.tensors()
     torch._dynamo.reset()
     compiled = torch.compile(modulated_deform_conv2d, fullgraph=True, backend="aot_eager")

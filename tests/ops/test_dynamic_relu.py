@@ -1,4 +1,4 @@
-"""The compiled dynamic ReLU of the CPU library, against the reference and against itself."""
+"""The compiled dynamic ReLU, against the reference and against itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dyhead_cuda import DynamicReLU, backend, functional, library, reference
 from dyhead_cuda.reference import Activation
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
+from tests.helpers.devices import Device, each_device
 from tests.helpers.inputs import random_relu_inputs
 
 pytestmark = pytest.mark.skipif(
@@ -25,8 +26,8 @@ activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
-def run(inputs: Sequence[Tensor], activation: str = "hsigmoid") -> Tensor:
-    with backend("cpu"):
+def run(inputs: Sequence[Tensor], activation: str = "hsigmoid", device: Device = "cpu") -> Tensor:
+    with backend(device):
         return functional.dynamic_relu(*inputs, activation=activation)  # type: ignore[arg-type]
 
 
@@ -343,11 +344,14 @@ def test_non_finite_arguments_as_the_reference(
 # --- autograd -------------------------------------------------------------------------------------
 
 
+@each_device
 @activations
-def test_gradcheck(activation: Activation) -> None:
-    assert torch.autograd.gradcheck(
-        lambda *t: run(t, activation), random_relu_inputs((2, 4, 3, 2), hidden=2)
-    )
+@pytest.mark.parametrize(("shape", "hidden"), [((2, 4, 3, 2), 2), ((2, 3, 5), 8)])
+def test_gradcheck(
+    shape: tuple[int, ...], hidden: int, activation: Activation, device: Device
+) -> None:
+    inputs = [leaf(t.to(device)) for t in random_relu_inputs(shape, hidden=hidden)]
+    assert torch.autograd.gradcheck(lambda *t: run(t, activation, device), inputs)
 
 
 @pytest.mark.parametrize("wanted", range(5))

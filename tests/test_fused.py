@@ -1,4 +1,4 @@
-"""Both forms of the head on the compiled CPU operators, against the reference."""
+"""Both forms of the head on the compiled operators, against the reference."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.helpers.compare import (
     gradients,
     leaf,
 )
+from tests.helpers.devices import Device, each_device
 from tests.helpers.inputs import (
     halving_sizes,
     random_pyramid,
@@ -39,10 +40,13 @@ COMPARED: tuple[Backend, Backend] = ("cpu", "reference")
 # --- the published block --------------------------------------------------------------------------
 
 
+@each_device
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block_equals_the_reference_with_all_gradients(name: str, high_offset: HighOffset) -> None:
-    check_block(replace(BLOCKS[name], high_offset=high_offset))
+def test_block_equals_the_reference_with_all_gradients(
+    name: str, high_offset: HighOffset, device: Device
+) -> None:
+    check_block(replace(BLOCKS[name], high_offset=high_offset, device=device))
 
 
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
@@ -89,11 +93,17 @@ def test_aligned_takes_any_sizes(sizes: list[Size], upsample: Upsample, seed: in
     check_block(Block(sizes=tuple(sizes), high_offset="aligned", upsample=upsample, seed=seed))
 
 
+@each_device
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_block_in_other_types(dtype: torch.dtype, high_offset: HighOffset) -> None:
-    sizes = tuple(halving_sizes(17, 22, 3))
-    block = Block(sizes=sizes, in_channels=24, out_channels=32, high_offset=high_offset)
+def test_block_in_other_types(dtype: torch.dtype, high_offset: HighOffset, device: Device) -> None:
+    block = Block(
+        sizes=tuple(halving_sizes(17, 22, 3)),
+        in_channels=24,
+        out_channels=32,
+        high_offset=high_offset,
+        device=device,
+    )
     check_block(block, dtype)
     check_block(block, dtype, smooth=True)
     check_block(block, dtype, torch.float32, smooth=True)
@@ -128,22 +138,28 @@ def test_one_image_expanded_to_a_batch() -> None:
     assert_gradients_close(gradients(actual, features), gradients(expected, features))
 
 
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
-def test_empty_batch(high_offset: HighOffset) -> None:
-    block = Block(batch=0, high_offset=high_offset)
-    features, parameters = block.tensors()
-    outs = block.run("cpu", features, parameters)
+def test_empty_batch(high_offset: HighOffset, dtype: torch.dtype, device: Device) -> None:
+    block = Block(batch=0, high_offset=high_offset, device=device)
+    features, parameters = block.tensors(dtype)
+    outs = block.run(device, features, parameters)
     assert [x.shape for x in outs] == [(0, 8, *size) for size in block.sizes]
     grads = block_gradients(outs, features, parameters)
     assert all((g == 0).all() for g in grads)
 
 
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
 @pytest.mark.parametrize("size", [(0, 6), (5, 0), (0, 0)])
-def test_levels_without_pixels(size: Size, high_offset: HighOffset) -> None:
-    block = Block(sizes=tuple(halving_sizes(*size, 3)), high_offset=high_offset)
-    features, parameters = block.tensors()
-    outs = block.run("cpu", features, parameters)
+def test_levels_without_pixels(
+    size: Size, high_offset: HighOffset, dtype: torch.dtype, device: Device
+) -> None:
+    block = Block(sizes=tuple(halving_sizes(*size, 3)), high_offset=high_offset, device=device)
+    features, parameters = block.tensors(dtype)
+    outs = block.run(device, features, parameters)
     assert [x.shape for x in outs] == [(2, 8, *size) for size in block.sizes]
     assert all(g.isfinite().all() for g in block_gradients(outs, features, parameters))
 
@@ -177,14 +193,23 @@ def test_extreme_offsets(value: float) -> None:
 # --- the paper's form -----------------------------------------------------------------------------
 
 
+@each_device
 @pytest.mark.parametrize("targets", ["all", "median"])
 @pytest.mark.parametrize("with_gates", [True, False])
+@pytest.mark.parametrize(("channels", "out_channels"), [(20, 9), (24, 16)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_spatial_attention(targets: str, with_gates: bool, dtype: torch.dtype) -> None:
-    tensors = unified_inputs((2, 3, 20, 13, 15), 9, dtype)
+def test_spatial_attention(
+    dtype: torch.dtype,
+    channels: int,
+    out_channels: int,
+    with_gates: bool,
+    targets: str,
+    device: Device,
+) -> None:
+    tensors = unified_inputs((2, 3, channels, 13, 15), out_channels, dtype, device)
     exact = [leaf(t, torch.float64) for t in tensors]
     used = 5 if with_gates else 4
-    actual = attend("cpu", tensors, targets=targets, gates=tensors[4] if with_gates else None)
+    actual = attend(device, tensors, targets=targets, gates=tensors[4] if with_gates else None)
     expected = attend("reference", exact, targets=targets, gates=exact[4] if with_gates else None)
     assert actual.dtype == dtype
     assert_close(actual, expected, dtype)

@@ -21,7 +21,7 @@ from dyhead_cuda.backends import Backend
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 from tests.helpers.blocks import BLOCKS, Block, block_gradients, in_double
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.convolutions import Convolution
+from tests.helpers.convolutions import PlainConvolution
 from tests.helpers.inputs import flat_parameters, halving_sizes, random_pyramid
 from tests.helpers.paths import ROOT
 from tests.helpers.spy import Spy
@@ -146,7 +146,7 @@ def processor_flags() -> set[str]:
 
 def results(name: Backend, double: bool = False) -> Results:
     """Outputs and gradients of one convolution and outputs of one block, in every type."""
-    case = Convolution(groups=2, in_multiple=70, out_multiple=37, margin=(11, 12))
+    case = PlainConvolution(groups=2, in_multiple=70, out_multiple=37, margin=(11, 12))
     block = Block(in_channels=70, out_channels=36)
     found = {}
     for dtype in TOLERANCE:
@@ -182,7 +182,7 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resu
     def compute(capability: str) -> Results:
         path = directory / capability
         program = (
-            "import torch; from tests.test_cpu_machine import results; "
+            "import torch; from tests.test_threads_and_instruction_sets import results; "
             f"torch.save(results('cpu'), {str(path)!r})"
         )
         run = run_python(program, DYHEAD_CPU_CAPABILITY=capability)
@@ -278,7 +278,8 @@ def memory_status(key: str) -> int:
 @pytest.mark.parametrize("train", [False, True])
 def test_peak_memory_stays_under_64_mib(train: bool) -> None:
     # The allocator is told to give memory back, so that what is resident is what is in use.
-    program = f"from tests.test_cpu_machine import peak_memory; print(peak_memory({train}))"
+    module = "tests.test_threads_and_instruction_sets"
+    program = f"from {module} import peak_memory; print(peak_memory({train}))"
     run = run_python(program, MALLOC_MMAP_THRESHOLD_="65536")
     assert run.returncode == 0, run.stderr[-3000:]
     # It cannot be less than the branches' outputs of 33 MiB, or the measure is wrong.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dyhead_cuda import backend, functional, library, reference
 from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf
-from tests.helpers.convolutions import EXTREME, LAYOUTS, Convolution, pairs
+from tests.helpers.convolutions import EXTREME, LAYOUTS, PlainConvolution, pairs
 
 library.require("cpu")
 
@@ -26,7 +26,7 @@ def on_cpu(**arguments: object) -> Tensor:
         return functional.modulated_deform_conv2d(**arguments)  # type: ignore[arg-type]
 
 
-def check(case: Convolution, dtype: torch.dtype = torch.float64) -> None:
+def check(case: PlainConvolution, dtype: torch.dtype = torch.float64) -> None:
     tensors = case.tensors(dtype)
     exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
     actual = case.run(on_cpu, tensors)
@@ -43,7 +43,7 @@ def check(case: Convolution, dtype: torch.dtype = torch.float64) -> None:
 # --- the plain convolution ------------------------------------------------------------------------
 
 RANDOM_CASES = st.builds(
-    Convolution,
+    PlainConvolution,
     batch=st.integers(1, 3),
     groups=st.integers(1, 3),
     deform_groups=st.integers(1, 3),
@@ -62,10 +62,10 @@ RANDOM_CASES = st.builds(
 
 @settings(max_examples=60)
 @given(RANDOM_CASES)
-@example(Convolution())
-@example(Convolution(groups=2, deform_groups=3, kernel=(1, 3), stride=(2, 1), dilation=(1, 2)))
-@example(Convolution(padding=(0, 2), mask=False, bias=False))
-def test_equals_the_reference_with_all_gradients(case: Convolution) -> None:
+@example(PlainConvolution())
+@example(PlainConvolution(groups=2, deform_groups=3, kernel=(1, 3), stride=(2, 1), dilation=(1, 2)))
+@example(PlainConvolution(padding=(0, 2), mask=False, bias=False))
+def test_equals_the_reference_with_all_gradients(case: PlainConvolution) -> None:
     check(case)
 
 
@@ -73,7 +73,7 @@ def test_equals_the_reference_with_all_gradients(case: Convolution) -> None:
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_channels_and_more_than_one_chunk(channels: int, dtype: torch.dtype) -> None:
     # 15 x 21 pixels are two chunks of 144 and a rest.
-    case = Convolution(in_multiple=channels, out_multiple=channels + 1, margin=(14, 20))
+    case = PlainConvolution(in_multiple=channels, out_multiple=channels + 1, margin=(14, 20))
     check(case, dtype)
 
 
@@ -81,30 +81,33 @@ def test_channels_and_more_than_one_chunk(channels: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(("groups", "deform_groups"), [(1, 70), (70, 1), (7, 2), (2, 7), (3, 3)])
 def test_groups_in_every_type(groups: int, deform_groups: int, dtype: torch.dtype) -> None:
     check(
-        Convolution(groups=groups, deform_groups=deform_groups, in_multiple=5, margin=(9, 7)), dtype
+        PlainConvolution(groups=groups, deform_groups=deform_groups, in_multiple=5, margin=(9, 7)),
+        dtype,
     )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_more_channels_than_a_slice_of_the_backward(dtype: torch.dtype) -> None:
-    check(Convolution(in_multiple=300, out_multiple=2, margin=(5, 5)), dtype)
+    check(PlainConvolution(in_multiple=300, out_multiple=2, margin=(5, 5)), dtype)
 
 
 def test_more_images_than_the_backward_takes_at_once() -> None:
     # It holds 24 MiB: here 70 slices x 2173 pixels x 9 taps x 3 x 4 bytes an image.
     check(
-        Convolution(batch=4, groups=70, in_multiple=1, out_multiple=1, margin=(40, 52)),
+        PlainConvolution(batch=4, groups=70, in_multiple=1, out_multiple=1, margin=(40, 52)),
         torch.float32,
     )
 
 
 def test_a_large_map_keeps_the_precision_of_float32() -> None:
-    check(Convolution(batch=1, in_multiple=12, out_multiple=8, margin=(90, 120)), torch.float32)
+    check(
+        PlainConvolution(batch=1, in_multiple=12, out_multiple=8, margin=(90, 120)), torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_integer_coordinates_up_to_the_borders(dtype: torch.dtype) -> None:
-    case = Convolution(batch=1, in_multiple=20, margin=(3, 4))
+    case = PlainConvolution(batch=1, in_multiple=20, margin=(3, 4))
     tensors = case.tensors(dtype)
     with torch.no_grad():
         tensors["offset"].floor_()  # exactly -1, 0, H - 1 and H among the coordinates
@@ -140,7 +143,7 @@ def test_exactly_minus_one_is_outside(axis: int, coordinate: float, inside: bool
 @pytest.mark.parametrize("value", EXTREME)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
-    case = Convolution(deform_groups=2, in_multiple=10)
+    case = PlainConvolution(deform_groups=2, in_multiple=10)
     tensors = case.tensors(dtype)
     bad = torch.rand(tensors["offset"].shape) < 0.2
     lost = bad.unflatten(1, (-1, 2)).any(2)
@@ -164,7 +167,7 @@ def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_values_that_are_not_sampled_do_not_matter(dtype: torch.dtype) -> None:
-    case = Convolution(batch=1, in_multiple=20, margin=(4, 4))
+    case = PlainConvolution(batch=1, in_multiple=20, margin=(4, 4))
     tensors = case.tensors(dtype)
     with torch.no_grad():
         tensors["input"][0, :, 0, 0], tensors["input"][0, :, -1, -1] = math.inf, math.nan
@@ -187,7 +190,7 @@ def test_values_that_are_not_sampled_do_not_matter(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_infinity_stays_in_its_group(dtype: torch.dtype) -> None:
     # An odd number of channels in each: none of them may be multiplied with the next group's.
-    case = Convolution(batch=1, groups=3, in_multiple=5)
+    case = PlainConvolution(batch=1, groups=3, in_multiple=5)
     tensors = {name: t.detach() for name, t in case.tensors(dtype).items()}
     tensors["input"][:, 5:] = math.inf
     out = case.run(on_cpu, tensors)
@@ -197,7 +200,7 @@ def test_infinity_stays_in_its_group(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: str) -> None:
-    case = Convolution(deform_groups=2)
+    case = PlainConvolution(deform_groups=2)
     tensors = case.tensors()
     strange = {
         name: leaf(t) if t.dim() == 1 else LAYOUTS[layout](t.detach()).requires_grad_()
@@ -215,7 +218,7 @@ def test_layout_does_not_matter(layout: str) -> None:
 
 
 def test_expanded_arguments_and_gradients() -> None:
-    case = Convolution()
+    case = PlainConvolution()
     per_image = ("input", "offset", "mask")
     tensors = case.tensors()
     shared = {k: leaf(t[:1]) if k in per_image else t for k, t in tensors.items()}
@@ -233,7 +236,7 @@ def test_expanded_arguments_and_gradients() -> None:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_empty_batch(mask: bool) -> None:
-    case = Convolution(batch=0, groups=2, deform_groups=2, mask=mask)
+    case = PlainConvolution(batch=0, groups=2, deform_groups=2, mask=mask)
     tensors = case.tensors()
     out = case.run(on_cpu, tensors)
     assert out.shape == case.run(reference.modulated_deform_conv2d, tensors).shape
@@ -259,7 +262,7 @@ def test_images_without_pixels(size: tuple[int, int], padding: int, dtype: torch
 
 
 def test_arguments_of_other_types_than_the_input() -> None:
-    case = Convolution()
+    case = PlainConvolution()
     kinds = {"offset": torch.float32, "weight": torch.float16, "bias": torch.bfloat16}
     tensors = {name: leaf(t, kinds.get(name, torch.float64)) for name, t in case.tensors().items()}
     exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
@@ -274,7 +277,7 @@ def test_arguments_of_other_types_than_the_input() -> None:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_gradcheck(mask: bool) -> None:
-    case = Convolution(
+    case = PlainConvolution(
         batch=2, groups=2, deform_groups=2, in_multiple=1, out_multiple=1, kernel=(1, 2),
         stride=(1, 2), padding=(1, 0), margin=(1, 2), mask=mask,
     )  # fmt: skip

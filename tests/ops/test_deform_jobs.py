@@ -1,4 +1,4 @@
-"""``dyhead::deform_conv`` on the CPU: lists of jobs against the reference, map by map."""
+"""``dyhead::deform_conv``: lists of jobs against the reference, map by map, on each device."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import compute_dtype
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.deform_work import WORKS, Work
+from tests.helpers.deform_checks import check
+from tests.helpers.deform_work import CONVOLUTIONS, WORKS, ManyJobs, Work
+from tests.helpers.devices import each_device, each_device_sanitized, names_on_each_device
 
 library.require("cpu")
 
 
-def check_work(work: Work, dtype: torch.dtype) -> None:
-    tensors = work.tensors(dtype)
-    exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
-    actual, expected = work.run(tensors), work.reference(exact)
-    assert actual[0].dtype == (compute_dtype(dtype) if work.out_in_compute_dtype else dtype)
-    if work.images == 0:
-        assert [t.shape for t in actual] == [t.shape for t in expected]
-        grads = gradients(actual, list(tensors.values()))
-        assert all((g == 0).all() for g in grads)
-        return
-    assert_close(actual, expected, dtype)
-    assert_gradients_close(
-        gradients(actual, list(tensors.values()), dtype),
-        gradients(expected, list(exact.values()), dtype),
-        dtype,
-    )
-
-
+@names_on_each_device(WORKS, ["all", "wide", "many channels", "no images"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", WORKS)
-def test_jobs_equal_the_reference_with_all_gradients(name: str, dtype: torch.dtype) -> None:
-    check_work(WORKS[name], dtype)
+def test_jobs_equal_the_reference_with_all_gradients(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    check(WORKS[name], dtype, WORKS[name].tensors(dtype, device))
 
 
+@names_on_each_device(CONVOLUTIONS, ["vectors", "wide output", "groups across deformable groups"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_convolutions_equal_the_reference(name: str, dtype: torch.dtype, device: str) -> None:
+    check(CONVOLUTIONS[name], dtype, CONVOLUTIONS[name].tensors(dtype, device))
+
+
+@each_device_sanitized
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_many_jobs(dtype: torch.dtype, device: str) -> None:
+    """On a GPU they take several launches."""
+    check(ManyJobs(), dtype, ManyJobs().tensors(dtype, device))
+
+
+@each_device
 @pytest.mark.parametrize("name", ["all", "without moments", "plain masks"])
-def test_gradcheck_of_all_inputs_and_moments(name: str) -> None:
+def test_gradcheck_of_all_inputs_and_moments(name: str, device: str) -> None:
     work = replace(WORKS[name], images=1, out_channels=2)
-    tensors = work.tensors()
+    tensors = work.tensors(device=device)
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
         return tuple(work.run(dict(zip(tensors, values, strict=True))))
 
-    assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+    # On a GPU the sums of the source's gradient depend on the order of additions.
+    tolerance = {"cpu": 0.0, "cuda": 1e-10}[device]
+    assert torch.autograd.gradcheck(run, tuple(tensors.values()), nondet_tol=tolerance)
 
 
 @pytest.mark.parametrize("used", range(4))
@@ -89,11 +90,12 @@ def test_moments_of_large_values_keep_their_digits() -> None:
     assert_close(var, expected[2], torch.float32, factor=500)
 
 
+@each_device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ["all", "wide", "without bias and gates", "no images"])
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
+def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
     work = WORKS[name]
-    tensors = work.tensors(dtype)
+    tensors = work.tensors(dtype, device)
     torch.library.opcheck(torch.ops.dyhead.deform_conv_fwd, work.arguments(tensors))
     torch.library.opcheck(torch.ops.dyhead.deform_conv_bwd, work.backward_arguments(tensors))
 
