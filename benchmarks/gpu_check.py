@@ -119,7 +119,8 @@ def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list
                 tool,
                 [
                     *(sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "3"),
-                    *("--kernel-name", "kns=dyhead", *pytest, "tests/gpu", "-m", "sanitize"),
+                    *("--kernel-name", "kns=dyhead"),
+                    *(*pytest, "tests/gpu", "tests/ops", "-m", "sanitize"),
                 ],
                 60,
                 "sanitizer.log",

@@ -9,9 +9,8 @@ derivatives.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,13 +40,6 @@ __all__ = [
     "task_attention",
     "unified_block",
 ]
-
-_log = logging.getLogger("dyhead_cuda")
-
-
-@cache
-def _say_once(what: str) -> None:
-    _log.warning(what)
 
 
 def _like(out: Tensor, x: Tensor) -> Tensor:
@@ -448,14 +440,12 @@ def pyramid_blocks(
         in_channels = out_channels
     checks.one_of("upsample", upsample, UPSAMPLES)
     memory_format = output_format(features, memory_format)
-    compiled = select(features[0]) != "reference"
-    if compiled and upsample == "nearest":
-        _say_once('upsample="nearest" has no compiled kernel yet: it runs on the slow reference')
-    elif compiled:
+    if select(features[0]) != "reference":
         return fused.pyramid_blocks(
             features,
             blocks,
             high_offset=high_offset,
+            upsample=upsample,
             num_groups=num_groups,
             eps=eps,
             recompute=recompute,

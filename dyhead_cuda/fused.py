@@ -26,9 +26,9 @@ from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.fuse_branches import fuse_branches
-from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, Size, stack_maps
+from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, Size, UpsampleMode, stack_maps
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
-from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, halved
+from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, Upsample, halved
 from dyhead_cuda.recompute import recomputed
 
 LOW, MID, HIGH = 0, 1, 2
@@ -40,6 +40,11 @@ READ_RULES: dict[HighOffset, tuple[ReadRule, ReadRule]] = {
     "crop": (ReadRule.CROP, ReadRule.CROP),
     "mmdet_main": (ReadRule.FLAT, ReadRule.CROP),
     "aligned": (ReadRule.SAME, ReadRule.SAME),
+}
+
+UPSAMPLE_MODES: dict[Upsample, UpsampleMode] = {
+    "bilinear": UpsampleMode.BILINEAR,
+    "nearest": UpsampleMode.NEAREST,
 }
 
 
@@ -108,16 +113,24 @@ def predict_plan(maps: list[Map], images: int, predicted: int) -> Plan:
 class BlockPlan:
     """Jobs of one published block for given sizes: which map each branch reads, and how."""
 
-    def __init__(self, sizes: tuple[Size, ...], images: int, high_offset: HighOffset) -> None:
+    def __init__(
+        self,
+        sizes: tuple[Size, ...],
+        images: int,
+        high_offset: HighOffset,
+        upsample: Upsample = "bilinear",
+    ) -> None:
         self.sizes = sizes
+        self.up_mode = UPSAMPLE_MODES[upsample]
         source_sizes = list(sizes)
         predictions = stack_maps(list(sizes), images)
         # level, branch, source map, size of the output
         branches: list[tuple[int, int, int, Size]] = []
-        self.resized: list[tuple[int, Size]] = []  # maps to add to the sources: level, size
+        # Maps to add to the sources: level, size, how.
+        self.resized: list[tuple[int, Size, Upsample]] = []
 
-        def resized(level: int, size: Size) -> int:
-            self.resized.append((level, size))
+        def resized(level: int, size: Size, mode: Upsample) -> int:
+            self.resized.append((level, size, mode))
             source_sizes.append(size)
             return len(source_sizes) - 1
 
@@ -126,20 +139,19 @@ class BlockPlan:
             if level > 0:
                 fits = halved(sizes[level - 1]) == size
                 doubled = (2 * size[0], 2 * size[1])
-                source = level - 1 if fits else resized(level - 1, doubled)
+                source = level - 1 if fits else resized(level - 1, doubled, "bilinear")
                 branches.append((level, LOW, source, size))
             if level + 1 < len(sizes):
                 aligned = high_offset == "aligned"
-                source = resized(level + 1, size) if aligned else level + 1
+                source = resized(level + 1, size, upsample) if aligned else level + 1
                 branches.append((level, HIGH, source, size if aligned else sizes[level + 1]))
         outputs = stack_maps([size for *_, size in branches], images)
         jobs = []
         for (level, branch, source, _), out in zip(branches, outputs, strict=True):
             rules = READ_RULES[high_offset if branch == HIGH else "aligned"]
             stride = (2, 2) if branch == LOW else (1, 1)
-            jobs.append(
-                Job(out, predictions[level], [(source, branch)], stride, *rules, sizes[level])
-            )
+            terms, size = [(source, branch)], sizes[level]
+            jobs.append(Job(out, predictions[level], terms, stride, *rules, size, self.up_mode))
         sources = stack_maps(source_sizes, images)
         self.predict = predict_plan(sources, images, len(sizes))
         self.deform = Plan(images, sources, jobs)
@@ -155,17 +167,22 @@ class BlockPlan:
 cached_block_plan = lru_cache(maxsize=256)(BlockPlan)
 
 
-def block_plan(sizes: tuple[Size, ...], images: int, high_offset: HighOffset) -> BlockPlan:
+def block_plan(
+    sizes: tuple[Size, ...],
+    images: int,
+    high_offset: HighOffset,
+    upsample: Upsample = "bilinear",
+) -> BlockPlan:
     """A plan is a few hundred integers; making it takes longer than a launch, so it is kept."""
     # torch.compile keeps what it traces, and warns of caches that it cannot see into.
     make = BlockPlan if torch.compiler.is_compiling() else cached_block_plan
-    return make(sizes, images, high_offset)
+    return make(sizes, images, high_offset, upsample)
 
 
 def with_resized(rows: Tensor, plan: BlockPlan, images: int) -> Tensor:
     """The rows of the levels, and behind them those of the maps that the plan resizes."""
     levels = unpack_rows(rows, plan.sizes, images)
-    extra = [resize(levels[level], size, "bilinear") for level, size in plan.resized]
+    extra = [resize(levels[level], size, mode) for level, size, mode in plan.resized]
     return torch.cat([rows, pack(extra)])
 
 
@@ -176,11 +193,12 @@ def block_rows(
     images: int,
     *,
     high_offset: HighOffset,
+    upsample: Upsample,
     num_groups: int,
     eps: float,
 ) -> Tensor:
     """One published block from rows [R, C_in] to rows [R, C_out] of levels of the same sizes."""
-    plan = block_plan(sizes, images, high_offset)
+    plan = block_plan(sizes, images, high_offset, upsample)
     p = parameters
     if plan.resized:
         rows = with_resized(rows, plan, images)
@@ -209,7 +227,7 @@ def block_rows(
         num_groups=num_groups,
         eps=eps,
     )
-    return fuse_branches(y, *coefficients, images, plan.branches, plan.levels)
+    return fuse_branches(y, *coefficients, images, plan.branches, plan.levels, plan.up_mode)
 
 
 def pyramid_blocks(
@@ -217,6 +235,7 @@ def pyramid_blocks(
     blocks: Sequence[BlockParameters],
     *,
     high_offset: HighOffset,
+    upsample: Upsample,
     num_groups: int,
     eps: float,
     recompute: bool,
@@ -228,7 +247,9 @@ def pyramid_blocks(
     """
     images = features[0].shape[0]
     sizes = tuple((x.shape[2], x.shape[3]) for x in features)
-    run = partial(block_rows, high_offset=high_offset, num_groups=num_groups, eps=eps)
+    run = partial(
+        block_rows, high_offset=high_offset, upsample=upsample, num_groups=num_groups, eps=eps
+    )
     with no_autocast(features[0]):
         rows = pack(features)
         for parameters in blocks:

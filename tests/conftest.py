@@ -10,6 +10,9 @@ import hypothesis
 import pytest
 import torch
 
+from dyhead_cuda import library
+from tests.helpers.devices import Device
+
 hypothesis.settings.register_profile(
     "dyhead",
     derandomize=True,
@@ -46,6 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Device:
+    """The device that helpers/devices.py gives a test, whose library must be there."""
+    name: Device = request.param
+    library.require(name)
+    return name
 
 
 @pytest.fixture

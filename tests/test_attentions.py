@@ -14,7 +14,7 @@ from dyhead_cuda import DyHead, DyHeadBlock, backend, compat, functional
 from dyhead_cuda.modules import ATTENTIONS, Attention
 from tests.helpers.compare import assert_close, gradients
 from tests.helpers.inputs import halving_sizes, random_pyramid
-from tests.test_modules import randomise
+from tests.helpers.modules import randomise
 
 SIZES = halving_sizes(9, 6, 3)
 PARAMETERS = {"scale": "scale_gate.", "spatial": "offset_conv.", "task": "dynamic_relu."}

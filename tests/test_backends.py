@@ -11,11 +11,11 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import DynamicReLU, backend, backends, library
 from dyhead_cuda.backends import Backend
 from tests.helpers.paths import ROOT
+from tests.helpers.spy import Spy
 
 
 def on(device: str) -> Tensor:
@@ -42,18 +42,6 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, library._State
     backends._warn_once.cache_clear()
     yield changed
     backends._warn_once.cache_clear()
-
-
-class Spy(TorchDispatchMode):
-    """Counts calls of compiled operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.calls += func.namespace == "dyhead"
-        return func(*args, **(kwargs or {}))
 
 
 def compiled_calls() -> int:

@@ -164,12 +164,14 @@ def test_a_compile_error_is_recorded_and_leaves_no_stale_library(
 
 @needs_cuda_build
 def test_a_cuda_compile_error_leaves_the_cpu_library_alone(skeleton: Path, build: Build) -> None:
-    (skeleton / "csrc" / "cuda" / "broken.cu").write_text("#error planted in a test\n")
+    broken = skeleton / "csrc" / "cuda" / "operator" / "broken.cu"
+    broken.parent.mkdir()
+    broken.write_text("#error planted in a test\n")
     result = build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA_ARCHS="80")
     assert result.returncode == 0, result.stderr
     assert libraries(skeleton) == {"libdyhead_cpu.so"}
     assert "planted in a test" in record(skeleton)["cuda"]["reason"]
-    (skeleton / "csrc" / "cuda" / "broken.cu").write_text("static int unused;\n")
+    broken.write_text("static int unused;\n")
     result = build(DYHEAD_REQUIRE="cpu,cuda", DYHEAD_CUDA_ARCHS="80")
     assert result.returncode != 0
     assert "unused" in record(skeleton)["cuda"]["reason"]  # warnings are errors
@@ -317,13 +319,43 @@ def test_no_kernel_spills() -> None:
     built = {f"sm_{arch}" for arch in library.read_build_record()["cuda"]["archs"]}
     checked = built & {"sm_80", "sm_90a"}
     assert checked, f"expected a build for 80 or 90a, got {built}"
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))
-    assert sources
-    for source in sources:
-        (log,) = build_directory("cuda").rglob(f"{source.name}.o.log")
-        archs, problems = ptxas_problems(log.read_text())
-        assert checked <= archs, f"{source.name}: no kernel for {checked - archs}"
-        assert [problem for problem in problems if problem[1] in checked] == [], source.name
+    directory = build_directory("cuda")
+    files = (directory / "build.ninja").read_text()
+    objects = re.findall(r"^build (\S+\.cu\.o):", files, re.MULTILINE)
+    sources = {path.name: path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*/*.cu")}
+    assert set(sources) < {Path(name).stem for name in objects}
+    for name in objects:
+        archs, problems = ptxas_problems((directory / f"{name}.log").read_text())
+        only_launches = "__global__" not in sources.get(Path(name).stem, "__global__")
+        assert only_launches or checked <= archs, f"{name}: no kernel for {checked - archs}"
+        assert [problem for problem in problems if problem[1] in checked] == [], name
+
+
+def test_every_kernel_and_arithmetic_has_a_file_that_stays(tmp_path: Path) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(sources LANGUAGES NONE)\n"
+        f"include({ROOT}/cmake/cuda_sources.cmake)\n"
+        f"dyhead_cuda_sources(sources {ROOT}/csrc)\n"
+        'file(WRITE "${CMAKE_BINARY_DIR}/sources.txt" "${sources}")\n'
+    )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    configure = [shutil.which("cmake", path=path), "-S", tmp_path, "-B", tmp_path / "build"]
+    assert run(configure).returncode == 0
+    sources = {Path(p) for p in (tmp_path / "build" / "sources.txt").read_text().split(";")}
+    instances = {path for path in sources if path.is_relative_to(tmp_path)}
+    assert sources - instances == set((ROOT / "csrc" / "cuda").glob("*/*.cu"))
+    assert {path.stem for path in instances} == {
+        f"deform_conv_{kernel}_{arithmetic}"
+        for kernel in ("fwd", "bwd_input", "bwd_weights")
+        for arithmetic in ("bfloat16", "float16", "tf32", "float32", "float64")
+    }
+    for instance in instances:
+        (header,) = re.findall(r'#include "(.*)"', instance.read_text())
+        (template,) = re.findall(r"template struct (\w+)<\w+>;", instance.read_text())
+        assert f"{template}<Op>::choose(" in (ROOT / "csrc" / header).read_text()
+    times = {path: path.stat().st_mtime_ns for path in instances}
+    assert run(configure).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in instances} == times
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from dyhead_cuda import (
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
 from tests.helpers.inputs import halving_sizes, random_pyramid
+from tests.helpers.modules import MODULES, as_list, randomise
 
 
 def small_head(**options: Any) -> DyHead:
@@ -34,17 +34,6 @@ def small_head(**options: Any) -> DyHead:
     head = DyHead(4, 8, 2, **{"num_groups": 2, **options}).double()
     randomise(head)
     return head
-
-
-def randomise(module: nn.Module, seed: int = 3) -> None:
-    source = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            noise = torch.randn(p.shape, generator=source, dtype=torch.float64)
-            fan_in = max(1, p[0].numel()) if p.dim() > 1 else 4
-            # Around one: the norm's weight, and the bias that keeps the gate's ReLU alive.
-            around = 1.0 if name.endswith(("norm.weight", "scale_gate.bias")) else 0.0
-            p.copy_(noise / math.sqrt(fan_in) + around)
 
 
 def small_features(levels: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -229,34 +218,7 @@ def test_a_training_step_changes_every_parameter() -> None:
 # --- copies, types --------------------------------------------------------------------------------
 
 
-MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] = {
-    "DyHead": (
-        lambda: DyHead(4, 8, 2, num_groups=2, high_offset="crop", eps=1e-3),
-        lambda: (random_pyramid(2, 4, halving_sizes(7, 6, 3), torch.float32),),
-    ),
-    "DyHeadBlock": (
-        lambda: DyHeadBlock(4, 8, num_groups=4, deform_bias=False),
-        lambda: (random_pyramid(2, 4, halving_sizes(7, 6, 3), torch.float32),),
-    ),
-    "UnifiedDyHead": (
-        lambda: UnifiedDyHead(3, 8, 2, resize="max"),
-        lambda: (torch.randn(2, 3, 8, 4, 5),),
-    ),
-    "DynamicReLU": (
-        lambda: DynamicReLU(8, reduction=2, activation="sigmoid"),
-        lambda: (torch.randn(2, 8, 4, 5),),
-    ),
-    "ModulatedDeformConv2d": (
-        lambda: ModulatedDeformConv2d(4, 6, (3, 2), (1, 2), 1, groups=2, deform_groups=2),
-        lambda: (torch.randn(2, 4, 5, 6), torch.randn(2, 24, 5, 4), torch.rand(2, 12, 5, 4)),
-    ),
-}
-
 modules = pytest.mark.parametrize("name", MODULES)
-
-
-def as_list(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else list(out)
 
 
 def cast(arguments: Any, dtype: torch.dtype) -> Any:

@@ -27,8 +27,8 @@ from dyhead_cuda.compat.accelerate import AcceleratedBlock
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 from tests.helpers.compare import leaf, random_like
 from tests.helpers.inputs import halving_sizes, random_pyramid
+from tests.helpers.modules import randomise
 from tests.helpers.published import glip, mmdet
-from tests.test_modules import randomise
 
 CHANNELS = 16
 

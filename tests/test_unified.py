@@ -15,27 +15,9 @@ from dyhead_cuda.modules import UnifiedDyHeadBlock
 from dyhead_cuda.reference import ResizeMode, Targets, UnifiedParameters
 from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf
 from tests.helpers.inputs import random_pyramid
+from tests.helpers.unified import normal, random_parameters
 
 targets_both = pytest.mark.parametrize("targets", ["all", "median"])
-
-
-def normal(*shape: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, dtype=torch.float64)
-
-
-def random_parameters(levels: int, channels: int, out_channels: int) -> UnifiedParameters:
-    hidden = max(1, out_channels // 4)
-    return UnifiedParameters(
-        normal(levels, levels),
-        normal(levels, scale=0.3),
-        normal(27, channels, 3, 3, scale=(9 * channels) ** -0.5),
-        normal(27),
-        normal(levels, out_channels, channels, 3, 3, scale=(9 * channels) ** -0.5),
-        normal(hidden, out_channels),
-        normal(hidden) + 0.5,
-        normal(4 * out_channels, hidden),
-        normal(4 * out_channels),
-    )
 
 
 def spatial_arguments(levels: int, channels: int, out_channels: int) -> list[Tensor]:

@@ -62,35 +62,52 @@ SWEEP_PRECISION = {"cpu": "float32", "cuda": "bfloat16"}
 
 def entries(selection: Selection, device: str) -> list[Entry]:
     """What a run measures on a "cpu" or "cuda" device, most important first."""
-    families = FAMILIES if selection.families is None else selection.families
+    if selection == Selection():
+        return [*_product(selection, device), *_sweep(device)]
     if selection.quick:
         selection = replace(selection, shapes=selection.shapes or ("tiny",))
-        families = tuple(name for name in families if name != "compile")
+    return _product(selection, device)
+
+
+def _product(selection: Selection, device: str) -> list[Entry]:
+    """All combinations of what was selected."""
     directions = selection.directions or DIRECTIONS
-    shapes = selection.shapes or ("glip",)
     precisions = selection.precisions or DEFAULT_PRECISIONS[device]
     batches = selection.batches or DEFAULT_BATCHES[device]
-    found = []
-    for case in selection.cases or DEFAULT_CASES[device]:
-        chosen = families
-        if selection.families is None and case not in COMPILED_CASES[device]:
-            chosen = tuple(name for name in families if name != "compile")
-        for name in shapes:
-            for blocks in _blocks(case, name, selection.blocks):
-                for batch in batches:
-                    setting = Setting(case, SHAPE_SETS[name], batch, blocks)
-                    found.append(Entry(setting, precisions, directions, chosen))
-    if selection == Selection():
-        found += [
-            Entry(
-                Setting("block", SHAPE_SETS[name], batch),
-                (SWEEP_PRECISION[device],),
-                families=SWEEP_FAMILIES[device],
-                real_check=False,
-            )
-            for name, batch in SWEEP
-        ]
-    return found
+    return [
+        Entry(
+            Setting(case, SHAPE_SETS[name], batch, blocks),
+            precisions,
+            directions,
+            _families(selection, case, device),
+        )
+        for case in selection.cases or DEFAULT_CASES[device]
+        for name in selection.shapes or ("glip",)
+        for blocks in _blocks(case, name, selection.blocks)
+        for batch in batches
+    ]
+
+
+def _families(selection: Selection, case: str, device: str) -> tuple[str, ...]:
+    """Those selected, or all; without torch.compile where that would take too long."""
+    chosen = FAMILIES if selection.families is None else selection.families
+    by_default = selection.families is None and case not in COMPILED_CASES[device]
+    if selection.quick or by_default:
+        return tuple(name for name in chosen if name != "compile")
+    return chosen
+
+
+def _sweep(device: str) -> list[Entry]:
+    """A block at the sizes of ``SWEEP``, checked at a small size only."""
+    return [
+        Entry(
+            Setting("block", SHAPE_SETS[name], batch),
+            (SWEEP_PRECISION[device],),
+            families=SWEEP_FAMILIES[device],
+            real_check=False,
+        )
+        for name, batch in SWEEP
+    ]
 
 
 def _blocks(case: str, shapes: str, asked: Sequence[int]) -> Sequence[int]:

@@ -209,12 +209,9 @@ def _rates(axes: Axes, rows: Sequence[Row], colour_of: dict[str, str]) -> None:
 
 def scaling(results: Results, figure: Figure) -> bool:
     """Time of a block per pixel of all images, over pixels and over batch."""
-    measured = [r for r in results.rows if r.status == OK and r.case == "block" and r.time]
-    if len({(r.shapes, r.batch) for r in measured}) < 3:
+    blocks = _rows_of_blocks(results)
+    if not blocks:
         return False
-    precisions = [r.precision for r in measured if r.implementation == OURS]
-    precision = max(precisions, key=precisions.count)
-    blocks = [r for r in measured if r.precision == precision and r.shapes in SHAPE_SETS]
     single = [r for r in blocks if r.batch == 1]
     figure.set_size_inches(9, 4)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -229,9 +226,19 @@ def scaling(results: Results, figure: Figure) -> bool:
     _ticks(right, batches, [str(batch) for batch in batches])
     left.yaxis.set_major_formatter(PLAIN)
     left.yaxis.set_minor_formatter(NullFormatter())
-    left.set_title(f"block, {precision}: flat is linear")
+    left.set_title(f"block, {blocks[0].precision}: flat is linear")
     left.legend(loc="best")
     return True
+
+
+def _rows_of_blocks(results: Results) -> list[Row]:
+    """The blocks in the precision that was measured most; none if there are too few sizes."""
+    measured = [r for r in results.rows if r.status == OK and r.case == "block" and r.time]
+    precisions = [r.precision for r in measured if r.implementation == OURS]
+    if not precisions or len({(r.shapes, r.batch) for r in measured}) < 3:
+        return []
+    precision = max(precisions, key=precisions.count)
+    return [r for r in measured if r.precision == precision and r.shapes in SHAPE_SETS]
 
 
 def _lines(axes: Axes, rows: Sequence[Row], place: Callable[[Row], int]) -> None:

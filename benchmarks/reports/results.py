@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,3 @@ def _row(index: int, data: Any) -> Row:
         if not 0 < timing.lower_quartile <= timing.median <= timing.upper_quartile:
             raise ResultsError(f"row {index}: quartiles out of order: {timing}")
     return Row(**{**data, "times": made})
-
-
-def failures(rows: Iterable[Row]) -> list[Row]:
-    """Rows whose implementation was wrong or did not run."""
-    return [row for row in rows if row.status in (WRONG, FAILED)]

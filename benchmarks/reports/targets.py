@@ -144,18 +144,10 @@ def judge(runs: Sequence[Results]) -> list[Verdict]:
 
 
 def _judge(target: Target, runs: Sequence[Results]) -> Verdict:
-    values = []
-    for results, group in ((run, group) for run in runs for group in run.groups()):
-        if not _fits(target, next(iter(group.values()))):
-            continue
-        right = {name: r for name, r in group.items() if r.status == OK}
-        value = target.measure(results, right)
-        if value is None and target.batch == 0:
-            continue
-        values.append(value)
-    if not values or any(value is None for value in values):
-        return Verdict(target, None, NOT_MEASURED)
+    values = _values(target, runs)
     known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return Verdict(target, None, NOT_MEASURED)
     worst = min(known) if target.at_least else max(known)
 
     def met(limit: float) -> bool:
@@ -165,6 +157,19 @@ def _judge(target: Target, runs: Sequence[Results]) -> Verdict:
         return Verdict(target, worst, REACHED)
     first = target.first_step is not None and met(target.first_step)
     return Verdict(target, worst, FIRST_STEP if first else MISSED)
+
+
+def _values(target: Target, runs: Sequence[Results]) -> list[float | None]:
+    """The number of each group that fits; None where it was not measured for the target's batch."""
+    values = []
+    for results in runs:
+        for group in results.groups():
+            if _fits(target, next(iter(group.values()))):
+                right = {name: row for name, row in group.items() if row.status == OK}
+                value = target.measure(results, right)
+                if value is not None or target.batch:
+                    values.append(value)
+    return values
 
 
 def _fits(target: Target, row: Row) -> bool:

@@ -24,7 +24,7 @@ namespace dyhead {
 
 class Context;
 
-inline constexpr int32_t kMaxCoefficientJobs = 128;  // the tables go by value to the kernels
+inline constexpr int32_t kMaxCoefficientJobs = 128;  // kernels get the tables by value
 inline constexpr int32_t kMaxNorms = 8;
 
 struct BlockCoefficientsShape {
@@ -36,13 +36,13 @@ struct BlockCoefficientsShape {
   int32_t groups;    // G
   int32_t hidden;    // H
   int32_t norms;     // B, the kinds of branches, each with a normalisation of its own
-  DType dtype;       // of everything but the parameters: float64 or float32
+  DType dtype;       // of all but the parameters: float64 or float32
   double eps;        // forward only
 
   DYHEAD_HD int32_t group_width() const { return channels / groups; }
-  // Values that the forward keeps per job and image: mu [G], rstd [G], the gate's logit.
+  // Saved by the forward for each job and image: mu [G], rstd [G], the logit of the gate.
   DYHEAD_HD int32_t norm_values() const { return 2 * groups + 1; }
-  // The same per level and image: the mean of z [C], the hidden layer [H], the logits [4 C].
+  // Saved for each level and image: the mean of z [C], the hidden layer [H], the logits [4 C].
   DYHEAD_HD int32_t layer_values() const { return 5 * channels + hidden; }
 };
 
@@ -52,7 +52,7 @@ struct BlockCoefficientsTables {
   int16_t norm[kMaxCoefficientJobs];       // by job
 };
 
-// A parameter in the type that its module stores it in.
+// A parameter, in the type in which its module stores it.
 struct Parameter {
   const void* data;
   DType dtype;
@@ -112,12 +112,13 @@ struct BlockCoefficientsBwdParams {
 void run_block_coefficients_fwd(const BlockCoefficientsFwdParams& params, Context& context);
 void run_block_coefficients_bwd(const BlockCoefficientsBwdParams& params, Context& context);
 
-// What the backward's first step leaves for its second, which adds up the parameters' gradients.
+// Intermediate results of the backward: its first step writes them, its second sums them into the
+// parameters' gradients.
 template <class F>
 struct BlockCoefficientsPartials {
   F* logits;       // [L, N, 4 C], gradients
   F* hidden;       // [L, N, H], gradients before the ReLU
-  F* norm_weight;  // [J, N, C], shares in the gradient of the branch's parameter, like the rest
+  F* norm_weight;  // [J, N, C], contributions to the parameters' gradients, as below
   F* norm_bias;    // [J, N, C]
   F* gate_weight;  // [J, N, C]
   F* gate;         // [J, N]
@@ -162,7 +163,7 @@ struct GroupMoments {
   F mean, rstd;
 };
 
-// a y + b as a (y - mu) + bias: y and mu may be much larger than their difference.
+// a y + b, computed as a (y - mu) + bias: y and mu may be much larger than their difference.
 template <class F>
 struct NormAffine {
   F a, bias, mean;
@@ -178,19 +179,19 @@ DYHEAD_HD NormAffine<F> norm_affine(F weight, F bias, const GroupMoments<F>& gro
 
 template <class F>
 DYHEAD_HD F scale_gate(F logit) {
-  // A NaN fails all comparisons and stays one.
+  // NaN fails all comparisons and propagates.
   const F shifted = (logit < F(0) ? F(0) : logit) + F(3);
   return (shifted > F(6) ? F(6) : shifted) / F(6);
 }
 
-// d(gate) / d(logit): 0 at both corners, as torch has it.
+// d(gate) / d(logit): 0 at both corners, as in torch.
 template <class F>
 DYHEAD_HD F scale_gate_slope(F logit) {
   return logit > F(0) && logit + F(3) < F(6) ? F(1) / F(6) : F(0);
 }
 
-// What reaches a channel of a branch from above: the gradients of its scale, of its level's shift
-// and of the mean of z; and what they make of those of its a and bias, for a share of 1.
+// The incoming gradients of one channel of a branch: of its scale, of its level's shift and of the
+// mean of z; and what follows from them for the gradients of a and bias, with a share of 1.
 template <class F>
 struct ChannelGrads {
   F scale, shift, mean_z;
@@ -199,19 +200,19 @@ struct ChannelGrads {
     return (scale - k.mean * shift) + mean_z * (up_mean - k.mean);
   }
   DYHEAD_HD F of_bias() const { return shift + mean_z; }
-  // The channel's part of the gradient of the branch's share.
+  // The channel's contribution to the gradient of the branch's share.
   DYHEAD_HD F of_share(const NormAffine<F>& k, F up_mean) const {
     return of_a(k, up_mean) * k.a + of_bias() * k.bias;
   }
 };
 
-// What goes on to the normalisation.
+// The gradients passed on to the normalisation.
 template <class F>
 struct AffineGrads {
   F a, bias, up_mean;
 };
 
-// `pooled` is the gradient of the mean a u + b, from which the gate was computed.
+// `pooled` is the gradient of the mean a u + b that the gate was computed from.
 template <class F>
 DYHEAD_HD AffineGrads<F> affine_grads(const ChannelGrads<F>& grads, const NormAffine<F>& k, F share,
                                       F pooled, F up_mean) {
@@ -219,8 +220,8 @@ DYHEAD_HD AffineGrads<F> affine_grads(const ChannelGrads<F>& grads, const NormAf
           share * grads.of_bias() + pooled, (share * grads.mean_z + pooled) * k.a};
 }
 
-// The gradients of a group's mean and rstd, added up over its channels, turned into those of the
-// moments of its `width` channels.
+// From the gradients of a group's mean and rstd, summed over its channels, to those of the moments
+// of its `width` channels.
 template <class F>
 struct MomentGrads {
   F var;        // of every v

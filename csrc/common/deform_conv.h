@@ -1,5 +1,5 @@
-// What a call of deform_conv passes to the kernels, forward and backward, and where its taps read;
-// shared by the CPU and the CUDA kernels.
+// The arguments of a deform_conv call, forward and backward, and where its taps read; shared by the
+// CPU and the CUDA kernels.
 #pragma once
 
 #include <vector>
@@ -11,61 +11,61 @@ namespace dyhead {
 
 class Context;
 
-// The matrices of weights [C_out, C / groups, kh, kw], and for each its bias [C_out], or no biases.
+// The weight matrices [C_out, C / groups, kh, kw], and a bias [C_out] for each or no biases.
 struct DeformWeights {
   std::vector<const void*> matrices, bias;
-  DType dtype;  // of all of them: the compute type or, with CUDA, the source's
+  DType dtype;  // of all of them: the compute type or, on CUDA, the source's
 };
 
 struct DeformFwdParams {
-  const DeformTables* tables;
+  const DeformCall* call;
   const DeformWeights* weights;  // a job adds the bias of its first term
   const void* source;            // [R, C]
   const void* predictions;       // [Q, 3 D K]
-  const void* gates;             // [N, sources] or null: factor of a source map
+  const void* gates;             // [N, sources] or null: each scales a source map
   void* out;                     // [S, C_out]
-  bool wide_out;                 // out has the compute type
-  bool moments;                  // whether to fill the next three, [J, N, C_out] each
+  bool out_in_compute_dtype;     // out has the compute type
+  bool moments;                  // whether to compute the next three, [J, N, C_out] each
   void* mean;
   void* var;        // biased
-  void* up_mean;    // the mean once upsampled
+  void* up_mean;    // the mean after upsampling
   bool allow_tf32;  // float32 products on CUDA may round their operands to TF32
 };
 
 struct DeformBwdParams {
-  const DeformTables* tables;
+  const DeformCall* call;
   const DeformWeights* weights;
   const void* source;
   const void* predictions;
   const void* gates;
-  const void* grad_out;      // [S, C_out]
-  bool wide_out;             // grad_out has the compute type
-  bool moments;              // whether there are gradients of the moments: the next five
-  const void* out;           // [S, C_out]
-  const void* mean;          // [J, N, C_out]
-  const void* grad_mean;     // [J, N, C_out]
-  const void* grad_var;      // [J, N, C_out]
-  const void* grad_up_mean;  // [J, N, C_out]
-  bool deterministic;        // the same bits in every run, at whatever cost
-  void* grad_source;         // [R, C]
-  void* grad_predictions;    // [Q, 3 D K]
-  void* grad_weights;        // [W, C_out, C / groups, kh, kw], of the compute type
-  void* grad_bias;           // [W, C_out] or null
-  void* grad_gates;          // [N, sources] or null
-  bool allow_tf32;           // as forward
+  const void* grad_out;       // [S, C_out]
+  bool out_in_compute_dtype;  // grad_out has the compute type
+  bool moments;               // whether there are gradients of the moments: the next five
+  const void* out;            // [S, C_out]
+  const void* mean;           // [J, N, C_out]
+  const void* grad_mean;      // [J, N, C_out]
+  const void* grad_var;       // [J, N, C_out]
+  const void* grad_up_mean;   // [J, N, C_out]
+  bool deterministic;         // the same bits in every run, even if that is slower
+  void* grad_source;          // [R, C]
+  void* grad_predictions;     // [Q, 3 D K]
+  void* grad_weights;         // [W, C_out, C / groups, kh, kw], of the compute type
+  void* grad_bias;            // [W, C_out] or null
+  void* grad_gates;           // [N, sources] or null
+  bool allow_tf32;            // as forward
 };
 
 // The kernels of a library; see csrc/host/device.h.
 void run_deform_conv_fwd(const DeformFwdParams& params, Context& context);
 void run_deform_conv_bwd(const DeformBwdParams& params, Context& context);
 
-// What is predicted for one tap: its offset, and its mask before a sigmoid.
+// The predictions for one tap: its offset, and its mask before the sigmoid.
 template <class F>
 struct TapValues {
   F dy, dx, mask;
 };
 
-// Where the taps of one term of a job read for one image, and with which weights.
+// Where the taps of one term of a job read in one image, and with which weights.
 template <class F>
 struct TapSampler {
   const DeformShape& shape;
@@ -89,7 +89,8 @@ struct TapSampler {
     return {dy, dx, mask};
   }
 
-  // The factor of a sample; *before_gate, where asked for, is the mask alone.
+  // The factor of a sample: mask times gate. If before_gate is not null, the mask alone is stored
+  // there.
   DYHEAD_HD F modulation(F predicted_mask, F* before_gate = nullptr) const {
     const bool logit = shape.mask_logits && !job.plain();
     const F mask = logit ? F(1) / (F(1) + std::exp(-predicted_mask)) : predicted_mask;
@@ -118,7 +119,7 @@ struct TapSampler {
     return point(v.dy, v.dx, tap, at);
   }
 
-  // The corners that `p` reads, with the modulation folded into their weights.
+  // The corners of `p`, with the modulation folded into their weights.
   DYHEAD_HD Corners<F> corners(const SamplePoint<F>& p, F predicted_mask) const {
     // A sample outside must stay zero even where its modulation is not finite.
     const F scale = p.inside ? modulation(predicted_mask) : F(0);

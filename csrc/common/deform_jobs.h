@@ -1,10 +1,10 @@
-// The one description of deformable work: maps in matrices of rows, and a list of jobs over them.
+// Describes deformable work: maps in matrices of rows, and a list of jobs over them.
 //
-// A job computes one output map for every image: for each of its terms, nine (or kernel_h x
-// kernel_w) taps of a source map are sampled where the job's predictions say and multiplied with
-// the term's weights; the terms are added. The pyramid block has a job per branch and level, with
-// one term; the paper's spatial attention a job per target level with a term per level; a plain
-// convolution one job.
+// A job computes one output map for every image. For each of its terms, the taps (3x3 or kernel_h x
+// kernel_w) of a source map are sampled at the positions that the job's predictions give, and
+// multiplied with the term's weights; the job adds up its terms. The pyramid block has a job with
+// one term for each branch and level; the paper's spatial attention has a job for each target
+// level, with a term for each level; a plain convolution is one job.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@
 
 #include "dispatch.h"
 #include "division.h"
+#include "upsample.h"
 
 namespace dyhead {
 
@@ -47,7 +48,8 @@ struct DeformJob {
   ReadRule offset_rule, mask_rule;
   int32_t stride_h, stride_w;
   int32_t first_term, terms;
-  int32_t up_height, up_width;  // size that the output is upsampled to later: for its mean there
+  int32_t up_height, up_width;  // size after the upsampling that follows, for the mean there
+  UpsampleMode up_mode;
 };
 
 struct DeformShape {
@@ -63,8 +65,8 @@ struct DeformShape {
   DYHEAD_HD int32_t prediction_columns() const { return 3 * deform_groups * taps(); }
 };
 
-// One call's work.
-struct DeformTables {
+// The work of one call.
+struct DeformCall {
   DeformShape shape;
   std::vector<MapShape> sources;
   std::vector<DeformTerm> terms;
@@ -81,8 +83,8 @@ DYHEAD_HD OutputPixel output_pixel(const DeformJob& job, int32_t index) {
   return {index, index / job.out.width, index % job.out.width};
 }
 
-// Index, relative to the image's first value, of value k of an output pixel in a block of columns
-// that starts at `first_column` of the prediction rows.
+// Index of value k of an output pixel, relative to the first value of the image's predictions. The
+// value is one of a block of columns that starts at `first_column` of the prediction rows.
 DYHEAD_HD int64_t prediction_index(const DeformShape& shape, const DeformJob& job, ReadRule rule,
                                    int32_t first_column, int32_t k, const OutputPixel& at) {
   int64_t pixel = at.index;
@@ -91,7 +93,7 @@ DYHEAD_HD int64_t prediction_index(const DeformShape& shape, const DeformJob& jo
   } else if (rule == ReadRule::kFlat) {
     const Division place = divide(k * job.out.pixels() + at.index, job.predictions.pixels());
     k = static_cast<int32_t>(place.quotient);
-    pixel = place.rest;
+    pixel = place.remainder;
   }
   return pixel * shape.prediction_columns() + first_column + k;
 }

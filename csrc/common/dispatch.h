@@ -13,7 +13,7 @@ inline int64_t element_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Of the type that statistics and parameters have beside values of `dtype`.
+// Bytes of the compute type, which statistics and parameters have.
 inline int64_t compute_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 // Calls f(T{}) with the storage type T that `dtype` names, and returns its result.

@@ -1,4 +1,4 @@
-// Integer division with remainder that is fast on a GPU where the numbers are small.
+// Integer division with remainder, fast on a GPU for small numbers.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,11 @@
 namespace dyhead {
 
 struct Division {
-  int64_t quotient, rest;
+  int64_t quotient, remainder;
 };
 
-// Of a >= 0 by b > 0. A 64-bit division takes a GPU some hundred instructions, a 32-bit one twenty.
+// For a >= 0 and b > 0. On a GPU a 64-bit division takes about a hundred instructions, a 32-bit one
+// about twenty.
 DYHEAD_HD Division divide(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) {
     const auto small_a = static_cast<uint32_t>(a);

@@ -14,7 +14,8 @@
 
 namespace dyhead {
 
-// 16-bit patterns: the layout of torch.bfloat16 and torch.float16, without arithmetic of their own.
+// 16-bit patterns, laid out as torch.bfloat16 and torch.float16; they have no arithmetic of their
+// own.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -61,8 +62,8 @@ DYHEAD_HD float float16_to_float(float16 x) {
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // Denormals are multiples of 2^-24; an integer conversion keeps them exact even where the
-  // processor flushes denormals.
+  // Denormals are multiples of 2^-24; an integer conversion keeps them exact even if the processor
+  // flushes denormals to zero.
   const uint32_t denormal = detail::float_bits(static_cast<float>(magnitude) * 0x1p-24f);
   // Rebias the exponent from 15 to 127; infinity and NaN go from exponent 31 to 255.
   const uint32_t rebias = magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;

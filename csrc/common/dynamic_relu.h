@@ -17,7 +17,7 @@ class Context;
 
 struct DynamicReluShape {
   int64_t images;     // N
-  int64_t pixels;     // P, the positions that are averaged over
+  int64_t pixels;     // P, the positions averaged over
   int64_t channels;   // C
   int64_t hidden;     // H
   DType dtype;        // of rows; all other tensors have its compute type
@@ -59,7 +59,7 @@ template <class F>
 DYHEAD_HD F shifted_sigmoid(F logit, bool hard) {
   if (hard) {
     const F shifted = logit + F(3);
-    // A NaN fails both comparisons and stays one.
+    // NaN fails both comparisons and propagates.
     return F(2) * ((shifted < F(0) ? F(0) : shifted > F(6) ? F(6) : shifted) / F(6)) - F(1);
   }
   return F(2) / (F(1) + std::exp(-logit)) - F(1);
@@ -98,7 +98,7 @@ DYHEAD_HD DynamicReluCoefficients<F> dynamic_relu_coefficients(const F* logits, 
           dynamic_relu_coefficient(logits[3 * channels + c], 3, hard)};
 }
 
-// d(coefficient) / d(logit) for the four coefficients k of a channel: the offsets b are halved.
+// d(coefficient) / d(logit) for coefficient k of a channel; the offsets b have half the slope.
 template <class F>
 DYHEAD_HD F dynamic_relu_slope(F logit, int k, bool hard) {
   const F slope = shifted_sigmoid_slope(logit, hard);
@@ -109,11 +109,11 @@ template <class F>
 DYHEAD_HD F dynamic_relu_value(const DynamicReluCoefficients<F>& k, F x) {
   const F first = k.a1 * x + k.b1;
   const F second = k.a2 * x + k.b2;
-  // A NaN on either side must come through, as it does in torch.maximum.
+  // NaN on either side propagates, as in torch.maximum.
   return first > second || first != first ? first : second;
 }
 
-// Share of the gradient that goes to the first branch: ties are split, as in torch.maximum.
+// The share of the gradient that the first line gets: ties are split, as in torch.maximum.
 template <class F>
 DYHEAD_HD F dynamic_relu_share(const DynamicReluCoefficients<F>& k, F x) {
   const F first = k.a1 * x + k.b1;

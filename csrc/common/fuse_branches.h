@@ -3,9 +3,10 @@
 //
 //   z(p) = sum_b scale[b] up(y_b)(p) + shift,   out = max(a1 z + b1, a2 z + b2)
 //
-// with up = bilinear upsampling (upsample.h) from the branch's size to the level's, and dynamic
-// ReLU (dynamic_relu.h). The scales hold the branches' normalisation, gates and the 1 / count of
-// their average, the shift what is left of them without the pixels.
+// where up is upsampling (upsample.h) from the branch's size to the level's, and the
+// maximum is the dynamic ReLU (dynamic_relu.h). The scales contain the branches' normalisation,
+// their gates and the 1 / count of their average; the shift contains all terms that depend on no
+// pixel.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +25,10 @@ struct FuseLevel {
   MapShape out;
   int32_t branches;              // 1 to kMaxBranches
   int32_t branch[kMaxBranches];  // indices of branch maps
+  UpsampleMode mode;             // of branches that have another size
 };
 
-// One call's work.
+// The work of one call.
 struct FuseTables {
   int64_t images, channels;
   DType dtype;                 // of y and out; all other tensors have its compute type

@@ -1,5 +1,5 @@
-// A pyramid's levels [N, C, H, W] as one matrix of rows and back: the arguments of its kernels,
-// shared by the CPU and the CUDA kernels. Elements are moved, never computed with.
+// Conversion between a pyramid's levels [N, C, H, W] and one matrix of rows: the arguments of its
+// kernels, shared by the CPU and the CUDA kernels. Elements are moved, never computed with.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ class Context;
 struct PackLevel {
   MapShape map;        // its rows
   void* data;          // [N, C, H, W]: read to pack, written to unpack
-  bool channels_last;  // in memory [N, H, W, C], so that its rows are a copy; only to pack
+  bool channels_last;  // stored as [N, H, W, C], so that packing is a copy; only used to pack
 };
 
 // Pixel p of image n of a level is row map.first_row + n * map.pixels() + p.
@@ -29,7 +29,7 @@ struct PackParams {
 void run_pack_levels(const PackParams& params, Context& context);
 void run_unpack_levels(const PackParams& params, Context& context);
 
-// Calls f with a value of the unsigned integer type of the elements' size.
+// Calls f with a value of the unsigned integer type that has the elements' size.
 template <class F>
 auto dispatch_element(int64_t bytes, F&& f) {
   switch (bytes) {

@@ -18,9 +18,10 @@ struct SamplePoint {
   bool inside;
 };
 
-// The sample at (base_y + dy, base_x + dx). Valid samples are -1 < y < height, -1 < x < width; NaN
-// and infinity fail these comparisons, and only a valid coordinate is converted to an integer. The
-// fraction is that of the offset alone: adding the pixel's position first would cost it digits.
+// The sample at (base_y + dy, base_x + dx). Valid samples have -1 < y < height and -1 < x < width.
+// NaN and infinity fail these comparisons, and only a valid coordinate is converted to an integer.
+// The fraction is computed from the offset alone: adding the pixel's position first would lose
+// digits.
 template <class F>
 DYHEAD_HD SamplePoint<F> locate(int32_t base_y, F dy, int32_t base_x, F dx, int32_t height,
                                 int32_t width) {
@@ -31,7 +32,7 @@ DYHEAD_HD SamplePoint<F> locate(int32_t base_y, F dy, int32_t base_x, F dx, int3
   if (!inside) return {F(0), F(0), 0, 0, false};
   const F whole_y = std::floor(dy);
   const F whole_x = std::floor(dx);
-  // A whole part may not fit 32 bits where its sum with the base does.
+  // The whole part alone may exceed 32 bits where its sum with the base does not.
   const auto top = static_cast<int32_t>(base_y + static_cast<int64_t>(whole_y));
   const auto left = static_cast<int32_t>(base_x + static_cast<int64_t>(whole_x));
   return {dy - whole_y, dx - whole_x, top, left, true};
@@ -48,11 +49,11 @@ DYHEAD_HD bool corner_exists(const SamplePoint<F>& p, int i, int32_t height, int
 template <class F>
 struct Corners {
   F weight[4];
-  int32_t pixel[4];  // y * width + x, or -1 where the corner does not exist and is not to be read
+  int32_t pixel[4];  // y * width + x, or -1 where the corner does not exist and must not be read
 };
 
-// The sample's value is the sum of weight[i] * value(pixel[i]) over the corners that exist, with
-// `scale` (the modulation) folded in.
+// The sample's value is the sum of weight[i] * value(pixel[i]) over the corners that exist; `scale`
+// (the modulation) is folded into the weights.
 template <class F>
 DYHEAD_HD Corners<F> corners_of(const SamplePoint<F>& p, int32_t height, int32_t width, F scale) {
   Corners<F> c;
@@ -66,8 +67,8 @@ DYHEAD_HD Corners<F> corners_of(const SamplePoint<F>& p, int32_t height, int32_t
   return c;
 }
 
-// Derivatives of a sample, given what each corner contributes to (its value, or its inner product
-// with the gradient): 0 where the corner does not exist.
+// A sample's value and its derivatives, from one number for each corner (its value, or its inner
+// product with the gradient), which is 0 where the corner does not exist.
 template <class F>
 DYHEAD_HD F sample_value(const SamplePoint<F>& p, const F (&corner)[4]) {
   return (F(1) - p.below) * ((F(1) - p.right) * corner[0] + p.right * corner[1]) +

@@ -24,7 +24,7 @@ struct DeformChunk {
   }
 };
 
-inline std::vector<DeformChunk> deform_chunks(const DeformTables& tables, int64_t images) {
+inline std::vector<DeformChunk> deform_chunks(const DeformCall& tables, int64_t images) {
   std::vector<DeformChunk> chunks;
   for (int32_t j = 0; j < static_cast<int32_t>(tables.jobs.size()); ++j) {
     const int64_t pixels = tables.jobs[j].out.pixels();
@@ -50,7 +50,7 @@ void sample_rows(const TapSampler<F>& taps, int32_t deform_group, int32_t tap, i
 }
 
 template <class F>
-TapSampler<F> tap_sampler(const DeformTables& tables, const DeformJob& job, const DeformTerm& term,
+TapSampler<F> tap_sampler(const DeformCall& tables, const DeformJob& job, const DeformTerm& term,
                           const F* predictions, const F* gates, int64_t image) {
   const int64_t row = job.predictions.first_row + image * job.predictions.pixels();
   const int64_t sources = static_cast<int64_t>(tables.sources.size());
@@ -66,7 +66,8 @@ struct UpsampledMeanWeights {
   std::vector<F> y, x;
 
   explicit UpsampledMeanWeights(const DeformJob& job)
-      : y(axis(job.out.height, job.up_height)), x(axis(job.out.width, job.up_width)) {}
+      : y(axis(job.out.height, job.up_height, job.up_mode)),
+        x(axis(job.out.width, job.up_width, job.up_mode)) {}
 
   F at(int64_t pixel) const {
     const int64_t width = static_cast<int64_t>(x.size());
@@ -74,7 +75,7 @@ struct UpsampledMeanWeights {
   }
 
  private:
-  static std::vector<F> axis(int32_t from, int32_t to);
+  static std::vector<F> axis(int32_t from, int32_t to, UpsampleMode mode);
 };
 
 extern template struct UpsampledMeanWeights<float>;

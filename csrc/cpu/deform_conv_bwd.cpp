@@ -53,8 +53,8 @@ class Backward {
  public:
   explicit Backward(const DeformBwdParams& p)
       : p_(p),
-        s_(p.tables->shape),
-        tables_(*p.tables),
+        s_(p.call->shape),
+        tables_(*p.call),
         kernels_(deform_kernels<T>()),
         gemm_(kernels_.gemm),
         group_outputs_(s_.out_channels / s_.groups),
@@ -114,7 +114,7 @@ class Backward {
     const int64_t channels = s_.out_channels;
     const int64_t start = chunk.out_row(job) * channels;
     const int64_t count = chunk.rows * channels;
-    if (p_.wide_out) {
+    if (p_.out_in_compute_dtype) {
       const F* from = static_cast<const F*>(p_.grad_out) + start;
       std::copy(from, from + count, grad.begin());
     } else {
@@ -408,7 +408,7 @@ class Backward {
 
   const DeformBwdParams& p_;
   const DeformShape& s_;
-  const DeformTables& tables_;
+  const DeformCall& tables_;
   const DeformKernels<T>& kernels_;
   const GemmKernel<F>& gemm_;
   int64_t group_outputs_;
@@ -426,7 +426,7 @@ class Backward {
 namespace dyhead {
 
 void run_deform_conv_bwd(const DeformBwdParams& params, Context&) {
-  dispatch_dtype(params.tables->shape.dtype,
+  dispatch_dtype(params.call->shape.dtype,
                  [&](auto zero) { cpu::Backward<decltype(zero)>(params).run(); });
 }
 

@@ -1,16 +1,14 @@
 #include <cstring>
 
-#include "../common/upsample.h"
-#include "deform_conv.h"
-
 #include "context.h"
+#include "deform_conv.h"
 
 namespace dyhead::cpu {
 
 template <class F>
-std::vector<F> UpsampledMeanWeights<F>::axis(int32_t from, int32_t to) {
+std::vector<F> UpsampledMeanWeights<F>::axis(int32_t from, int32_t to, UpsampleMode mode) {
   std::vector<F> weights(from);
-  for (int32_t i = 0; i < from; ++i) weights[i] = upsampled_mean_weight<F>(i, from, to);
+  for (int32_t i = 0; i < from; ++i) weights[i] = upsampled_mean_weight<F>(i, from, to, mode);
   return weights;
 }
 
@@ -25,17 +23,17 @@ template <class F>
 class PackedWeights {
  public:
   PackedWeights(const DeformFwdParams& p, const GemmKernel<F>& gemm)
-      : taps_(p.tables->shape.taps()),
-        groups_(p.tables->shape.groups),
-        k_(round_up(p.tables->shape.channels / p.tables->shape.groups, gemm.pairs)),
-        cols_(round_up(p.tables->shape.out_channels / p.tables->shape.groups, gemm.tile_cols)),
+      : taps_(p.call->shape.taps()),
+        groups_(p.call->shape.groups),
+        k_(round_up(p.call->shape.channels / p.call->shape.groups, gemm.pairs)),
+        cols_(round_up(p.call->shape.out_channels / p.call->shape.groups, gemm.tile_cols)),
         element_(gemm.pairs == 2 ? sizeof(bfloat16) : sizeof(F)),
-        bytes_(p.tables->weights * groups_ * taps_ * k_ * cols_ * element_) {
-    const int64_t channels = p.tables->shape.channels / groups_;
-    const int64_t outputs = p.tables->shape.out_channels / groups_;
+        bytes_(p.call->weights * groups_ * taps_ * k_ * cols_ * element_) {
+    const int64_t channels = p.call->shape.channels / groups_;
+    const int64_t outputs = p.call->shape.out_channels / groups_;
     const int64_t panels = cols_ / gemm.tile_cols;
     const int64_t tap_bytes = k_ * cols_ * element_;
-    parallel_for_each(p.tables->weights * groups_ * panels, [&](int64_t task) {
+    parallel_for_each(p.call->weights * groups_ * panels, [&](int64_t task) {
       const int64_t matrix = task / panels;
       const int64_t first = task % panels * gemm.tile_cols;
       const int64_t last = std::min<int64_t>(first + gemm.tile_cols, outputs);
@@ -110,7 +108,7 @@ class Forward {
  public:
   explicit Forward(const DeformFwdParams& p)
       : p_(p),
-        s_(p.tables->shape),
+        s_(p.call->shape),
         kernels_(deform_kernels<T>()),
         // Pairs of columns must not reach across groups.
         paired_(kernels_.column_gemm.pairs == 2 &&
@@ -121,11 +119,11 @@ class Forward {
         column_bytes_(paired_ ? sizeof(bfloat16) : sizeof(F)),
         column_stride_(round_up(s_.channels, 2)) {
     if (!p.moments) return;
-    for (const DeformJob& job : p.tables->jobs) up_weights_.emplace_back(job);
+    for (const DeformJob& job : p.call->jobs) up_weights_.emplace_back(job);
   }
 
   void run() {
-    const std::vector<DeformChunk> chunks = deform_chunks(*p_.tables, s_.images);
+    const std::vector<DeformChunk> chunks = deform_chunks(*p_.call, s_.images);
 
     std::vector<F> moments(p_.moments ? chunks.size() * 3 * s_.out_channels : 0);
     parallel_tasks(
@@ -159,7 +157,7 @@ class Forward {
   }
 
   void compute(const DeformChunk& chunk, Scratch& scratch) const {
-    const DeformTables& tables = *p_.tables;
+    const DeformCall& tables = *p_.call;
     const DeformJob& job = tables.jobs[chunk.job];
     const int64_t padded = round_up(chunk.rows, gemm_.tile_rows);
     const int64_t deform_channels = s_.channels / s_.deform_groups;
@@ -191,13 +189,13 @@ class Forward {
   // Adds the bias, stores the rows and takes their moments.
   void finish(const DeformChunk& chunk, Scratch& scratch, std::vector<F>* moments,
               int64_t index) const {
-    const DeformJob& job = p_.tables->jobs[chunk.job];
+    const DeformJob& job = p_.call->jobs[chunk.job];
     const int64_t channels = s_.out_channels;
     const int64_t group_outputs = channels / s_.groups;
     const std::vector<const void*>& biases = p_.weights->bias;
     const F* bias = biases.empty()
                         ? nullptr
-                        : static_cast<const F*>(biases[p_.tables->terms[job.first_term].weight]);
+                        : static_cast<const F*>(biases[p_.call->terms[job.first_term].weight]);
     const int64_t start = chunk.out_row(job) * channels;
     F* y = scratch.out.data();
     for (int64_t r = 0; r < chunk.rows; ++r) {
@@ -210,7 +208,7 @@ class Forward {
         }
       }
       const F* row = y + r * out_stride_;
-      if (p_.wide_out) {
+      if (p_.out_in_compute_dtype) {
         std::copy(row, row + channels, static_cast<F*>(p_.out) + start + r * channels);
       } else {
         T* out = static_cast<T*>(p_.out) + start + r * channels;
@@ -228,7 +226,7 @@ class Forward {
 
   void merge(const std::vector<DeformChunk>& chunks, std::vector<F>& moments) const {
     const int64_t channels = s_.out_channels;
-    const int64_t count = static_cast<int64_t>(p_.tables->jobs.size()) * s_.images * channels;
+    const int64_t count = static_cast<int64_t>(p_.call->jobs.size()) * s_.images * channels;
     auto* mean = static_cast<F*>(p_.mean);
     auto* var = static_cast<F*>(p_.var);
     auto* up_mean = static_cast<F*>(p_.up_mean);
@@ -245,8 +243,8 @@ class Forward {
         up_mean[at + c] += part.up_mean[c];
       }
     }
-    for (size_t j = 0; j < p_.tables->jobs.size(); ++j) {
-      const F pixels = static_cast<F>(std::max<int64_t>(p_.tables->jobs[j].out.pixels(), 1));
+    for (size_t j = 0; j < p_.call->jobs.size(); ++j) {
+      const F pixels = static_cast<F>(std::max<int64_t>(p_.call->jobs[j].out.pixels(), 1));
       F* start = var + static_cast<int64_t>(j) * s_.images * channels;
       for (int64_t i = 0; i < s_.images * channels; ++i) start[i] /= pixels;
     }
@@ -268,7 +266,7 @@ class Forward {
 namespace dyhead {
 
 void run_deform_conv_fwd(const DeformFwdParams& params, Context&) {
-  dispatch_dtype(params.tables->shape.dtype,
+  dispatch_dtype(params.call->shape.dtype,
                  [&](auto zero) { cpu::Forward<decltype(zero)>(params).run(); });
 }
 

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "../common/fuse_branches.h"
-#include "../common/upsample.h"
 #include "parallel.h"
 
 namespace dyhead::cpu {
@@ -38,13 +37,14 @@ template <class F>
 struct FuseBranch {
   MapShape map;
   bool resized;                        // whether its size is not the level's
+  UpsampleMode mode;                   // if so
   std::vector<Interpolation<F>> y, x;  // if so: per row and column of a level that has pixels
 };
 
 template <class F>
-std::vector<Interpolation<F>> upsampled_axis(int32_t from, int32_t to) {
+std::vector<Interpolation<F>> upsampled_axis(int32_t from, int32_t to, UpsampleMode mode) {
   std::vector<Interpolation<F>> axis(to);
-  for (int32_t i = 0; i < to; ++i) axis[i] = interpolate<F>(i, from, to);
+  for (int32_t i = 0; i < to; ++i) axis[i] = interpolate<F>(i, from, to, mode);
   return axis;
 }
 
@@ -57,9 +57,10 @@ std::vector<FuseBranch<F>> fuse_branches(const FuseTables& tables) {
       FuseBranch<F>& branch = branches[level.branch[b]];
       branch.map = tables.maps[level.branch[b]];
       branch.resized = branch.map.height != level.out.height || branch.map.width != level.out.width;
+      branch.mode = level.mode;
       if (!branch.resized || level.out.pixels() == 0) continue;
-      branch.y = upsampled_axis<F>(branch.map.height, level.out.height);
-      branch.x = upsampled_axis<F>(branch.map.width, level.out.width);
+      branch.y = upsampled_axis<F>(branch.map.height, level.out.height, branch.mode);
+      branch.x = upsampled_axis<F>(branch.map.width, level.out.width, branch.mode);
     }
   }
   return branches;

@@ -214,7 +214,7 @@ class Backward {
     const F* s = scale(branch_index, image);
     T* out = grad_y(branch_index, image, y);
     const int32_t height = static_cast<int32_t>(branch.y.size());
-    const Readers<F> readers = readers_of<F>(y, branch.map.height, height);
+    const Readers<F> readers = readers_of<F>(y, branch.map.height, height, branch.mode);
     for (int32_t x = 0; x < branch.map.width; ++x, out += channels) {
       std::fill(sum, sum + channels, F(0));
       for (int32_t i = readers.begin; i < readers.end; ++i) {

@@ -37,7 +37,7 @@ void check_rule(const DeformJob& job, ReadRule rule) {
 }
 
 // Jobs either share a prediction map or read others: the gradients of a map are one task's.
-void check_disjoint_predictions(const DeformTables& t) {
+void check_disjoint_predictions(const DeformCall& t) {
   std::vector<MapShape> maps;
   for (const DeformJob& job : t.jobs) {
     if (job.predictions.pixels() > 0) maps.push_back(job.predictions);
@@ -120,7 +120,7 @@ std::vector<DeformTerm> read_terms(const IntList& terms, int64_t sources, int64_
 }
 
 // The job at jobs[at], which has the fields of job_field; its output map must follow those before.
-DeformJob read_job(const DeformTables& t, const IntList& jobs, size_t at) {
+DeformJob read_job(const DeformCall& t, const IntList& jobs, size_t at) {
   namespace field = job_field;
   const DeformShape& s = t.shape;
   const int64_t max_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
@@ -141,6 +141,7 @@ DeformJob read_job(const DeformTables& t, const IntList& jobs, size_t at) {
   job.terms = number("terms", field::terms, 1, kMaxInt32);
   job.up_height = number("up_height", field::up_height, 1, kMaxStep);
   job.up_width = number("up_width", field::up_width, 1, kMaxStep);
+  job.up_mode = read_upsample_mode(jobs[at + field::up_mode]);
   STD_TORCH_CHECK(
       static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
       "expected terms within the list of ", t.terms.size(), ", got ", job.terms, " from ",
@@ -157,11 +158,11 @@ DeformJob read_job(const DeformTables& t, const IntList& jobs, size_t at) {
   return job;
 }
 
-DeformTables read_deform_tables(const Tensor& source, const Tensor& predictions,
-                                const std::vector<Tensor>& weights, const IntList& geometry,
-                                const IntList& sources, const IntList& terms, const IntList& jobs,
-                                bool mask_logits) {
-  DeformTables t{};
+DeformCall read_deform_call(const Tensor& source, const Tensor& predictions,
+                            const std::vector<Tensor>& weights, const IntList& geometry,
+                            const IntList& sources, const IntList& terms, const IntList& jobs,
+                            bool mask_logits) {
+  DeformCall t{};
   t.shape = read_deform_shape(source, predictions, weights, geometry, mask_logits);
   t.source_rows = source.size(0);
   t.prediction_rows = predictions.size(0);
@@ -219,32 +220,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
     const IntList& sources, const IntList& terms, const IntList& jobs, bool mask_logits,
     bool out_in_compute_dtype, bool moments, bool allow_tf32) {
   Call call(source);
-  const DeformTables tables =
-      read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
-  const DeformShape& s = tables.shape;
+  const DeformCall deform =
+      read_deform_call(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
+  const DeformShape& s = deform.shape;
   const DeformWeights matrices = read_deform_weights(s, weights, bias, source);
   const ScalarType compute = compute_type_of(source);
-  const int64_t job_count = moments ? static_cast<int64_t>(tables.jobs.size()) : 0;
+  const int64_t job_count = moments ? static_cast<int64_t>(deform.jobs.size()) : 0;
   const auto statistics = [&] {
     return torch::stable::new_empty(source, {job_count, s.images, s.out_channels}, compute);
   };
   STD_TORCH_CHECK(!(out_in_compute_dtype && moments),
                   "expected moments of an output of the source's type");
   const Tensor out =
-      torch::stable::new_empty(source, {tables.out_rows, s.out_channels},
+      torch::stable::new_empty(source, {deform.out_rows, s.out_channels},
                                out_in_compute_dtype ? compute : source.scalar_type());
   const Tensor mean = statistics();
   const Tensor var = statistics();
   const Tensor up_mean = statistics();
   DeformFwdParams params{};
-  params.tables = &tables;
+  params.call = &deform;
   params.weights = &matrices;
   params.source = source.const_data_ptr();
   params.predictions = predictions.const_data_ptr();
   params.gates = optional_data("gates", gates,
-                               {s.images, static_cast<int64_t>(tables.sources.size())}, source);
+                               {s.images, static_cast<int64_t>(deform.sources.size())}, source);
   params.out = out.mutable_data_ptr();
-  params.wide_out = out_in_compute_dtype;
+  params.out_in_compute_dtype = out_in_compute_dtype;
   params.moments = moments;
   params.mean = mean.mutable_data_ptr();
   params.var = var.mutable_data_ptr();
@@ -264,16 +265,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
     bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32,
     bool deterministic) {
   Call call(source);
-  const DeformTables tables =
-      read_deform_tables(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
-  const DeformShape& s = tables.shape;
+  const DeformCall deform =
+      read_deform_call(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
+  const DeformShape& s = deform.shape;
   const DeformWeights matrices = read_deform_weights(s, weights, {}, source);
   const ScalarType compute = compute_type_of(source);
-  const int64_t job_count = static_cast<int64_t>(tables.jobs.size());
-  const int64_t source_count = static_cast<int64_t>(tables.sources.size());
+  const int64_t job_count = static_cast<int64_t>(deform.jobs.size());
+  const int64_t source_count = static_cast<int64_t>(deform.sources.size());
   const ScalarType out_type = out_in_compute_dtype ? compute : source.scalar_type();
-  check_tensor("grad_out", grad_out, {tables.out_rows, s.out_channels}, out_type, source);
-  check_tensor("out", out, {tables.out_rows, s.out_channels}, out_type, source);
+  check_tensor("grad_out", grad_out, {deform.out_rows, s.out_channels}, out_type, source);
+  check_tensor("out", out, {deform.out_rows, s.out_channels}, out_type, source);
   const bool moments = grad_mean.has_value();
   STD_TORCH_CHECK(moments == grad_var.has_value() && moments == grad_up_mean.has_value(),
                   "expected the gradients of all three moments, or of none");
@@ -283,21 +284,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
   const Tensor grad_source = torch::stable::empty_like(source);
   const Tensor grad_predictions = torch::stable::empty_like(predictions);
   const Tensor grad_weights = torch::stable::new_empty(
-      source, {tables.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w},
+      source, {deform.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w},
       compute);
   const Tensor grad_bias =
-      torch::stable::new_empty(source, {with_bias ? tables.weights : 0, s.out_channels}, compute);
+      torch::stable::new_empty(source, {with_bias ? deform.weights : 0, s.out_channels}, compute);
   const Tensor grad_gates =
       torch::stable::new_empty(source, {gates.has_value() ? s.images : 0, source_count}, compute);
   DeformBwdParams params{};
-  params.tables = &tables;
+  params.call = &deform;
   params.weights = &matrices;
   params.source = source.const_data_ptr();
   params.predictions = predictions.const_data_ptr();
   params.gates = optional_data("gates", gates, {s.images, source_count}, source);
   params.grad_out = grad_out.const_data_ptr();
   params.out = out.const_data_ptr();
-  params.wide_out = out_in_compute_dtype;
+  params.out_in_compute_dtype = out_in_compute_dtype;
   params.moments = moments;
   params.mean = moments ? mean.const_data_ptr() : nullptr;
   const auto statistics = {job_count, s.images, s.out_channels};

@@ -53,6 +53,7 @@ FuseTables read_fuse_tables(const Tensor& y, const Tensor& scale, const Tensor& 
     STD_TORCH_CHECK(count >= 1 && count <= kMaxBranches, "expected a level of 1 to ", kMaxBranches,
                     " branches, got ", count);
     level.branches = static_cast<int32_t>(count);
+    level.mode = read_upsample_mode(levels[i + level_field::up_mode]);
     for (int32_t b = 0; b < kMaxBranches; ++b) {
       const int64_t index = levels[i + level_field::branch_0 + b];
       if (b >= count) {

@@ -21,6 +21,11 @@ inline int32_t narrow(const char* name, int64_t value, int64_t least, int64_t mo
   return static_cast<int32_t>(value);
 }
 
+inline UpsampleMode read_upsample_mode(int64_t value) {
+  constexpr int64_t kLast = static_cast<int64_t>(UpsampleMode::kNearest);
+  return static_cast<UpsampleMode>(narrow("an upsampling mode", value, 0, kLast));
+}
+
 // The map (first_row, height, width) at `values[at]`, within `rows` rows.
 inline MapShape read_map(const IntList& values, size_t at, int64_t images, int64_t rows,
                          const char* name) {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
-from dyhead_cuda.ops.jobs import LEVEL_FIELDS, Map, level_numbers
+from dyhead_cuda.ops.jobs import LEVEL_FIELDS, Map, UpsampleMode, level_numbers
 from dyhead_cuda.ops.transforms import call, register_autograd
 
 _HEIGHT, _WIDTH = LEVEL_FIELDS.index("height"), LEVEL_FIELDS.index("width")
@@ -29,10 +29,9 @@ def fuse_branches(
     images: int,
     maps: Sequence[Map],
     levels: Sequence[tuple[Map, Sequence[int]]],
+    up_mode: UpsampleMode = UpsampleMode.BILINEAR,
 ) -> Tensor:
     """max(a1 . z + b1, a2 . z + b2) with z = sum_b scale[b] . upsampled(y_b) + shift.
-
-    Upsampling is bilinear with ``align_corners=True``, from a branch's size to its level's.
 
     Args:
         y: [S, C], the rows of all branch maps.
@@ -44,6 +43,7 @@ def fuse_branches(
         maps: the J branch maps, which lie one after the other and cover y.
         levels: the L output maps, which lie one after the other, each with the indices of its one
             to three branches. Every branch belongs to one level.
+        up_mode: how a branch is upsampled to its level's size, if it has another.
 
     Returns:
         Rows [R, C] of all levels, of y's type.
@@ -56,18 +56,18 @@ def fuse_branches(
         shift.to(dtype).contiguous(),
         coefficients.to(dtype).contiguous(),
         images,
-        *fuse_tables(maps, levels),
+        *fuse_tables(maps, levels, up_mode),
     )
 
 
 def fuse_tables(
-    maps: Sequence[Map], levels: Sequence[tuple[Map, Sequence[int]]]
+    maps: Sequence[Map],
+    levels: Sequence[tuple[Map, Sequence[int]]],
+    up_mode: UpsampleMode = UpsampleMode.BILINEAR,
 ) -> tuple[list[int], list[int]]:
     """The operator's integer tables."""
-    return (
-        list(chain.from_iterable(m.numbers() for m in maps)),
-        list(chain.from_iterable(level_numbers(out, branches) for out, branches in levels)),
-    )
+    records = [level_numbers(out, branches, up_mode) for out, branches in levels]
+    return list(chain.from_iterable(m.numbers() for m in maps)), list(chain(*records))
 
 
 def _fake_fwd(

@@ -28,6 +28,13 @@ class ReadRule(IntEnum):
     NONE = 3  # there is none: a plain convolution
 
 
+class UpsampleMode(IntEnum):
+    """How a branch is resized to its level; see csrc/common/upsample.h."""
+
+    BILINEAR = 0  # with align_corners=True
+    NEAREST = 1  # as torch's "nearest"
+
+
 MAP_FIELDS = ("first_row", "height", "width")
 GEOMETRY_FIELDS = (
     "images", "groups", "deform_groups", "kernel_h", "kernel_w", "pad_h", "pad_w",
@@ -38,10 +45,12 @@ JOB_FIELDS = (
     "out_first_row", "out_height", "out_width",
     "predictions_first_row", "predictions_height", "predictions_width",
     "offset_rule", "mask_rule", "stride_h", "stride_w", "first_term", "terms",
-    "up_height", "up_width",
+    "up_height", "up_width", "up_mode",
 )  # fmt: skip
-LEVEL_FIELDS = ("first_row", "height", "width", "branches", "branch_0", "branch_1", "branch_2")
-MAX_BRANCHES = len(LEVEL_FIELDS) - len(MAP_FIELDS) - 1  # of a level
+LEVEL_FIELDS = (
+    "first_row", "height", "width", "branches", "branch_0", "branch_1", "branch_2", "up_mode",
+)  # fmt: skip
+MAX_BRANCHES = sum(name.startswith("branch_") for name in LEVEL_FIELDS)  # of a level
 
 # What the library calls the same tables: a library that reads others is not used.
 TABLES = "; ".join(
@@ -53,6 +62,7 @@ TABLES = "; ".join(
         ("job", JOB_FIELDS),
         ("level", LEVEL_FIELDS),
         ("rule", [rule.name.capitalize() for rule in sorted(ReadRule)]),
+        ("upsample", [mode.name.capitalize() for mode in sorted(UpsampleMode)]),
     )
 )
 library.expect_tables(TABLES)
@@ -110,6 +120,7 @@ class Job:
     offset_rule: ReadRule = ReadRule.SAME
     mask_rule: ReadRule = ReadRule.SAME
     upsampled: Size | None = None  # size for the mean after upsampling
+    up_mode: UpsampleMode = UpsampleMode.BILINEAR
 
     def numbers(self, first_term: int) -> list[int]:
         """The record of a table of jobs; ``first_term`` is the place of its terms in theirs."""
@@ -127,6 +138,7 @@ class Job:
                 "terms": len(self.terms),
                 "up_height": max(up_height, 1),
                 "up_width": max(up_width, 1),
+                "up_mode": int(self.up_mode),
             },
         )
 
@@ -176,8 +188,10 @@ class Plan:
         return sum(self.images * job.out.pixels for job in self.jobs)
 
 
-def level_numbers(out: Map, branches: Sequence[int]) -> list[int]:
-    """The record of a table of levels: its map and the indices of its branches' maps."""
+def level_numbers(
+    out: Map, branches: Sequence[int], up_mode: UpsampleMode = UpsampleMode.BILINEAR
+) -> list[int]:
+    """The record of a table of levels: its map, the indices of its branches' maps, their mode."""
     if not 1 <= len(branches) <= MAX_BRANCHES:
         raise ValueError(f"expected a level of 1 to {MAX_BRANCHES} branches, got {len(branches)}")
     indices = [*branches, *[-1] * (MAX_BRANCHES - len(branches))]
@@ -187,5 +201,6 @@ def level_numbers(out: Map, branches: Sequence[int]) -> list[int]:
             **out.fields(),
             "branches": len(branches),
             **{f"branch_{i}": index for i, index in enumerate(indices)},
+            "up_mode": int(up_mode),
         },
     )

@@ -17,7 +17,7 @@ from benchmarks.gpu_check import Step
 from benchmarks.measuring import selection
 from benchmarks.measuring.measure import selection_of
 from benchmarks.reports import results, targets
-from tests.benchmarks.test_results import CEILINGS, environment, fast_rows
+from tests.helpers.benchmark_results import CEILINGS, environment, fast_rows
 
 
 def python(name: str, code: str, **options: object) -> Step:

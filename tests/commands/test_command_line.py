@@ -70,6 +70,13 @@ def test_help_shows_the_options_of_the_command(
         assert option in helps[key][1]
 
 
+def test_help_and_dry_run_of_the_gpu_check_need_no_extra() -> None:
+    for option, expected in (("--help", "usage: make gpu-check"), ("--dry-run", "build_ext")):
+        done = run_without(EXTRAS, f"from benchmarks.gpu_check import main; main([{option!r}])")
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
 RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("dyhead_cuda", ("info",)): None,
     ("dyhead_cuda", ("demo",)): "demo",

@@ -24,55 +24,27 @@ from dyhead_cuda.compat.accelerate import (
     AcceleratedDyConv,
     AcceleratedDyHeadBlock,
 )
-from tests.compat.test_state_dicts import (
+from tests.helpers.published import glip, glip_language, microsoft, mmdet
+from tests.helpers.published_models import (
     CHANNELS,
+    MODELS,
+    Levels,
+    assert_close,
+    fused,
     glip_model,
     language_model,
+    main_model,
     microsoft_model,
     mmdet_model,
     pyramid,
     randomised,
+    run,
 )
-from tests.helpers.published import glip, glip_language, microsoft, mmdet, mmdet_main
 
-Levels = list[Tensor]
-
-
-def main_model() -> nn.Module:
-    return randomised(mmdet_main.DyHead(CHANNELS, CHANNELS, 2, zero_init_offset=False))
-
-
-def run(model: nn.Module, levels: Levels) -> Levels:
-    """All outputs of any of the models, whatever it takes and returns."""
-    if isinstance(model, microsoft.DyHead):
-        return list(model({f"p{i}": x for i, x in enumerate(levels)}).values())
-    if isinstance(model, glip_language.VLDyHead):
-        hidden = torch.linspace(-1, 1, 2 * 4 * 8, dtype=levels[0].dtype).view(2, 4, 8)
-        out = model(levels, {"hidden": hidden})
-        return [*out["visual"], out["lang"]["hidden"]]
-    return list(model(levels))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "microsoft": microsoft_model,
-    "glip": glip_model,
-    "glip_language": language_model,
-    "mmdet": mmdet_model,
-    "mmdet_main": main_model,
-}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 # The offset gradient of mmdet's main branch goes to the wrong places, ours to the right ones.
 TRUE_GRADIENT = {name: make for name, make in MODELS.items() if make is not main_model}
 each_true_model = pytest.mark.parametrize("make", TRUE_GRADIENT.values(), ids=TRUE_GRADIENT)
-
-
-def fused(model: nn.Module) -> list[AcceleratedBlock]:
-    return [module for module in model.modules() if isinstance(module, AcceleratedBlock)]
-
-
-def assert_close(found: Levels, expected: Levels, tolerance: float = 1e-10) -> None:
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
 def backward(model: nn.Module, levels: Levels) -> tuple[Levels, dict[str, Tensor]]:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from dyhead_cuda import accelerate
 from dyhead_cuda.compat.accelerate import AcceleratedDyConv
-from tests.compat.test_accelerate import assert_close, fused, run
-from tests.compat.test_state_dicts import CHANNELS, glip_model, pyramid
 from tests.helpers.published import dyconv, glip, microsoft, mmdet
+from tests.helpers.published_models import CHANNELS, assert_close, fused, glip_model, pyramid, run
 
 # Each entry spoils one block; the second value is in the reason.
 Spoil = Callable[[Any], Any]

@@ -11,43 +11,16 @@ from torch import Tensor, nn
 
 import dyhead_cuda
 from dyhead_cuda import DyHead, compat
-from tests.helpers.published import glip, glip_language, microsoft, mmdet, mmdet_main
-
-CHANNELS = 32
-SIZES = ((8, 6), (4, 3), (2, 2))
-
-
-def pyramid(channels: int = CHANNELS, seed: int = 0, dtype: Any = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, channels, *s, generator=generator, dtype=dtype) for s in SIZES]
-
-
-def randomised(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Seeded values everywhere, also where the initialisation is zero or one."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3
-            is_norm_weight = parameter.dim() == 1 and not name.endswith("bias")
-            parameter.copy_(scale * noise + is_norm_weight)
-    return model.to(dtype)
-
-
-def microsoft_model() -> nn.Module:
-    return randomised(microsoft.DyHead(nn.Identity(), CHANNELS, 2))
-
-
-def mmdet_model(in_channels: int = CHANNELS) -> nn.Module:
-    return randomised(mmdet.DyHead(in_channels, CHANNELS, 2, zero_init_offset=False))
-
-
-def glip_model() -> nn.Module:
-    return randomised(glip.DyHead(CHANNELS, 2))
-
-
-def language_model() -> nn.Module:
-    return randomised(glip_language.VLDyHead(CHANNELS, 2))
+from tests.helpers.published import glip, microsoft, mmdet, mmdet_main
+from tests.helpers.published_models import (
+    CHANNELS,
+    glip_model,
+    language_model,
+    microsoft_model,
+    mmdet_model,
+    pyramid,
+    randomised,
+)
 
 
 def run_published(model: nn.Module, levels: list[Tensor]) -> list[Tensor]:

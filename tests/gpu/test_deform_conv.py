@@ -13,24 +13,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.jobs import Job, Map, Plan
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
-    gradients,
     leaf,
     relative_l2,
 )
+from tests.helpers.deform_checks import assert_same_bits, bits, check, expected_of, results
 from tests.helpers.deform_work import (
     CONVOLUTIONS,
     WORKS,
     Call,
     Convolution,
-    ManyJobs,
-    Tensors,
     Work,
 )
 from tests.helpers.training import HALF, deterministic
@@ -70,71 +67,7 @@ def _library() -> None:
     library.require(DEVICE)
 
 
-def results(call: Call, tensors: Tensors, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and all gradients."""
-    outs = call.run(tensors)
-    return [x.detach() for x in outs], gradients(outs, [*tensors.values()], dtype)
-
-
-def expected_of(call: Call, tensors: Tensors, dtype: torch.dtype) -> Any:
-    exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
-    outs = call.reference(exact)
-    return outs, gradients(outs, [*exact.values()], dtype)
-
-
-def check(call: Call, dtype: torch.dtype, tensors: Tensors | None = None) -> None:
-    """Results and all gradients against the reference in float64."""
-    tensors = tensors or call.tensors(dtype, DEVICE)
-    actual, grads = results(call, tensors, dtype)
-    assert actual[0].dtype == (compute_dtype(dtype) if call.out_in_compute_dtype else dtype)
-    assert {x.dtype for x in actual[1:]} <= {compute_dtype(dtype)}
-    assert [g.dtype for g in grads] == [t.dtype for t in tensors.values()]
-    if call.images == 0:
-        assert [x.shape for x in actual] == [x.shape for x in call.reference(tensors)]
-        assert all((g == 0).all() for g in grads)
-        return
-    expected, wanted = expected_of(call, tensors, dtype)
-    assert_close(actual, expected, dtype)
-    assert_gradients_close(grads, wanted, dtype)
-
-
-def bits(call: Call, tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
-    outs, grads = results(call, tensors, dtype)
-    return [*outs, *grads]
-
-
-def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(a, b), f"tensor {i}"
-
-
 # --- against the reference ----------------------------------------------------------------------
-
-
-@dtypes
-@pytest.mark.sanitize
-@pytest.mark.parametrize("name", ["all", "wide", "many channels", "no images"])
-def test_small(name: str, dtype: torch.dtype) -> None:
-    check(WORKS[name], dtype)
-
-
-@dtypes
-@pytest.mark.parametrize("name", WORKS)
-def test_jobs(name: str, dtype: torch.dtype) -> None:
-    check(WORKS[name], dtype)
-
-
-@dtypes
-@pytest.mark.sanitize
-@pytest.mark.parametrize("name", ["vectors", "wide output", "groups across deformable groups"])
-def test_small_convolutions(name: str, dtype: torch.dtype) -> None:
-    check(CONVOLUTIONS[name], dtype)
-
-
-@dtypes
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions(name: str, dtype: torch.dtype) -> None:
-    check(CONVOLUTIONS[name], dtype)
 
 
 @dtypes
@@ -142,13 +75,7 @@ def test_convolutions(name: str, dtype: torch.dtype) -> None:
 def test_sizes(name: str, dtype: torch.dtype) -> None:
     if DEVICE == "cuda":
         need_memory(24)
-    check(SIZES[name], dtype)
-
-
-@dtypes
-@pytest.mark.sanitize
-def test_many_jobs_take_several_launches(dtype: torch.dtype) -> None:
-    check(ManyJobs(), dtype)
+    check(SIZES[name], dtype, SIZES[name].tensors(dtype, DEVICE))
 
 
 @half
@@ -376,26 +303,6 @@ def test_only_the_sources_gradient_differs_between_runs(dtype: torch.dtype) -> N
 
 
 # --- contracts of the operator ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["all", "without moments", "plain masks"])
-def test_gradcheck(name: str) -> None:
-    call = replace(WORKS[name], images=1, out_channels=2)
-    tensors = call.tensors(device=DEVICE)
-
-    def run(*values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(call.run(dict(zip(tensors, values, strict=True))))
-
-    assert torch.autograd.gradcheck(run, (*tensors.values(),), nondet_tol=1e-10)
-
-
-@dtypes
-@pytest.mark.parametrize("name", ["all", "wide", "without bias and gates", "no images"])
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    call = WORKS[name]
-    tensors = call.tensors(dtype, DEVICE)
-    torch.library.opcheck(torch.ops.dyhead.deform_conv_fwd, call.arguments(tensors))
-    torch.library.opcheck(torch.ops.dyhead.deform_conv_bwd, call.backward_arguments(tensors))
 
 
 @pytest.mark.parametrize("name", ["predictions", "weights", "bias", "gates"])

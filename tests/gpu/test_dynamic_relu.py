@@ -194,19 +194,6 @@ def test_more_than_2_to_the_31_elements() -> None:
 # --- gradients and contracts of the operator ----------------------------------------------------
 
 
-@activations
-def test_gradcheck(activation: Activation) -> None:
-    inputs = random_inputs((2, 3, 5))
-    assert torch.autograd.gradcheck(lambda *tensors: run(tensors, activation), inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype) -> None:
-    x, *parameters = random_inputs((2, 8, 30), dtype)
-    rows = leaf(x.transpose(1, 2).contiguous())
-    torch.library.opcheck(torch.ops.dyhead.dynamic_relu_fwd.default, (rows, *parameters, True))
-
-
 @dtypes
 @pytest.mark.parametrize("shape", [(2, 256, 50, 84), (3, 37, 1000)])
 def test_runs_give_the_same_bits(shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,8 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.ops.fuse_branches import fuse_branches
 from dyhead_cuda.ops.jobs import Map
-from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.fuse_cases import CASES, Case, block_case
+from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf
+from tests.helpers.fuse_cases import Case, block_case, check
 from tests.helpers.inputs import halving_sizes
 
 from .device import captured, need_memory, need_two_devices, on_a_busy_stream
@@ -32,48 +31,15 @@ def _library() -> None:
     library.require("cuda")
 
 
-def tensors_of(
-    case: Case, dtype: torch.dtype = torch.float64, device: str = DEVICE
-) -> list[Tensor]:
-    return [leaf(t.detach().to(device)) for t in case.tensors(dtype)]
-
-
-def check(case: Case, dtype: torch.dtype, tensors: Sequence[Tensor] | None = None) -> None:
-    """Result and all gradients against the formula in float64."""
-    inputs = list(tensors or tensors_of(case, dtype))
-    exact = [leaf(t, torch.float64) for t in inputs]
-    expected, actual = case.reference(exact), case.run(inputs)
-    assert actual.dtype == dtype
-    assert_close(actual, expected, dtype)
-    cotangent = case.cotangent(exact, dtype)
-    grads = torch.autograd.grad(actual, inputs, cotangent.to(dtype))
-    assert [g.dtype for g in grads] == [t.dtype for t in inputs]
-    if case.images > 0:
-        wanted = torch.autograd.grad(expected, exact, cotangent)
-        assert_gradients_close(grads, wanted, dtype)
-
-
 # --- against the formula ------------------------------------------------------------------------
-
-
-@dtypes
-@pytest.mark.sanitize
-@pytest.mark.parametrize("name", CASES)
-def test_cases(name: str, dtype: torch.dtype) -> None:
-    check(CASES[name], dtype)
-
-
-@dtypes
-@pytest.mark.sanitize
-def test_whole_vectors(dtype: torch.dtype) -> None:
-    check(block_case(halving_sizes(13, 21, 3), channels=64), dtype)
 
 
 @dtypes
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("channels", [256, 255])
 def test_pyramid(channels: int, images: int, dtype: torch.dtype) -> None:
-    check(block_case(SIZES, channels=channels, images=images), dtype)
+    case = block_case(SIZES, channels=channels, images=images)
+    check(case, case.tensors(dtype, DEVICE))
 
 
 @dtypes
@@ -91,41 +57,17 @@ def test_pyramid(channels: int, images: int, dtype: torch.dtype) -> None:
     ids=["large", "regions", "many images", "1024", "4100", "33 levels", "lines"],
 )
 def test_sizes(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype)
+    check(case, case.tensors(dtype, DEVICE))
 
 
 @dtypes
 @pytest.mark.sanitize
 def test_unaligned_rows(dtype: torch.dtype) -> None:
     case = block_case(halving_sizes(9, 7, 2), channels=64)
-    y, *parameters = tensors_of(case, dtype)
+    y, *parameters = case.tensors(dtype, DEVICE)
     memory = torch.empty(y.numel() + 1, dtype=dtype, device=y.device)
     unaligned = memory[1:].view_as(y).copy_(y.detach()).requires_grad_()
-    check(case, dtype, [unaligned, *parameters])
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("empty", [(0, 4), (4, 0)])
-def test_levels_without_pixels(empty: tuple[int, int]) -> None:
-    full = ((5, 4), ((5, 4), (3, 2)))
-    check(Case((full, (empty, (empty, (3, 2))), full)), torch.float64)
-
-
-@pytest.mark.sanitize
-def test_no_images() -> None:
-    check(replace(CASES["two levels"], images=0), torch.float32)
-
-
-@dtypes
-def test_non_finite_values_come_through(dtype: torch.dtype) -> None:
-    case = block_case(halving_sizes(9, 14, 2), channels=24)
-    tensors = [t.detach() for t in tensors_of(case, dtype)]
-    tensors[0][::11, 3], tensors[0][5, 7:] = math.nan, math.inf
-    expected, out = case.reference(tensors), case.run(tensors)
-    assert 0 < expected.isnan().sum() < expected.numel()
-    assert torch.equal(out.isnan(), expected.isnan())
-    for value in (math.inf, -math.inf):
-        assert torch.equal(out == value, expected == value)
+    check(case, [unaligned, *parameters])
 
 
 def test_more_than_2_to_the_31_elements() -> None:
@@ -160,28 +102,11 @@ def test_more_than_2_to_the_31_elements() -> None:
 # --- gradients and contracts of the operator ----------------------------------------------------
 
 
-def test_gradcheck() -> None:
-    case = block_case(halving_sizes(3, 5, 2), channels=2)
-    assert torch.autograd.gradcheck(lambda *tensors: case.run(list(tensors)), tensors_of(case))
-
-
-@dtypes
-@pytest.mark.parametrize("images", [0, 2])
-def test_opcheck(images: int, dtype: torch.dtype) -> None:
-    case = replace(CASES["two levels"], images=images)
-    tables = (images, *case.tables())
-    tensors = tensors_of(case, dtype)
-    torch.library.opcheck(torch.ops.dyhead.fuse_branches_fwd, (*tensors, *tables))
-    plain = [t.detach() for t in tensors]
-    grad_out = torch.randn_like(case.run(plain))
-    torch.library.opcheck(torch.ops.dyhead.fuse_branches_bwd, (grad_out, *plain, *tables))
-
-
 @dtypes
 @pytest.mark.parametrize("channels", [256, 37])
 def test_runs_give_the_same_bits(channels: int, dtype: torch.dtype) -> None:
     case = block_case(SIZES, channels=channels)
-    tensors = tensors_of(case, dtype)
+    tensors = case.tensors(dtype, DEVICE)
 
     def results() -> list[Tensor]:
         out = case.run(tensors)
@@ -197,7 +122,7 @@ def test_runs_give_the_same_bits(channels: int, dtype: torch.dtype) -> None:
 
 def test_runs_on_the_current_stream() -> None:
     case = block_case(halving_sizes(50, 50, 3), channels=64)
-    tensors = [t.detach() for t in tensors_of(case, torch.float32)]
+    tensors = [t.detach() for t in case.tensors(torch.float32, DEVICE)]
     expected = case.run(tensors)
     late = torch.full_like(tensors[0], math.nan)
     (out,) = on_a_busy_stream(late, tensors[0], lambda: [case.run([late, *tensors[1:]])])
@@ -206,7 +131,7 @@ def test_runs_on_the_current_stream() -> None:
 
 def test_graph_capture_with_the_backward() -> None:
     case = block_case(halving_sizes(50, 84, 3), channels=64)
-    tensors = tensors_of(case, torch.bfloat16)
+    tensors = case.tensors(torch.bfloat16, DEVICE)
     grad_out = torch.randn_like(case.run(tensors))
 
     def step() -> list[Tensor]:
@@ -216,7 +141,7 @@ def test_graph_capture_with_the_backward() -> None:
     graph, found = captured(step)
     for seed in range(1, 4):
         with torch.no_grad():
-            tensors[0].copy_(tensors_of(replace(case, seed=seed), torch.bfloat16)[0])
+            tensors[0].copy_(replace(case, seed=seed).tensors(torch.bfloat16, DEVICE)[0])
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
 
@@ -225,5 +150,5 @@ def test_runs_on_the_device_of_its_tensors() -> None:
     need_two_devices()
     case = block_case(halving_sizes(20, 30, 3), channels=64)
     assert torch.cuda.current_device() == 0
-    check(case, torch.float32, tensors_of(case, torch.float32, "cuda:1"))
+    check(case, case.tensors(torch.float32, "cuda:1"))
     assert torch.cuda.current_device() == 0

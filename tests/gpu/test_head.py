@@ -15,31 +15,19 @@ from torch import Tensor, nn
 from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, accelerate, backend, library
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
-from tests import test_modules
-from tests.compat.test_accelerate import MODELS, run
-from tests.compat.test_state_dicts import pyramid
 from tests.helpers import training
+from tests.helpers.blocks import Block, block_gradients, check_block, in_double, make_smooth
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
-    gradients,
     leaf,
     random_like,
     relative_l2,
 )
 from tests.helpers.inputs import halving_sizes, random_pyramid
-from tests.test_cpu_backend import (
-    BLOCKS,
-    Block,
-    attend,
-    block_gradients,
-    check_block,
-    in_double,
-    make_smooth,
-    unified_inputs,
-)
-from tests.test_modules import randomise
+from tests.helpers.modules import MODULES, as_list, randomise
+from tests.helpers.published_models import MODELS, pyramid, run
 
 from .device import (
     allocated,
@@ -110,27 +98,6 @@ def test_small_block(high_offset: HighOffset) -> None:
     check_block(block, torch.bfloat16, smooth=True)
 
 
-@variants
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks(name: str, high_offset: HighOffset) -> None:
-    check_block(replace(BLOCKS[name], high_offset=high_offset, device=DEVICE))
-
-
-@variants
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_block_in_other_types(dtype: torch.dtype, high_offset: HighOffset) -> None:
-    block = Block(
-        tuple(halving_sizes(17, 22, 3)),
-        in_channels=24,
-        out_channels=32,
-        high_offset=high_offset,
-        device=DEVICE,
-    )
-    check_block(block, dtype)
-    check_block(block, dtype, smooth=True)
-    check_block(block, dtype, torch.float32, smooth=True)
-
-
 @dtypes
 def test_block_of_an_image(dtype: torch.dtype) -> None:
     need_memory(60)
@@ -157,26 +124,10 @@ def test_block_in_tf32(block: Block) -> None:
     assert_same_bits(block.run(DEVICE, features, parameters), before)
 
 
-@pytest.mark.parametrize("targets", ["all", "median"])
-@pytest.mark.parametrize("with_gates", [True, False])
 @dtypes
-def test_spatial_attention(targets: str, with_gates: bool, dtype: torch.dtype) -> None:
-    tensors = unified_inputs((2, 3, 24, 13, 15), 16, dtype, DEVICE)
-    exact = [leaf(t, torch.float64) for t in tensors]
-    used = 5 if with_gates else 4
-    actual = attend(DEVICE, tensors, targets=targets, gates=tensors[4] if with_gates else None)
-    expected = attend("reference", exact, targets=targets, gates=exact[4] if with_gates else None)
-    assert actual.dtype == dtype
-    assert_close(actual, expected, dtype)
-    assert_gradients_close(
-        gradients(actual, tensors[:used], dtype), gradients(expected, exact[:used], dtype), dtype
-    )
-
-
-@dtypes
-@pytest.mark.parametrize("name", test_modules.MODULES)
+@pytest.mark.parametrize("name", MODULES)
 def test_modules_in_every_type(name: str, dtype: torch.dtype) -> None:
-    make, inputs = test_modules.MODULES[name]
+    make, inputs = MODULES[name]
     module, arguments = make(), inputs()
     randomise(module)
     module.to(DEVICE, dtype)
@@ -184,12 +135,12 @@ def test_modules_in_every_type(name: str, dtype: torch.dtype) -> None:
     def moved(value: Any, to: torch.dtype) -> Any:
         return value.to(DEVICE, to) if isinstance(value, Tensor) else here(value, to)
 
-    out = test_modules.as_list(module(*(moved(value, dtype) for value in arguments)))
+    out = as_list(module(*(moved(value, dtype) for value in arguments)))
     assert {t.dtype for t in out} == {dtype}
     exact = copy.deepcopy(module).double()
     rounded = [moved(moved(value, dtype), torch.float64) for value in arguments]
     with backend("reference"):
-        expected = test_modules.as_list(exact(*rounded))
+        expected = as_list(exact(*rounded))
     # Two blocks with a rounding to the small type between them.
     assert_close(out, expected, dtype, factor=5)
 
@@ -231,16 +182,6 @@ def test_accelerated_models(make: Callable[[], nn.Module], dtype: torch.dtype) -
     assert {x.dtype for x in found} == {dtype}
     # Two blocks, and in GLIP's model layers of the type itself.
     assert_close(found, expected, dtype, factor=5)
-
-
-@variants
-def test_no_images_and_no_pixels(high_offset: HighOffset) -> None:
-    for block in (Block(batch=0), Block(tuple(halving_sizes(0, 6, 3)))):
-        block = replace(block, high_offset=high_offset, device=DEVICE)
-        features, parameters = block.tensors(torch.float32)
-        outs = block.run(DEVICE, features, parameters)
-        assert [x.shape for x in outs] == [(block.batch, 8, *size) for size in block.sizes]
-        assert all(g.isfinite().all() for g in block_gradients(outs, features, parameters))
 
 
 # --- what it costs ------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.pack_levels import pack_levels
-from tests.helpers.compare import TOLERANCE, leaf
-from tests.helpers.inputs import halving_sizes, random_pyramid
+from tests.helpers.compare import TOLERANCE
+from tests.helpers.inputs import halving_sizes
+from tests.helpers.packing import check
 
 from .device import need_memory
 
@@ -22,31 +22,6 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype
 @pytest.fixture(autouse=True)
 def _library() -> None:
     library.require("cuda")
-
-
-def expected_rows(levels: list[Tensor]) -> Tensor:
-    return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels])
-
-
-def check(levels: list[Tensor]) -> None:
-    leaves, copies = [x.detach().requires_grad_() for x in levels], [leaf(x) for x in levels]
-    rows, expected = pack_levels(leaves), expected_rows(copies)
-    assert torch.equal(rows, expected)
-    cotangent = torch.randn_like(expected)
-    grads = torch.autograd.grad(rows, leaves, cotangent)
-    wanted = torch.autograd.grad(expected, copies, cotangent)
-    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
-
-
-@dtypes
-@pytest.mark.sanitize
-@pytest.mark.parametrize("channels", [1, 27, 64])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_small(mixed: bool, channels: int, dtype: torch.dtype) -> None:
-    levels = [x.to(DEVICE) for x in random_pyramid(2, channels, halving_sizes(13, 21, 4), dtype)]
-    if mixed:
-        levels[::2] = [x.contiguous(memory_format=torch.channels_last) for x in levels[::2]]
-    check(levels)
 
 
 @dtypes
@@ -81,17 +56,3 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert torch.equal(rows[:, -1], x[0, -1].reshape(-1))
     (again,) = torch.ops.dyhead.unpack_levels(rows, 1, [0, 3000, 3000])
     assert torch.equal(again, x)
-
-
-def test_gradcheck() -> None:
-    levels = [leaf(x.to(DEVICE)) for x in random_pyramid(2, 3, [(3, 4), (2, 2), (1, 1)])]
-    assert torch.autograd.gradcheck(lambda *tensors: pack_levels(tensors), levels)
-
-
-@dtypes
-def test_opcheck(dtype: torch.dtype) -> None:
-    levels = [leaf(x.to(DEVICE)) for x in random_pyramid(2, 5, [(3, 4), (2, 2)], dtype)]
-    torch.library.opcheck(torch.ops.dyhead.pack_levels, (levels,))
-    rows = pack_levels([x.detach() for x in levels])
-    maps = [0, 3, 4, 24, 2, 2]
-    torch.library.opcheck(torch.ops.dyhead.unpack_levels, (rows, 2, maps))

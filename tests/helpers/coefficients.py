@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
+from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.reference import hsigmoid
-from tests.helpers.compare import assert_gradients_close, leaf, random_like
+from tests.helpers.compare import assert_close, assert_gradients_close, leaf, random_like
 
 LOW, MID, HIGH = 0, 1, 2
 
@@ -177,3 +178,19 @@ def check_gradients(
         tolerance_of = max(kind, dtype, key=lambda t: torch.finfo(t).eps)
         ours, theirs = zip(*pairs, strict=True)
         assert_gradients_close(ours, theirs, tolerance_of, floor=1e-2)
+
+
+def run(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return block_coefficients(*case.arguments(tensors), **case.options())
+
+
+def check(case: Case, tensors: Sequence[Tensor]) -> None:
+    """Results and all gradients against the plain form in float64."""
+    dtype = tensors[0].dtype
+    exact = [leaf(t, torch.float64) for t in tensors]
+    actual, expected = run(case, tensors), plain(case, exact)
+    assert [t.dtype for t in actual] == [dtype] * 3
+    assert_close(actual, expected, dtype)
+    grads = all_gradients(actual, tensors)
+    assert [g.dtype for g in grads] == [t.dtype for t in tensors]
+    check_gradients(grads, all_gradients(expected, exact), dtype)

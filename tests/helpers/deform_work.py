@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 
 from dyhead_cuda import reference
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
-from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, stack_maps
+from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, UpsampleMode, stack_maps
 from tests.helpers.compare import leaf
+from tests.helpers.resizing import resized
 
 Tensors = dict[str, Tensor]
 
@@ -109,11 +110,11 @@ class Call(ABC):
                 y = y + convolution_of_size(x, offset, t["weights"][weight], mask, job.stride)
             if "bias" in t:
                 y = y + t["bias"][job.terms[0][1]].view(1, -1, 1, 1)
-            upsampled = interpolate(y, up or size, mode="bilinear", align_corners=True)
+            means_of = resized(y, up or size, job.up_mode)
             maps.append(y.permute(0, 2, 3, 1).reshape(-1, channels))
             mean = y.mean((2, 3))
             var = (y - mean[:, :, None, None]).square().mean((2, 3))
-            statistics.append((mean, var, upsampled.mean((2, 3))))
+            statistics.append((mean, var, means_of.mean((2, 3))))
         moments = [torch.stack(values) for values in zip(*statistics, strict=True)]
         return [torch.cat(maps), *(moments if self.moments else [])]
 
@@ -163,16 +164,17 @@ class Work(Call):
         jobs = [
             Job(outs[0], large, [(0, 0), (1, 1)]),
             Job(outs[1], large, [(1, 2)], (1, 1), ReadRule.FLAT, ReadRule.CROP, (3 * s, 4 * s)),
-            Job(outs[2], large, [(0, 0)], (2, 2), ReadRule.CROP, ReadRule.FLAT, (2 * s, 5 * s)),
             Job(
-                outs[3],
-                small,
-                [(3, 1), (0, 2), (3, 1)],
-                (1, 2),
-                ReadRule.SAME,
-                ReadRule.SAME,
-                (1, 1),
+                outs[2],
+                large,
+                [(0, 0)],
+                (2, 2),
+                ReadRule.CROP,
+                ReadRule.FLAT,
+                (2 * s, 5 * s),
+                UpsampleMode.NEAREST,
             ),
+            Job(outs[3], small, [(3, 1), (0, 2), (3, 1)], (1, 2), upsampled=(1, 1)),
             Job(outs[4], NO_MAP, [(3, 4), (1, 0)], (1, 1), ReadRule.NONE, ReadRule.NONE),
         ]
         return Plan(n, sources, jobs, mask_logits=self.mask_logits)

@@ -23,8 +23,8 @@ from dyhead_cuda.compat.accelerate import AcceleratedBlock
 from dyhead_cuda.modules import UnifiedDyHeadBlock
 from tests.helpers.compare import random_like
 from tests.helpers.inputs import halving_sizes, random_pyramid
+from tests.helpers.modules import randomise
 from tests.helpers.published import microsoft, mmdet
-from tests.test_modules import randomise
 
 WORLD = 2
 IMAGES = 4  # of the whole batch

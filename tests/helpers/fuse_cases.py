@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
-from dyhead_cuda.ops.jobs import stack_maps
-from tests.helpers.compare import leaf, random_like
+from dyhead_cuda.ops.jobs import UpsampleMode, stack_maps
+from tests.helpers.compare import assert_close, assert_gradients_close, leaf, random_like
 from tests.helpers.inputs import halving_sizes
+from tests.helpers.resizing import resized
 
 Size = tuple[int, int]
+NEAREST = UpsampleMode.NEAREST
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Case:
     images: int = 2
     channels: int = 5
     reversed_maps: bool = False  # whether the branches' maps lie in the opposite order
+    up_mode: UpsampleMode = UpsampleMode.BILINEAR
     seed: int = 0
 
     def plan(self) -> dict[str, Any]:
@@ -41,14 +43,19 @@ class Case:
             levels.append((out, [order[used + b] for b in range(len(branches))]))
             used += len(branches)
         maps = stack_maps([sizes[i] for i in order], self.images)
-        return {"images": self.images, "maps": maps, "levels": levels}
+        return {
+            "images": self.images,
+            "maps": maps,
+            "levels": levels,
+            "up_mode": self.up_mode,
+        }
 
     def tables(self) -> tuple[list[int], list[int]]:
         """The plan as the operator's lists of integers."""
         plan = self.plan()
-        return fuse_tables(plan["maps"], plan["levels"])
+        return fuse_tables(plan["maps"], plan["levels"], self.up_mode)
 
-    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
         """y, scale, shift and coefficients, which are of the accumulation type."""
         source = torch.Generator().manual_seed(self.seed)
 
@@ -61,9 +68,9 @@ class Case:
         count = len(self.levels)
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return [
-            leaf(normal(rows, c), dtype),
+            leaf(normal(rows, c).to(device), dtype),
             *(
-                leaf(normal(*shape, c), compute)
+                leaf(normal(*shape, c).to(device), compute)
                 for shape in ((len(plan["maps"]), n), (count, n), (count, n, 4))
             ),
         ]
@@ -103,14 +110,30 @@ class Case:
                 if self.images == 0:
                     values = values.reshape(0, *size, self.channels)
                 elif (branch.height, branch.width) != size:
-                    values = interpolate(
-                        values.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True
-                    ).permute(0, 2, 3, 1)
+                    values = resized(values.permute(0, 3, 1, 2), size, self.up_mode)
+                    values = values.permute(0, 2, 3, 1)
                 z = z + scale[j][:, None, None] * values
             a1, b1, a2, b2 = coefficients[level][:, :, None, None].unbind(1)
             first.append((a1 * z + b1).reshape(-1, self.channels))
             second.append((a2 * z + b2).reshape(-1, self.channels))
         return torch.cat(first), torch.cat(second)
+
+
+def check(case: Case, tensors: list[Tensor]) -> None:
+    """Result and all gradients against the formula in float64."""
+    dtype = tensors[0].dtype
+    exact = [leaf(t, torch.float64) for t in tensors]
+    actual, expected = case.run(tensors), case.reference(exact)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, dtype)
+    cotangent = case.cotangent(exact, dtype)
+    grads = torch.autograd.grad(actual, tensors, cotangent.to(dtype))
+    assert [g.dtype for g in grads] == [t.dtype for t in tensors]
+    if case.images == 0:
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+    else:
+        wanted = torch.autograd.grad(expected, exact, cotangent)
+        assert_gradients_close(grads, wanted, dtype)
 
 
 def block_case(sizes: list[Size], *, aligned: bool = False, **options: Any) -> Case:
@@ -137,6 +160,13 @@ CASES = {
     "from and to 1x1": Case((((1, 1), ((3, 4), (1, 1), (1, 3))), ((4, 3), ((1, 1), (4, 1))))),
     "three upsampled": Case((((9, 8), ((5, 4), (2, 8), (9, 3))),)),
     "smaller levels": Case((((4, 5), ((9, 11), (4, 17), (13, 5))),)),
+    "nearest, odd": block_case(halving_sizes(13, 21, 3), up_mode=NEAREST),
+    "nearest, even": block_case(halving_sizes(16, 24, 4), up_mode=NEAREST, images=1),
+    "nearest, from and to 1x1": Case(
+        (((1, 1), ((3, 4), (1, 1), (1, 3))), ((4, 3), ((1, 1), (4, 1)))), up_mode=NEAREST
+    ),
+    "nearest, three upsampled": Case((((29, 31), ((5, 4), (2, 30), (13, 7))),), up_mode=NEAREST),
+    "nearest, smaller levels": Case((((4, 5), ((9, 11), (4, 17), (13, 5))),), up_mode=NEAREST),
 }
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -150,5 +180,6 @@ RANDOM_CASES = st.builds(
     images=st.integers(0, 3),
     channels=st.integers(1, 40),
     reversed_maps=st.booleans(),
+    up_mode=st.sampled_from(UpsampleMode),
     seed=st.integers(0, 10**6),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dyhead_cuda import DyHead, UnifiedDyHead
 from tests.helpers.compare import leaf, random_like
 from tests.helpers.inputs import halving_sizes, random_pyramid
-from tests.test_modules import randomise
+from tests.helpers.modules import randomise
 
 KINDS = ("DyHead", "DyHead recompute", "UnifiedDyHead", "UnifiedDyHead recompute")
 HALF = (torch.float16, torch.bfloat16)

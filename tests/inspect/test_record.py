@@ -13,7 +13,7 @@ from dyhead_cuda import backend, reference
 from dyhead_cuda.inspect import record
 from dyhead_cuda.inspect.record import Samples
 from dyhead_cuda.modules import ATTENTIONS, DyHead, DyHeadBlock
-from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset, halved
+from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset, Upsample, halved
 
 
 def _features(channels: int, dtype: torch.dtype) -> list[Tensor]:
@@ -128,26 +128,38 @@ def test_gates_and_coefficients_make_the_outputs_of_every_block(
 
 
 @pytest.mark.parametrize(
-    ("high_offset", "sizes"), [*((h, SIZES) for h in HIGH_OFFSETS), ("aligned", ODD_SIZES)]
+    ("high_offset", "sizes", "upsample"),
+    [
+        *((high_offset, SIZES, "bilinear") for high_offset in HIGH_OFFSETS),
+        ("aligned", ODD_SIZES, "bilinear"),
+        *((high_offset, SIZES, "nearest") for high_offset in ("flat", "crop")),
+    ],
 )
-def test_samples_make_every_branch(high_offset: HighOffset, sizes: list[tuple[int, int]]) -> None:
+def test_samples_make_every_branch(
+    high_offset: HighOffset, sizes: list[tuple[int, int]], upsample: Upsample
+) -> None:
     """What is read at the samples is the branch before its normalisation.
 
     That is one affine function for each channel, the same for all pixels of the level.
     """
-    (block,) = record.blocks_of(_head(high_offset))
+    (block,) = record.blocks_of(_head(high_offset, upsample=upsample))
     features = _pyramid(sizes)
     with torch.no_grad():
-        levels = record.describe(block, record.run_block(block, features))
+        run = record.run_block(block, features)
+        for ours, theirs in zip(run.outputs, block(features), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+        levels = record.describe(block, run)
         parameters = block.parameters_tuple()
-        maps = reference.branch_maps(features, parameters, high_offset=high_offset, num_groups=2)
+        maps = reference.branch_maps(
+            features, parameters, high_offset=high_offset, upsample=upsample, num_groups=2
+        )
     for index, branches in enumerate(maps[:3]):
         height, width = sizes[index]
         for name, branch in branches.items():
             weight, bias = getattr(parameters, name)[:2]
             assert weight is not None
             pixels = [(y, x) for y in range(height) for x in range(width)]
-            found = [record.samples(levels, index, *p, high_offset)[name] for p in pixels]
+            found = [record.samples(levels, index, *p, high_offset, upsample)[name] for p in pixels]
             read = _read_size(sizes, index, name) if high_offset == "aligned" else None
             sums = [_weighted_sum(features, s, weight.detach(), read) for s in found]
             ours = torch.stack(sums, dim=1) + bias.detach()[:, None]
@@ -219,3 +231,14 @@ def test_pixels_that_there_are_not(level: int, row: int, column: int, message: s
     (levels,) = record.record(_head("flat"), _pyramid(SIZES))
     with pytest.raises(ValueError, match=message):
         record.samples(levels, level, row, column, "flat")
+
+
+def test_what_cannot_be_recorded() -> None:
+    head, features = _head("aligned"), _pyramid(SIZES)
+    (levels,) = record.record(head, features)
+    with pytest.raises(ValueError, match='expected upsample="bilinear" with high_offset="aligned"'):
+        record.samples(levels, 0, 0, 0, "aligned", "nearest")
+    (block,) = record.blocks_of(head)
+    block.dynamic_relu.fc2.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"in this one dynamic_relu\.fc2 has hooks.*remove that"):
+        record.record(head, features)

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import group_norm, interpolate, linear
 
 from dyhead_cuda import backend, functional, library
-from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.pyramid import BlockParameters
 from dyhead_cuda.reference import hsigmoid
 from tests.helpers.coefficients import (
@@ -24,10 +23,12 @@ from tests.helpers.coefficients import (
     all_gradients,
     at_a_corner,
     block_case,
-    check_gradients,
+    check,
     plain,
+    run,
 )
 from tests.helpers.compare import assert_close, assert_gradients_close, leaf
+from tests.helpers.devices import each_device, each_device_sanitized, names_on_each_device
 from tests.helpers.inputs import (
     flat_parameters,
     halving_sizes,
@@ -43,37 +44,22 @@ STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 computes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 
 
-def run(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return block_coefficients(*case.arguments(tensors), **case.options())
-
-
-def check(case: Case, tensors: Sequence[Tensor]) -> None:
-    """Results and all gradients against the plain form in float64."""
-    dtype = tensors[0].dtype
-    exact = [leaf(t, torch.float64) for t in tensors]
-    actual, expected = run(case, tensors), plain(case, exact)
-    assert [t.dtype for t in actual] == [dtype] * 3
-    assert_close(actual, expected, dtype)
-    grads = all_gradients(actual, tensors)
-    assert [g.dtype for g in grads] == [t.dtype for t in tensors]
-    check_gradients(grads, all_gradients(expected, exact), dtype)
-
-
 # --- against the plain form ---------------------------------------------------------------------
 
 
 @computes
-@pytest.mark.parametrize("name", CASES)
-def test_cases(name: str, dtype: torch.dtype) -> None:
-    check(CASES[name], CASES[name].tensors(dtype))
+@names_on_each_device(CASES, ["three levels", "odd groups", "one of everything"])
+def test_cases(name: str, device: str, dtype: torch.dtype) -> None:
+    check(CASES[name], CASES[name].tensors(dtype, device=device))
 
 
 @computes
+@each_device_sanitized
 @pytest.mark.parametrize("kinds", [[kind] for kind in STORAGE] + [STORAGE], ids=str)
-def test_parameters_of_any_type(kinds: list[torch.dtype], dtype: torch.dtype) -> None:
+def test_parameters_of_any_type(kinds: list[torch.dtype], device: str, dtype: torch.dtype) -> None:
     case = block_case(3, channels=24, num_groups=4, hidden=6)
     for shift in range(len(kinds)):
-        check(case, case.tensors(dtype, kinds[shift:] + kinds[:shift]))
+        check(case, case.tensors(dtype, kinds[shift:] + kinds[:shift], device))
 
 
 @given(
@@ -140,10 +126,13 @@ def test_equals_the_layers() -> None:
         assert_close(relu[level], torch.stack([1 + t[:, 0], t[:, 1] / 2, t[:, 2], t[:, 3] / 2], 1))
 
 
-def test_gradcheck(threads: None) -> None:
+@each_device
+def test_gradcheck(device: str, threads: None) -> None:
     torch.set_num_threads(1)  # hundreds of calls with next to nothing to do
     case = Case((0, 0, 1), (0, 2, 1), channels=4)
-    assert torch.autograd.gradcheck(lambda *tensors: run(case, tensors), case.tensors())
+    assert torch.autograd.gradcheck(
+        lambda *tensors: run(case, tensors), case.tensors(device=device)
+    )
 
 
 def test_sums_over_many_images_keep_the_precision_of_float32() -> None:
@@ -155,19 +144,23 @@ def test_sums_over_many_images_keep_the_precision_of_float32() -> None:
 
 
 @computes
+@each_device
 @pytest.mark.parametrize("gate", [-1.0, 0.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize("hidden", [-1.0, 0.0, 1.0])
-def test_corners_have_the_slopes_of_torch(gate: float, hidden: float, dtype: torch.dtype) -> None:
+def test_corners_have_the_slopes_of_torch(
+    gate: float, hidden: float, device: str, dtype: torch.dtype
+) -> None:
     case = block_case(3, channels=12, num_groups=3, hidden=6)
-    tensors = case.tensors(dtype)
+    tensors = case.tensors(dtype, device=device)
     at_a_corner(tensors, gate, hidden)
     check(case, tensors)
 
 
 @computes
-def test_no_images(dtype: torch.dtype) -> None:
+@each_device_sanitized
+def test_no_images(device: str, dtype: torch.dtype) -> None:
     case = block_case(2, images=0)
-    tensors = case.tensors(dtype)
+    tensors = case.tensors(dtype, device=device)
     outs = run(case, tensors)
     assert [t.shape for t in outs] == [(4, 0, 8), (2, 0, 8), (2, 0, 4, 8)]
     grads = torch.autograd.grad(outs, tensors, [torch.ones_like(t) for t in outs])
@@ -176,10 +169,11 @@ def test_no_images(dtype: torch.dtype) -> None:
 
 
 @computes
-def test_jobs_without_pixels(dtype: torch.dtype) -> None:
+@each_device
+def test_jobs_without_pixels(device: str, dtype: torch.dtype) -> None:
     """Their moments are zeros; a constant map's variance is, too."""
     case = block_case(3)
-    tensors = case.tensors(dtype)
+    tensors = case.tensors(dtype, device=device)
     with torch.no_grad():
         for moment in tensors[:3]:
             moment[2] = 0
@@ -187,11 +181,12 @@ def test_jobs_without_pixels(dtype: torch.dtype) -> None:
     check(case, tensors)
 
 
+@each_device
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("moment", range(3))
-def test_non_finite_moments_stay_in_their_image(moment: int, value: float) -> None:
+def test_non_finite_moments_stay_in_their_image(moment: int, value: float, device: str) -> None:
     case = Case((0, 0, 0), (0, 1, 2), images=3)
-    tensors = case.tensors()
+    tensors = case.tensors(device=device)
     with torch.no_grad():
         tensors[moment][2, 1, 5] = value
     for ours, theirs in zip(run(case, tensors), plain(case, tensors), strict=True):
@@ -273,11 +268,12 @@ def backward_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]
 
 
 @computes
+@each_device
 @pytest.mark.parametrize("images", [0, 2])
-def test_opcheck(images: int, dtype: torch.dtype) -> None:
+def test_opcheck(images: int, device: str, dtype: torch.dtype) -> None:
     case = replace(block_case(2), images=images)
     for kinds in ([dtype], [torch.bfloat16, dtype]):
-        tensors = case.tensors(dtype, kinds)
+        tensors = case.tensors(dtype, kinds, device)
         arguments = operator_arguments(case, tensors)
         torch.library.opcheck(torch.ops.dyhead.block_coefficients_fwd, arguments)
         torch.library.opcheck(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyhead_cuda import backend, functional, library
 from tests.helpers.compare import TOLERANCE, assert_close, gradients
+from tests.helpers.devices import Device, each_device
 from tests.helpers.inputs import random_relu_inputs
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +35,7 @@ def backward_arguments(inputs: Sequence[Tensor]) -> list[Tensor]:
     rows, w1, b1, w2, b2 = forward_arguments(inputs)
     _, _, hidden, logits = torch.ops.dyhead.dynamic_relu_fwd(rows, w1, b1, w2, b2, True)
     source = torch.Generator().manual_seed(5)
-    grad_out = torch.randn(rows.shape, generator=source, dtype=torch.float64).to(rows.dtype)
+    grad_out = torch.randn(rows.shape, generator=source, dtype=torch.float64).to(rows)
     return [grad_out, rows, hidden, logits, w1, w2]
 
 
@@ -47,10 +48,11 @@ def test_forward_statistics() -> None:
     assert_close(logits, (x.mean(2) @ w1.t() + b1).relu() @ w2.t() + b2)
 
 
+@each_device
 @dtypes
-@pytest.mark.parametrize("shape", [(2, 6, 5), (1, 3, 1), (0, 4, 2)])
-def test_opcheck(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    inputs = random_relu_inputs(shape, dtype)
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 8, 30), (1, 3, 1), (0, 4, 2)])
+def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> None:
+    inputs = [t.to(device) for t in random_relu_inputs(shape, dtype)]
     arguments = forward_arguments(inputs)
     for t in arguments:
         t.requires_grad_()

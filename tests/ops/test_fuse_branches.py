@@ -12,60 +12,64 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case
+from tests.helpers.devices import each_device, each_device_sanitized
+from tests.helpers.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case, check
 from tests.helpers.inputs import halving_sizes
 
 library.require("cpu")
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
-    tensors = case.tensors(dtype)
-    exact = [leaf(t, torch.float64) for t in tensors]
-    actual, expected = case.run(tensors), case.reference(exact)
-    assert actual.dtype == dtype
-    assert_close(actual, expected, dtype)
-    cotangent = case.cotangent(exact, dtype)
-    actual_grads = torch.autograd.grad(actual, tensors, cotangent.to(dtype))
-    if case.images == 0:
-        assert [g.shape for g in actual_grads] == [t.shape for t in tensors]
-    else:
-        wanted = torch.autograd.grad(expected, exact, cotangent)
-        assert_gradients_close(actual_grads, wanted, dtype)
-
-
+@each_device_sanitized
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_formula_with_all_gradients(name: str, dtype: torch.dtype) -> None:
-    check(CASES[name], dtype)
+def test_equals_the_formula_with_all_gradients(name: str, dtype: torch.dtype, device: str) -> None:
+    check(CASES[name], CASES[name].tensors(dtype, device))
+
+
+@each_device_sanitized
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_whole_vectors(dtype: torch.dtype, device: str) -> None:
+    case = block_case(halving_sizes(13, 21, 3), channels=64)
+    check(case, case.tensors(dtype, device))
+
+
+@each_device_sanitized
+def test_no_images(device: str) -> None:
+    case = replace(CASES["two levels"], images=0)
+    check(case, case.tensors(torch.float32, device))
 
 
 @given(RANDOM_CASES)
 @example(Case((((7, 5), ((4, 3), (7, 5))),), images=0))
 def test_random_cases(case: Case) -> None:
-    check(case, torch.float64)
+    check(case, case.tensors())
 
 
 def test_a_large_map_keeps_the_precision_of_float32() -> None:
-    check(Case((((200, 336), ((100, 168),)),), images=1, channels=8), torch.float32)
+    case = Case((((200, 336), ((100, 168),)),), images=1, channels=8)
+    check(case, case.tensors(torch.float32))
 
 
+@each_device
 @pytest.mark.parametrize(
     "case",
     [block_case(halving_sizes(3, 5, 2)), CASES["from and to 1x1"], Case((((2, 3), ((5, 4),)),))],
     ids=["block", "from and to 1x1", "smaller level"],
 )
-def test_gradcheck(case: Case, threads: None) -> None:
+def test_gradcheck(case: Case, device: str, threads: None) -> None:
     torch.set_num_threads(1)  # hundreds of calls with next to nothing to do
     case = replace(case, channels=2)
-    assert torch.autograd.gradcheck(lambda *tensors: case.run(list(tensors)), case.tensors())
+    tensors = case.tensors(device=device)
+    assert torch.autograd.gradcheck(lambda *inputs: case.run(list(inputs)), tensors)
 
 
+@each_device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("images", [0, 2])
-def test_opcheck(dtype: torch.dtype, images: int) -> None:
+def test_opcheck(images: int, dtype: torch.dtype, device: str) -> None:
     case = replace(CASES["two levels"], images=images)
     tables = (images, *case.tables())
-    tensors = case.tensors(dtype)
+    tensors = case.tensors(dtype, device)
     torch.library.opcheck(torch.ops.dyhead.fuse_branches_fwd, (*tensors, *tables))
     plain = [t.detach() for t in tensors]
     grad_out = torch.randn_like(case.run(plain))
@@ -85,10 +89,12 @@ def test_a_tie_is_split() -> None:
     assert torch.equal(grads[3][:, :, :2], grads[3][:, :, 2:])
 
 
+@each_device
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_nan_passes_through(dtype: torch.dtype) -> None:
-    case = block_case(halving_sizes(9, 14, 2), channels=20)
-    tensors = case.tensors(dtype)
+@pytest.mark.parametrize("channels", [20, 24])
+def test_non_finite_values_pass_through(channels: int, dtype: torch.dtype, device: str) -> None:
+    case = block_case(halving_sizes(9, 14, 2), channels=channels)
+    tensors = case.tensors(dtype, device)
     with torch.no_grad():
         tensors[0][::11, 3], tensors[0][5, 7:] = math.nan, math.inf
     expected = case.reference(tensors)
@@ -99,11 +105,12 @@ def test_nan_passes_through(dtype: torch.dtype) -> None:
         assert torch.equal(actual == value, expected == value)
 
 
+@each_device_sanitized
 @pytest.mark.parametrize("empty", [(0, 4), (4, 0), (0, 0)])
-def test_levels_without_pixels(empty: Size) -> None:
+def test_levels_without_pixels(empty: Size, device: str) -> None:
     full: tuple[Size, tuple[Size, ...]] = ((5, 4), ((5, 4), (3, 2)))
     case = Case((full, (empty, (empty, (3, 2))), full))
-    tensors = case.tensors()
+    tensors = case.tensors(device=device)
     exact = [leaf(t) for t in tensors]
     actual, expected = case.run(tensors), case.reference(exact)
     assert_close(actual, expected)
@@ -152,35 +159,36 @@ def test_a_second_derivative_raises() -> None:
         grad.sum().backward()
 
 
-# Map tables of three branches of 2x3, 1x2 and 2x3 pixels, and of two levels of 2x3.
+# Map tables of three branches of 2x3, 1x2 and 2x3 pixels, and of two levels of 2x3, bilinear.
 MAPS = [0, 2, 3, 12, 1, 2, 16, 2, 3]
-LEVELS = [0, 2, 3, 2, 0, 1, -1, 12, 2, 3, 1, 2, -1, -1]
+LEVELS = [0, 2, 3, 2, 0, 1, -1, 0, 12, 2, 3, 1, 2, -1, -1, 0]
 HUGE = 2**31 - 1
 BAD_TABLES = {
-    "no levels": (MAPS, [], "tables of 3 n and 7 n"),
-    "a level cut off": (MAPS, LEVELS[:-1], "tables of 3 n and 7 n"),
-    "a map cut off": (MAPS[:-1], LEVELS, "tables of 3 n and 7 n"),
+    "no levels": (MAPS, [], "tables of 3 n and 8 n"),
+    "a level cut off": (MAPS, LEVELS[:-1], "tables of 3 n and 8 n"),
+    "a map cut off": (MAPS[:-1], LEVELS, "tables of 3 n and 8 n"),
     "a map too few": (MAPS[:-3], LEVELS, "expected scale"),
-    "a level too few": (MAPS, LEVELS[:7], "expected shift"),
+    "a level too few": (MAPS, LEVELS[:8], "expected shift"),
     "a gap between maps": ([*MAPS[:3], 13, *MAPS[4:]], LEVELS, "branch maps without gaps"),
-    "a gap between levels": (MAPS, [*LEVELS[:7], 13, *LEVELS[8:]], "level maps without gaps"),
+    "a gap between levels": (MAPS, [*LEVELS[:8], 13, *LEVELS[9:]], "level maps without gaps"),
     "rows left over": ([*MAPS[:-1], 2], LEVELS, "cover all 28 rows"),
     "too many rows": ([*MAPS[:-1], 4], LEVELS, "within 28 rows"),
     "a negative size": ([*MAPS[:-2], -2, -3], LEVELS, "the height of a map"),
     "a size that overflows": ([*MAPS[:-2], HUGE, HUGE], LEVELS, "maps of at most"),
     "a size beyond 32 bits": ([*MAPS[:-2], 2**32 + 2, 3], LEVELS, "the height of a map"),
     "a level that overflows": (MAPS, [0, HUGE, HUGE, *LEVELS[3:]], "maps of at most"),
-    "no branches": (MAPS, [*LEVELS[:10], 0, -1, *LEVELS[12:]], "1 to 3 branches, got 0"),
-    "four branches": (MAPS, [*LEVELS[:10], 4, *LEVELS[11:]], "1 to 3 branches, got 4"),
-    "a branch too many": (MAPS, [*LEVELS[:12], 1, -1], "-1 for an unused branch, got 1"),
-    "an unknown branch": (MAPS, [*LEVELS[:11], 3, -1, -1], "out of 3 maps, got 3"),
-    "a negative branch": (MAPS, [*LEVELS[:11], -1, -1, -1], "out of 3 maps, got -1"),
-    "a branch used twice": (MAPS, [*LEVELS[:11], 1, -1, -1], "in exactly one level"),
+    "no branches": (MAPS, [*LEVELS[:11], 0, -1, *LEVELS[13:]], "1 to 3 branches, got 0"),
+    "four branches": (MAPS, [*LEVELS[:11], 4, *LEVELS[12:]], "1 to 3 branches, got 4"),
+    "a branch too many": (MAPS, [*LEVELS[:13], 1, -1, 0], "-1 for an unused branch, got 1"),
+    "an unknown branch": (MAPS, [*LEVELS[:12], 3, -1, -1, 0], "out of 3 maps, got 3"),
+    "a negative branch": (MAPS, [*LEVELS[:12], -1, -1, -1, 0], "out of 3 maps, got -1"),
+    "a branch used twice": (MAPS, [*LEVELS[:12], 1, -1, -1, 0], "in exactly one level"),
     "a branch without pixels": (
         [0, 2, 3, 12, 0, 2, 12, 4, 2],
         LEVELS,
         "branch of pixels for a level of 2x3",
     ),
+    "an unknown mode": (MAPS, [*LEVELS[:-1], 2], "an upsampling mode from 0 to 1, got 2"),
 }  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from dyhead_cuda import fused, library
 from dyhead_cuda.ops.jobs import Map, stack_maps
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
-from tests.helpers.compare import TOLERANCE, leaf, random_like
+from tests.helpers.compare import TOLERANCE, leaf
+from tests.helpers.devices import each_device, each_device_sanitized
 from tests.helpers.inputs import halving_sizes, random_pyramid
+from tests.helpers.packing import check, expected_rows
 
 library.require("cpu")
 
@@ -31,26 +33,6 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.contiguous()
 
 
-def expected_rows(levels: list[Tensor]) -> Tensor:
-    return torch.cat([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in levels])
-
-
-def check(levels: list[Tensor]) -> None:
-    """Rows and gradients, from fused.pack too."""
-    leaves, exact = [x.detach().requires_grad_() for x in levels], [leaf(x) for x in levels]
-    expected = expected_rows(exact)
-    cotangent = random_like(expected)[0].to(expected.dtype)
-    wanted = torch.autograd.grad(expected, exact, cotangent)
-    for pack in (pack_levels, fused.pack):
-        rows = pack(leaves)
-        assert rows.dtype == expected.dtype
-        assert rows.is_contiguous()
-        assert torch.equal(rows, expected)
-        for actual, grad in zip(torch.autograd.grad(rows, leaves, cotangent), wanted, strict=True):
-            assert actual.shape == grad.shape
-            assert torch.equal(actual, grad)
-
-
 @dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("images", [0, 1, 3])
@@ -59,6 +41,17 @@ def test_levels(channels: int, images: int, layout: str, dtype: torch.dtype) -> 
     levels = random_pyramid(images, channels, halving_sizes(13, 21, 4), dtype)
     check([laid_out(x, layout) for x in levels])
     check([laid_out(levels[0], layout)])
+
+
+@dtypes
+@each_device_sanitized
+@pytest.mark.parametrize("channels", [1, 27, 64])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_levels_of_two_layouts(mixed: bool, channels: int, device: str, dtype: torch.dtype) -> None:
+    levels = [x.to(device) for x in random_pyramid(2, channels, halving_sizes(13, 21, 4), dtype)]
+    if mixed:
+        levels[::2] = [laid_out(x, "channels_last") for x in levels[::2]]
+    check(levels)
 
 
 @given(
@@ -95,16 +88,18 @@ def test_one_channels_last_level_is_not_copied() -> None:
     assert fused.pack([x]).data_ptr() == x.data_ptr()
 
 
-def test_gradcheck() -> None:
-    a, b, c = (leaf(x) for x in random_pyramid(2, 3, [(3, 4), (2, 2), (1, 1)]))
+@each_device
+def test_gradcheck(device: str) -> None:
+    a, b, c = (leaf(x.to(device)) for x in random_pyramid(2, 3, [(3, 4), (2, 2), (1, 1)]))
     b = laid_out(b.detach(), "channels_last").requires_grad_()
     assert torch.autograd.gradcheck(lambda *levels: pack_levels(levels), (a, b, c))
 
 
 @dtypes
+@each_device
 @pytest.mark.parametrize("images", [0, 2])
-def test_opcheck(images: int, dtype: torch.dtype) -> None:
-    levels = [leaf(x) for x in random_pyramid(images, 5, [(3, 4), (2, 2)], dtype)]
+def test_opcheck(images: int, device: str, dtype: torch.dtype) -> None:
+    levels = [leaf(x.to(device)) for x in random_pyramid(images, 5, [(3, 4), (2, 2)], dtype)]
     torch.library.opcheck(torch.ops.dyhead.pack_levels, (levels,))
     rows = pack_levels([x.detach() for x in levels])
     maps = [0, 3, 4, images * 12, 2, 2]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,77 +13,10 @@ from torchvision.ops import deform_conv2d
 
 from dyhead_cuda.reference import modulated_deform_conv2d
 from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf, relative_l2
-
-Pair = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one convolution; `margin` pixels more than its dilated kernel needs."""
-
-    batch: int = 2
-    groups: int = 1
-    deform_groups: int = 1
-    in_multiple: int = 2
-    out_multiple: int = 3
-    kernel: Pair = (3, 3)
-    stride: Pair = (1, 1)
-    padding: Pair = (1, 1)
-    dilation: Pair = (1, 1)
-    margin: Pair = (3, 2)
-    mask: bool = True
-    bias: bool = True
-    seed: int = 0
-
-    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Random arguments, with all sample coordinates at least 0.05 away from integers."""
-        source = torch.Generator().manual_seed(self.seed)
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=source, dtype=torch.float64)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=source, dtype=torch.float64)
-
-        size = [
-            max(1, d * (k - 1) + 1 - 2 * p) + m
-            for k, p, d, m in zip(
-                self.kernel, self.padding, self.dilation, self.margin, strict=True
-            )
-        ]
-        out = [
-            (s + 2 * p - d * (k - 1) - 1) // st_ + 1
-            for s, k, p, d, st_ in zip(
-                size, self.kernel, self.padding, self.dilation, self.stride, strict=True
-            )
-        ]
-        taps = math.prod(self.kernel)
-        channels = math.lcm(self.groups, self.deform_groups) * self.in_multiple
-        out_channels = self.groups * self.out_multiple
-        positions = (self.batch, 2 * self.deform_groups * taps, *out)
-        offset = (5 * normal(*positions) / 3).floor() + 0.05 + 0.9 * uniform(*positions)
-        tensors = {
-            "input": normal(self.batch, channels, *size),
-            "offset": offset,
-            "weight": normal(out_channels, channels // self.groups, *self.kernel),
-        }
-        if self.bias:
-            tensors["bias"] = normal(out_channels)
-        if self.mask:
-            tensors["mask"] = uniform(self.batch, self.deform_groups * taps, *out)
-        return {name: leaf(t, dtype) for name, t in tensors.items()}
-
-    def run(self, operator: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Tensor:
-        return operator(**tensors, stride=self.stride, padding=self.padding, dilation=self.dilation)
-
-
-def pairs(least: int, most: int) -> st.SearchStrategy[Pair]:
-    value = st.integers(least, most)
-    return st.tuples(value, value)
-
+from tests.helpers.convolutions import EXTREME, LAYOUTS, PlainConvolution, pairs
 
 CASES = st.builds(
-    Case,
+    PlainConvolution,
     batch=st.integers(1, 3),
     groups=st.integers(1, 3),
     deform_groups=st.integers(1, 3),
@@ -104,10 +35,10 @@ CASES = st.builds(
 
 @settings(max_examples=100)
 @given(CASES)
-@example(Case())
-@example(Case(groups=2, deform_groups=3, kernel=(1, 3), stride=(2, 1), dilation=(1, 2)))
-@example(Case(padding=(0, 2), mask=False, bias=False))
-def test_equals_torchvision_with_all_gradients(case: Case) -> None:
+@example(PlainConvolution())
+@example(PlainConvolution(groups=2, deform_groups=3, kernel=(1, 3), stride=(2, 1), dilation=(1, 2)))
+@example(PlainConvolution(padding=(0, 2), mask=False, bias=False))
+def test_equals_torchvision_with_all_gradients(case: PlainConvolution) -> None:
     tensors = case.tensors()
     expected = case.run(deform_conv2d, tensors)
     actual = case.run(modulated_deform_conv2d, tensors)
@@ -119,7 +50,7 @@ def test_equals_torchvision_with_all_gradients(case: Case) -> None:
 @pytest.mark.parametrize("padding", [0, 1])
 def test_integer_coordinates_use_the_same_one_sided_gradient(padding: int) -> None:
     # With padding 0 no sample is on coordinate -1, where torchvision differs on purpose.
-    case = Case(padding=(padding, padding), margin=(4, 4))
+    case = PlainConvolution(padding=(padding, padding), margin=(4, 4))
     tensors = case.tensors()
     with torch.no_grad():
         tensors["offset"].zero_()
@@ -131,7 +62,7 @@ def test_integer_coordinates_use_the_same_one_sided_gradient(padding: int) -> No
 
 
 def test_without_offsets_it_is_a_convolution() -> None:
-    case = Case(groups=2, stride=(2, 1), dilation=(1, 2), padding=(2, 1), mask=False)
+    case = PlainConvolution(groups=2, stride=(2, 1), dilation=(1, 2), padding=(2, 1), mask=False)
     tensors = case.tensors()
     with torch.no_grad():
         tensors["offset"].zero_()
@@ -151,13 +82,10 @@ def test_dy_comes_before_dx_and_taps_are_row_major() -> None:
     assert torch.equal(out[0, 0, 1:, :3], image[0, 0, 1:5, 2:5])
 
 
-EXTREME = [math.nan, math.inf, -math.inf, 1e30, -1e30]
-
-
 @pytest.mark.parametrize("value", EXTREME)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
-    case = Case(deform_groups=2, in_multiple=1, mask=True)
+    case = PlainConvolution(deform_groups=2, in_multiple=1, mask=True)
     tensors = case.tensors(dtype)
     offset = tensors["offset"]
     bad = torch.rand(offset.shape) < 0.2
@@ -187,7 +115,7 @@ def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", EXTREME)
 def test_extreme_offsets_have_a_finite_second_derivative(value: float) -> None:
-    case = Case(batch=1, kernel=(2, 2), padding=(0, 0), margin=(1, 1))
+    case = PlainConvolution(batch=1, kernel=(2, 2), padding=(0, 0), margin=(1, 1))
     tensors = case.tensors()
     with torch.no_grad():
         tensors["offset"][:, 0] = value
@@ -236,7 +164,7 @@ def test_large_negative_fractions_use_a_true_floor() -> None:
 
 
 def test_values_that_are_not_sampled_do_not_matter() -> None:
-    case = Case(batch=1, padding=(1, 1), margin=(4, 4))
+    case = PlainConvolution(batch=1, padding=(1, 1), margin=(4, 4))
     tensors = {name: t.detach() for name, t in case.tensors().items()}
     tensors["input"][0, :, 0, 0], tensors["input"][0, :, -1, -1] = math.inf, math.nan
     for shift in (100.0, -100.0):
@@ -251,17 +179,9 @@ def test_values_that_are_not_sampled_do_not_matter() -> None:
     assert relative_l2(actual[finite], expected[finite]) < 1e-12
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "sliced": lambda t: torch.cat([t, torch.full_like(t, 1e9)], 3)[..., : t.shape[3]],
-    "strided": lambda t: torch.stack([t, torch.full_like(t, 1e9)], -1).flatten(3)[..., ::2],
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_does_not_matter(layout: str) -> None:
-    case = Case(deform_groups=2)
+    case = PlainConvolution(deform_groups=2)
     tensors = case.tensors()
     strange = {
         name: leaf(t) if t.dim() == 1 else LAYOUTS[layout](t.detach()).requires_grad_()
@@ -277,7 +197,7 @@ def test_layout_does_not_matter(layout: str) -> None:
 
 
 def test_expanded_arguments() -> None:
-    case = Case()
+    case = PlainConvolution()
     tensors = {name: t.detach() for name, t in case.tensors().items()}
     shared = {
         name: t[:1].expand(2, *t.shape[1:]) if name in ("input", "offset", "mask") else t
@@ -292,7 +212,7 @@ def test_expanded_arguments() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_precision_and_dtype(dtype: torch.dtype) -> None:
-    case = Case(groups=2, deform_groups=2, in_multiple=8, out_multiple=8, margin=(6, 7))
+    case = PlainConvolution(groups=2, deform_groups=2, in_multiple=8, out_multiple=8, margin=(6, 7))
     tensors = case.tensors(dtype)
     exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
     actual = case.run(modulated_deform_conv2d, tensors)
@@ -306,12 +226,12 @@ def test_precision_and_dtype(dtype: torch.dtype) -> None:
 
 
 def test_the_result_is_channels_last() -> None:
-    out = Case().run(modulated_deform_conv2d, Case().tensors())
+    out = PlainConvolution().run(modulated_deform_conv2d, PlainConvolution().tensors())
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_parameters_of_another_type_than_the_input() -> None:
-    case = Case()
+    case = PlainConvolution()
     tensors = case.tensors(torch.float32)
     weight = leaf(tensors["weight"], torch.float64)
     out = case.run(modulated_deform_conv2d, tensors | {"weight": weight})
@@ -321,10 +241,10 @@ def test_parameters_of_another_type_than_the_input() -> None:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_empty_batch(mask: bool) -> None:
-    case = Case(batch=0, groups=2, deform_groups=2, mask=mask)
+    case = PlainConvolution(batch=0, groups=2, deform_groups=2, mask=mask)
     tensors = case.tensors()
     out = case.run(modulated_deform_conv2d, tensors)
-    one = Case(batch=1, groups=2, deform_groups=2, mask=mask)
+    one = PlainConvolution(batch=1, groups=2, deform_groups=2, mask=mask)
     assert out.shape == (0, *one.run(modulated_deform_conv2d, one.tensors()).shape[1:])
     out.sum().backward()
     grad = tensors["bias"].grad
@@ -334,7 +254,7 @@ def test_empty_batch(mask: bool) -> None:
 
 @pytest.mark.parametrize("size", [(0, 4), (4, 0), (0, 0)])
 @pytest.mark.parametrize("padding", [1, 2])
-def test_images_without_pixels(size: Pair, padding: int) -> None:
+def test_images_without_pixels(size: tuple[int, int], padding: int) -> None:
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     out_size = [s + 2 * padding - 2 for s in size]
     offset = torch.randn(2, 18, *out_size, dtype=torch.float64)
@@ -347,7 +267,7 @@ def test_images_without_pixels(size: Pair, padding: int) -> None:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_gradcheck_and_gradgradcheck(mask: bool) -> None:
-    case = Case(
+    case = PlainConvolution(
         batch=1, groups=2, deform_groups=2, in_multiple=1, out_multiple=1, kernel=(1, 2),
         stride=(1, 2), padding=(1, 0), margin=(1, 2), mask=mask,
     )  # fmt: skip
@@ -363,7 +283,7 @@ def test_gradcheck_and_gradgradcheck(mask: bool) -> None:
 
 
 def test_autocast_does_not_change_it() -> None:
-    case = Case(in_multiple=8)
+    case = PlainConvolution(in_multiple=8)
     tensors = case.tensors(torch.float32)
     expected = case.run(modulated_deform_conv2d, tensors)
     with torch.autocast("cpu", torch.bfloat16):
@@ -372,7 +292,7 @@ def test_autocast_does_not_change_it() -> None:
 
 
 def test_compiles_in_one_graph() -> None:
-    case = Case(kernel=(1, 2), padding=(0, 0), margin=(1, 1), deform_groups=2)
+    case = PlainConvolution(kernel=(1, 2), padding=(0, 0), margin=(1, 1), deform_groups=2)
     tensors = case.tensors()
     torch._dynamo.reset()
     compiled = torch.compile(modulated_deform_conv2d, fullgraph=True, backend="aot_eager")

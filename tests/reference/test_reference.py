@@ -13,7 +13,14 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from dyhead_cuda import reference
-from dyhead_cuda.pyramid import HIGH_OFFSETS, BlockParameters, BranchParameters, HighOffset
+from dyhead_cuda.pyramid import (
+    HIGH_OFFSETS,
+    UPSAMPLES,
+    BlockParameters,
+    BranchParameters,
+    HighOffset,
+    Upsample,
+)
 from dyhead_cuda.reference import Activation
 from tests.helpers.compare import assert_close, assert_gradients_close, gradients, leaf
 from tests.helpers.inputs import (
@@ -45,8 +52,10 @@ def read_flat(t: Tensor, height: int, width: int) -> Tensor:
     return values.view(n, taps, height, width)
 
 
-def upsampled(x: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(x, size=list(size), mode="bilinear", align_corners=True)
+def upsampled(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    if mode == "nearest":
+        return F.interpolate(x, tuple(size))
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
 def normalised(x: Tensor, groups: int, p: BranchParameters) -> Tensor:
@@ -58,7 +67,7 @@ def normalised(x: Tensor, groups: int, p: BranchParameters) -> Tensor:
 
 
 def layerwise_block(
-    features: Sequence[Tensor], p: BlockParameters, high_offset: str, groups: int
+    features: Sequence[Tensor], p: BlockParameters, high_offset: str, upsample: str, groups: int
 ) -> list[Tensor]:
     outputs = []
     for level, x in enumerate(features):
@@ -84,13 +93,14 @@ def layerwise_block(
             coarser = features[level + 1]
             h, w = coarser.shape[-2:]
             if high_offset == "aligned":
-                branches.append(deform(upsampled(coarser, x.shape[-2:]), p.high, offset, mask, 1))
+                whole = upsampled(coarser, x.shape[-2:], upsample)
+                branches.append(deform(whole, p.high, offset, mask, 1))
             else:
                 crops = offset[..., :h, :w].contiguous(), mask[..., :h, :w].contiguous()
                 read_offset = crops[0] if high_offset == "crop" else read_flat(offset, h, w)
                 read_mask = read_flat(mask, h, w) if high_offset == "flat" else crops[1]
                 y = deform(coarser, p.high, read_offset, read_mask, 1)
-                branches.append(upsampled(y, x.shape[-2:]))
+                branches.append(upsampled(y, x.shape[-2:], upsample))
         gated = []
         for branch in branches:
             logit = F.conv2d(
@@ -122,6 +132,7 @@ def check_block(
     channels: tuple[int, int] = (6, 8),
     groups: int = 2,
     bias: bool = True,
+    upsample: Upsample = "bilinear",
     seed: int = 0,
 ) -> None:
     """Outputs and all gradients equal those of the layer-by-layer block."""
@@ -129,9 +140,9 @@ def check_block(
         random_pyramid(batch, channels[0], sizes, seed=seed),
         random_block_parameters(*channels, bias=bias, seed=seed + 1),
     )
-    expected = layerwise_block(features, parameters, high_offset, groups)
+    expected = layerwise_block(features, parameters, high_offset, upsample, groups)
     actual = reference.pyramid_block(
-        features, parameters, high_offset=high_offset, num_groups=groups
+        features, parameters, high_offset=high_offset, upsample=upsample, num_groups=groups
     )
     assert_close(actual, expected)
     # Parameters of branches that a pyramid of one level does not have get zeros.
@@ -145,6 +156,7 @@ def check_block(
 
 
 @modes
+@pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -158,8 +170,10 @@ def check_block(
     ],
     ids=str,
 )
-def test_block_equals_layer_by_layer(sizes: Sizes, high_offset: HighOffset) -> None:
-    check_block(sizes, high_offset)
+def test_block_equals_layer_by_layer(
+    sizes: Sizes, upsample: Upsample, high_offset: HighOffset
+) -> None:
+    check_block(sizes, high_offset, upsample=upsample)
 
 
 @modes

@@ -30,6 +30,11 @@ def from_bits(bits: NDArray[np.uint16], dtype: HalfName) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype, as the bindings take it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def to_array(t: Tensor) -> NDArray[Any]:
     """A tensor as an array: 16-bit types as bit patterns."""
     t = t.detach().contiguous()

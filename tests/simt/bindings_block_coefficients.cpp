@@ -1,4 +1,4 @@
-// The launchers of block_coefficients, called as csrc/host/block_coefficients.h calls them.
+// The launchers of block_coefficients, called as the operator calls them.
 #include <pybind11/stl.h>
 
 #include <memory>
@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "cuda/block_coefficients/block_coefficients.h"
 #include "device_array.h"
 
@@ -18,7 +19,7 @@ using namespace dyhead::cuda;
 using NamedArray = std::pair<std::string, py::array>;
 
 struct Tables {
-  std::vector<int> levels_of, branches_of;
+  std::vector<int> job_levels, job_branches;
   int num_groups;
 };
 
@@ -56,13 +57,13 @@ void fill(Params& p, DeviceParameters& device, DType dtype, const py::array& mea
   while (used < s.jobs) {
     p.tables.first[s.levels] = used;
     for (int32_t j = 0; j < s.jobs; ++j) {
-      if (tables.levels_of.at(j) == s.levels) p.tables.order[used++] = static_cast<int16_t>(j);
+      if (tables.job_levels.at(j) == s.levels) p.tables.order[used++] = static_cast<int16_t>(j);
     }
     s.max_jobs = std::max(s.max_jobs, used - p.tables.first[s.levels]);
     p.tables.first[++s.levels] = used;
   }
   for (int32_t j = 0; j < s.jobs; ++j) {
-    p.tables.norm[j] = static_cast<int16_t>(tables.branches_of.at(j));
+    p.tables.norm[j] = static_cast<int16_t>(tables.job_branches.at(j));
   }
   for (int32_t b = 0; b < s.norms; ++b) {
     p.parameters.norm_weight[b] = device.add("norm_weight", norm_weights[b]);
@@ -169,9 +170,7 @@ py::tuple with_compute_type(const py::array& mean, Use&& use) {
   return use(float{}, DType::kFloat32);
 }
 
-}  // namespace
-
-void bind_block_coefficients(py::module_& module) {
+void bind(py::module_& module) {
   py::module_ m = module.def_submodule("block_coefficients",
                                        "csrc/cuda/block_coefficients/block_coefficients.h");
   m.def("forward",
@@ -179,12 +178,12 @@ void bind_block_coefficients(py::module_& module) {
            const std::vector<NamedArray>& norm_weights, const std::vector<NamedArray>& norm_biases,
            const NamedArray& gate_weight, const NamedArray& gate_bias, const NamedArray& fc1_weight,
            const NamedArray& fc1_bias, const NamedArray& fc2_weight, const NamedArray& fc2_bias,
-           const std::vector<int>& levels_of, const std::vector<int>& branches_of, int num_groups,
+           const std::vector<int>& job_levels, const std::vector<int>& job_branches, int num_groups,
            double eps) {
           return with_compute_type(mean, [&](auto zero, DType dtype) {
             return forward<decltype(zero)>(dtype, mean, var, up_mean, norm_weights, norm_biases,
                                            gate_weight, gate_bias, fc1_weight, fc1_bias, fc2_weight,
-                                           fc2_bias, {levels_of, branches_of, num_groups}, eps);
+                                           fc2_bias, {job_levels, job_branches, num_groups}, eps);
           });
         });
   m.def(
@@ -194,14 +193,17 @@ void bind_block_coefficients(py::module_& module) {
          const py::array& norms, const py::array& layers,
          const std::vector<NamedArray>& norm_weights, const std::vector<NamedArray>& norm_biases,
          const NamedArray& gate_weight, const NamedArray& fc1_weight, const NamedArray& fc2_weight,
-         const std::vector<int>& levels_of, const std::vector<int>& branches_of, int num_groups) {
+         const std::vector<int>& job_levels, const std::vector<int>& job_branches, int num_groups) {
         return with_compute_type(mean, [&](auto zero, DType dtype) {
           return backward<decltype(zero)>(dtype, grad_scale, grad_shift, grad_coefficients, mean,
                                           up_mean, norms, layers, norm_weights, norm_biases,
                                           gate_weight, fc1_weight, fc2_weight,
-                                          {levels_of, branches_of, num_groups});
+                                          {job_levels, job_branches, num_groups});
         });
       });
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

@@ -4,8 +4,10 @@
 #include <deque>
 #include <string>
 
-#include "cuda/deform_conv/deform_run.h"
-#include "deform_tables.h"
+#include "bindings.h"
+#include "cuda/deform_conv/deform_conv_bwd_input_run.h"
+#include "cuda/deform_conv/deform_conv_fwd_run.h"
+#include "deform_call.h"
 
 namespace dyhead::simt {
 namespace {
@@ -33,28 +35,29 @@ struct Matrices {
 };
 
 template <class T>
-py::dict forward(DeformTables tables, int64_t far, const py::array& source,
+py::dict forward(DeformCall call, int64_t far, const py::array& source,
                  const py::array& predictions, const Matrices& matrices, const py::object& gates,
-                 bool wide_out, bool moments, bool allow_tf32, const DeviceLimits& device) {
+                 bool out_in_compute_dtype, bool moments, bool allow_tf32,
+                 const DeviceLimits& device) {
   using F = compute_t<T>;
-  const DeformShape& s = tables.shape;
+  const DeformShape& s = call.shape;
   const auto x = DeviceArray<T>::copy_of("source", source);
   const auto offsets = DeviceArray<F>::copy_of("predictions", predictions);
-  const auto jobs = static_cast<py::ssize_t>(moments ? tables.jobs.size() : 0);
+  const auto jobs = static_cast<py::ssize_t>(moments ? call.jobs.size() : 0);
   const auto statistics = [&](const char* name) {
     return DeviceArray<F>::poisoned(name, {jobs, s.images, s.out_channels});
   };
   const auto mean = statistics("mean");
   const auto var = statistics("var");
   const auto up_mean = statistics("up_mean");
-  const auto out = DeviceArray<T>::poisoned("out", {tables.out_rows, s.out_channels});
-  const auto wide = DeviceArray<F>::poisoned("out", {tables.out_rows, s.out_channels});
+  const auto out = DeviceArray<T>::poisoned("out", {call.out_rows, s.out_channels});
+  const auto wide = DeviceArray<F>::poisoned("out", {call.out_rows, s.out_channels});
   DeformFwdParams params{};
-  params.tables = &tables;
+  params.call = &call;
   params.weights = &matrices.weights;
   // Rows that start at row `far` of a matrix whose first rows nobody may touch.
-  for (MapShape& map : tables.sources) map.first_row += far;
-  for (DeformJob& job : tables.jobs) {
+  for (MapShape& map : call.sources) map.first_row += far;
+  for (DeformJob& job : call.jobs) {
     job.out.first_row += far;
     job.predictions.first_row += far;
   }
@@ -66,8 +69,9 @@ py::dict forward(DeformTables tables, int64_t far, const py::array& source,
     params.gates = gate_memory.back().data();
   }
   const int64_t before = far * s.out_channels;
-  params.out = wide_out ? static_cast<void*>(wide.data() - before) : out.data() - before;
-  params.wide_out = wide_out;
+  params.out =
+      out_in_compute_dtype ? static_cast<void*>(wide.data() - before) : out.data() - before;
+  params.out_in_compute_dtype = out_in_compute_dtype;
   params.moments = moments;
   params.mean = mean.data();
   params.var = var.data();
@@ -75,7 +79,7 @@ py::dict forward(DeformTables tables, int64_t far, const py::array& source,
   Workspaces workspaces;
   check_launch("run_deform_fwd", run_deform_fwd(params, allow_tf32, device, workspaces, nullptr));
   py::dict result;
-  if (wide_out) {
+  if (out_in_compute_dtype) {
     result["out"] = wide.to_numpy();
   } else {
     result["out"] = out.to_numpy();
@@ -88,31 +92,31 @@ py::dict forward(DeformTables tables, int64_t far, const py::array& source,
 
 // All but the gradient of the weights.
 template <class T>
-py::dict backward(const DeformTables& tables, const py::array& grad_out, const py::object& grads,
+py::dict backward(const DeformCall& call, const py::array& grad_out, const py::object& grads,
                   const py::array& source, const py::array& predictions, const Matrices& matrices,
                   const py::object& gates, const py::array& out, const py::array& mean,
-                  bool wide_out, bool with_bias, bool allow_tf32, bool deterministic,
+                  bool out_in_compute_dtype, bool with_bias, bool allow_tf32, bool deterministic,
                   const DeviceLimits& device) {
   using F = compute_t<T>;
-  const DeformShape& s = tables.shape;
+  const DeformShape& s = call.shape;
   Matrices memory({}, {}, s.dtype);
   const auto x = DeviceArray<T>::copy_of("source", source);
   const auto offsets = DeviceArray<F>::copy_of("predictions", predictions);
-  const auto sources = static_cast<py::ssize_t>(tables.sources.size());
+  const auto sources = static_cast<py::ssize_t>(call.sources.size());
   const auto grad_source = DeviceArray<T>::poisoned("grad_source", {x.shape(0), x.shape(1)});
   const auto grad_predictions =
       DeviceArray<F>::poisoned("grad_predictions", {offsets.shape(0), offsets.shape(1)});
-  const auto grad_bias = DeviceArray<F>::poisoned("grad_bias", {tables.weights, s.out_channels});
+  const auto grad_bias = DeviceArray<F>::poisoned("grad_bias", {call.weights, s.out_channels});
   const auto grad_gates = DeviceArray<F>::poisoned("grad_gates", {s.images, sources});
-  const auto rows = DeviceArray<T>::poisoned("rows", {tables.out_rows, s.out_channels});
+  const auto rows = DeviceArray<T>::poisoned("rows", {call.out_rows, s.out_channels});
   DeformBwdParams params{};
-  params.tables = &tables;
+  params.call = &call;
   params.weights = &matrices.weights;
   params.source = x.data();
   params.predictions = offsets.data();
   params.gates = gates.is_none() ? nullptr : memory.add("gates", gates);
   params.grad_out = memory.add("grad_out", grad_out);
-  params.wide_out = wide_out;
+  params.out_in_compute_dtype = out_in_compute_dtype;
   params.out = memory.add("out", out);
   params.mean = memory.add("mean", mean);
   params.moments = !grads.is_none();
@@ -139,10 +143,8 @@ py::dict backward(const DeformTables& tables, const py::array& grad_out, const p
   return result;
 }
 
-}  // namespace
-
-void bind_deform_conv(py::module_& module) {
-  py::module_ m = module.def_submodule("deform_conv", "csrc/cuda/deform_conv/deform_run.h");
+void bind(py::module_& module) {
+  py::module_ m = module.def_submodule("deform_conv", "csrc/cuda/deform_conv/");
   py::class_<DeviceLimits>(m, "DeviceLimits")
       .def(py::init([](int processors, size_t shared_bytes) {
              return DeviceLimits{processors, shared_bytes};
@@ -153,13 +155,13 @@ void bind_deform_conv(py::module_& module) {
       [](const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
          const std::string& dtype, int64_t channels, int64_t out_channels, bool vectors,
          bool allow_tf32, const DeviceLimits& device) {
-        const DeformTables tables = read_tables(geometry, sources, terms, jobs, true,
-                                                named_dtype(dtype), channels, out_channels, 1);
+        const DeformCall call = read_call(geometry, sources, terms, jobs, true, named_dtype(dtype),
+                                          channels, out_channels, 1);
         const DeformTiling tiling =
-            forward_tiling(tables, deform_math(tables.shape.dtype, allow_tf32), vectors, device);
+            forward_tiling(call, deform_math(call.shape.dtype, allow_tf32), vectors, device);
         std::vector<std::pair<int, int>> launches;  // jobs and tiles of each
-        for (const DeformTable& table : deform_launches(tables, tiling.rows)) {
-          launches.emplace_back(table.job_count, table.tiles);
+        for (const DeformLaunch& launch : deform_launches(call, tiling.rows)) {
+          launches.emplace_back(launch.job_count, launch.tile_count);
         }
         return py::make_tuple(tiling.rows, tiling.cols, launches);
       },
@@ -172,22 +174,23 @@ void bind_deform_conv(py::module_& module) {
          const std::vector<py::array>& weights, const std::vector<py::array>& bias,
          const std::string& weights_dtype, const py::object& gates, const Numbers& geometry,
          const Numbers& sources, const Numbers& terms, const Numbers& jobs, bool mask_logits,
-         bool wide_out, bool moments, bool allow_tf32, int64_t far, const DeviceLimits& device) {
+         bool out_in_compute_dtype, bool moments, bool allow_tf32, int64_t far,
+         const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
-        const DeformTables tables =
-            read_tables(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
-                        weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
+        const DeformCall call =
+            read_call(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
+                      weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
         const Matrices matrices(weights, bias, named_dtype(weights_dtype));
         return dispatch_dtype(dtype, [&](auto zero) {
-          return forward<decltype(zero)>(tables, far, source, predictions, matrices, gates,
-                                         wide_out, moments, allow_tf32, device);
+          return forward<decltype(zero)>(call, far, source, predictions, matrices, gates,
+                                         out_in_compute_dtype, moments, allow_tf32, device);
         });
       },
       py::arg("dtype"), py::arg("source"), py::arg("predictions"), py::arg("weights"),
       py::arg("bias"), py::arg("weights_dtype"), py::arg("gates"), py::arg("geometry"),
       py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("mask_logits"),
-      py::arg("wide_out"), py::arg("moments"), py::kw_only(), py::arg("allow_tf32") = false,
-      py::arg("far") = 0, py::arg("device"));
+      py::arg("out_in_compute_dtype"), py::arg("moments"), py::kw_only(),
+      py::arg("allow_tf32") = false, py::arg("far") = 0, py::arg("device"));
   m.def(
       "backward",
       [](const std::string& dtype_name, const py::array& grad_out, const py::object& grads,
@@ -195,25 +198,28 @@ void bind_deform_conv(py::module_& module) {
          const std::vector<py::array>& weights, const std::string& weights_dtype,
          const py::object& gates, const py::array& out, const py::array& mean,
          const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
-         bool mask_logits, bool wide_out, bool with_bias, bool allow_tf32, bool deterministic,
-         const DeviceLimits& device) {
+         bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32,
+         bool deterministic, const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
-        const DeformTables tables =
-            read_tables(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
-                        weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
+        const DeformCall call =
+            read_call(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
+                      weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
         const Matrices matrices(weights, {}, named_dtype(weights_dtype));
         return dispatch_dtype(dtype, [&](auto zero) {
-          return backward<decltype(zero)>(tables, grad_out, grads, source, predictions, matrices,
-                                          gates, out, mean, wide_out, with_bias, allow_tf32,
-                                          deterministic, device);
+          return backward<decltype(zero)>(call, grad_out, grads, source, predictions, matrices,
+                                          gates, out, mean, out_in_compute_dtype, with_bias,
+                                          allow_tf32, deterministic, device);
         });
       },
       py::arg("dtype"), py::arg("grad_out"), py::arg("grads"), py::arg("source"),
       py::arg("predictions"), py::arg("weights"), py::arg("weights_dtype"), py::arg("gates"),
       py::arg("out"), py::arg("mean"), py::arg("geometry"), py::arg("sources"), py::arg("terms"),
-      py::arg("jobs"), py::arg("mask_logits"), py::arg("wide_out"), py::kw_only(),
+      py::arg("jobs"), py::arg("mask_logits"), py::arg("out_in_compute_dtype"), py::kw_only(),
       py::arg("with_bias"), py::arg("allow_tf32") = false, py::arg("deterministic") = false,
       py::arg("device"));
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

@@ -1,8 +1,9 @@
 // The weight gradient of deform_conv.
 #include <pybind11/stl.h>
 
-#include "cuda/deform_conv/deform_run_weights.h"
-#include "deform_tables.h"
+#include "bindings.h"
+#include "cuda/deform_conv/deform_conv_bwd_weights_run.h"
+#include "deform_call.h"
 
 namespace dyhead::simt {
 namespace {
@@ -10,19 +11,19 @@ namespace {
 using namespace dyhead::cuda;
 
 template <class T>
-py::array gradient(const DeformTables& tables, const py::array& source,
-                   const py::array& predictions, const py::object& gates,
-                   const py::array& grad_rows, bool allow_tf32, const DeviceLimits& device) {
+py::array gradient(const DeformCall& call, const py::array& source, const py::array& predictions,
+                   const py::object& gates, const py::array& grad_rows, bool allow_tf32,
+                   const DeviceLimits& device) {
   using F = compute_t<T>;
-  const DeformShape& s = tables.shape;
+  const DeformShape& s = call.shape;
   const auto x = DeviceArray<T>::copy_of("source", source);
   const auto offsets = DeviceArray<F>::copy_of("predictions", predictions);
   const auto rows = DeviceArray<T>::copy_of("grad_rows", grad_rows);
   const auto grad_weights = DeviceArray<F>::poisoned(
       "grad_weights",
-      {tables.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w});
+      {call.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w});
   DeformBwdParams params{};
-  params.tables = &tables;
+  params.call = &call;
   params.source = x.data();
   params.predictions = offsets.data();
   std::deque<DeviceArray<F>> gate_memory;
@@ -37,30 +38,28 @@ py::array gradient(const DeformTables& tables, const py::array& source,
   return grad_weights.to_numpy();
 }
 
-}  // namespace
-
-void bind_deform_weights(py::module_& module) {
+void bind(py::module_& module) {
   py::module_ m =
-      module.def_submodule("deform_weights", "csrc/cuda/deform_conv/deform_run_weights.h");
+      module.def_submodule("deform_weights", "csrc/cuda/deform_conv/deform_conv_bwd_weights_run.h");
   m.def("weight_slices", &weight_slices, py::arg("tiles"), py::arg("blocks"), py::arg("resident"));
   m.def(
-      "plan",
+      "slices",
       [](const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
          const std::string& dtype, int64_t channels, int64_t out_channels, bool vectors,
          bool allow_tf32, const DeviceLimits& device) {
-        const DeformTables tables = read_tables(geometry, sources, terms, jobs, true,
-                                                named_dtype(dtype), channels, out_channels, 1);
-        const DeformMath math = deform_math(tables.shape.dtype, allow_tf32);
-        const DeformWeightColumns columns = weight_columns(tables.shape, math, vectors, device);
+        const DeformCall call = read_call(geometry, sources, terms, jobs, true, named_dtype(dtype),
+                                          channels, out_channels, 1);
+        const DeformMath math = deform_math(call.shape.dtype, allow_tf32);
+        const DeformWeightColumns columns = weight_columns(call.shape, math, vectors, device);
         std::vector<std::vector<int32_t>> launches;  // slices of each matrix
-        for (const DeformTable& table : deform_launches(tables, columns.depth)) {
-          const DeformWeightSlices slices = plan_slices(table, columns, device);
+        for (const DeformLaunch& launch : deform_launches(call, columns.depth)) {
+          const DeformWeightSlices slices = cut_into_slices(launch, columns, device);
           launches.emplace_back();
           for (int32_t i = 0; i < slices.count; ++i) {
             launches.back().push_back(slices.first[i + 1] - slices.first[i]);
           }
         }
-        return py::make_tuple(columns.outs, columns.blocks(tables.shape), launches);
+        return py::make_tuple(columns.outs, columns.blocks(call.shape), launches);
       },
       py::arg("geometry"), py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("dtype"),
       py::arg("channels"), py::arg("out_channels"), py::kw_only(), py::arg("vectors") = true,
@@ -72,10 +71,10 @@ void bind_deform_weights(py::module_& module) {
          const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
          bool mask_logits, bool allow_tf32, const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
-        const DeformTables tables = read_tables(geometry, sources, terms, jobs, mask_logits, dtype,
-                                                source.shape(1), grad_rows.shape(1), weights);
+        const DeformCall call = read_call(geometry, sources, terms, jobs, mask_logits, dtype,
+                                          source.shape(1), grad_rows.shape(1), weights);
         return dispatch_dtype(dtype, [&](auto zero) {
-          return gradient<decltype(zero)>(tables, source, predictions, gates, grad_rows, allow_tf32,
+          return gradient<decltype(zero)>(call, source, predictions, gates, grad_rows, allow_tf32,
                                           device);
         });
       },
@@ -85,4 +84,7 @@ void bind_deform_weights(py::module_& module) {
       py::arg("allow_tf32") = false, py::arg("device"));
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

@@ -1,9 +1,10 @@
-// The launchers of dynamic_relu, called as csrc/cuda/dynamic_relu/dynamic_relu.cpp calls them.
+// The launchers of dynamic_relu, called as the operator calls them.
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 
+#include "bindings.h"
 #include "cuda/dynamic_relu/dynamic_relu.h"
 #include "device_array.h"
 
@@ -100,9 +101,7 @@ py::dict backward(py::ssize_t images, py::ssize_t pixels, const py::array& grad_
   return result;
 }
 
-}  // namespace
-
-void bind_dynamic_relu(py::module_& module) {
+void bind(py::module_& module) {
   py::module_ m = module.def_submodule("dynamic_relu", "csrc/cuda/dynamic_relu/dynamic_relu.h");
   py::class_<DynamicReluGrid>(m, "Grid")
       .def(py::init([](int blocks_per_image, int images_in_flight, bool cooperative) {
@@ -146,4 +145,7 @@ void bind_dynamic_relu(py::module_& module) {
       py::kw_only(), py::arg("hard_sigmoid"), py::arg("skew") = 0, py::arg("grid") = py::none());
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

@@ -1,4 +1,5 @@
 // The emulator's own test kernels, and the conversions of common/dtypes.h.
+#include "bindings.h"
 #include "device_array.h"
 #include "kernels/basics.h"
 #include "kernels/gemm_tile.h"
@@ -196,9 +197,7 @@ void bind_faults(py::module_& module) {
   module.def("fault", &fault);
 }
 
-}  // namespace
-
-void bind_emulator(py::module_& module) {
+void bind(py::module_& module) {
   auto emulator = module.def_submodule("emulator", "Test kernels of the emulation itself.");
   emulator.def("reverse", &reverse);
   emulator.def("warp", &warp);
@@ -224,4 +223,7 @@ void bind_emulator(py::module_& module) {
                py::vectorize([](float x) { return from_compute<float16>(x).bits; }));
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

@@ -1,11 +1,13 @@
-// The launchers of fuse_branches, called as csrc/cuda/fuse_branches/fuse_branches.cpp calls them.
+// The launchers of fuse_branches, called as the operator calls them.
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 
+#include "bindings.h"
 #include "cuda/fuse_branches/fuse_branches.h"
 #include "device_array.h"
+#include "host/tables.h"
 
 namespace dyhead::simt {
 namespace {
@@ -13,7 +15,7 @@ namespace {
 using namespace dyhead::cuda;
 using Numbers = std::vector<int64_t>;
 
-// From the lists that csrc/host/fuse_branches.h documents, which are taken to be right.
+// From the lists that csrc/host/tables.h describes, which are taken to be right.
 FuseTables read_tables(DType dtype, int64_t images, int64_t channels, const Numbers& maps,
                        const Numbers& levels) {
   FuseTables t{};
@@ -21,13 +23,20 @@ FuseTables read_tables(DType dtype, int64_t images, int64_t channels, const Numb
   t.channels = channels;
   t.dtype = dtype;
   const auto map_at = [](const Numbers& n, size_t i) {
-    return MapShape{n.at(i), static_cast<int32_t>(n.at(i + 1)), static_cast<int32_t>(n.at(i + 2))};
+    return MapShape{n.at(i + map_field::first_row),
+                    static_cast<int32_t>(n.at(i + map_field::height)),
+                    static_cast<int32_t>(n.at(i + map_field::width))};
   };
-  for (size_t i = 0; i < maps.size(); i += 3) t.maps.push_back(map_at(maps, i));
-  for (size_t i = 0; i < levels.size(); i += 4 + kMaxBranches) {
-    FuseLevel level{map_at(levels, i), static_cast<int32_t>(levels.at(i + 3)), {}};
+  for (size_t i = 0; i < maps.size(); i += map_field::kFieldCount) {
+    t.maps.push_back(map_at(maps, i));
+  }
+  for (size_t i = 0; i < levels.size(); i += level_field::kFieldCount) {
+    FuseLevel level{map_at(levels, i),
+                    static_cast<int32_t>(levels.at(i + level_field::branches)),
+                    {},
+                    static_cast<UpsampleMode>(levels.at(i + level_field::up_mode))};
     for (int b = 0; b < kMaxBranches; ++b) {
-      level.branch[b] = static_cast<int32_t>(levels.at(i + 4 + b));
+      level.branch[b] = static_cast<int32_t>(levels.at(i + level_field::branch_0 + b));
     }
     t.out_rows += images * level.out.pixels();
     t.levels.push_back(level);
@@ -123,9 +132,7 @@ py::object backward(const Call& c, const py::array& grad_out) {
   return result;
 }
 
-}  // namespace
-
-void bind_fuse_branches(py::module_& module) {
+void bind(py::module_& module) {
   py::module_ m = module.def_submodule("fuse_branches", "csrc/cuda/fuse_branches/fuse_branches.h");
   m.attr("levels_per_launch") = kFuseLevels;
   py::class_<FuseTiling>(m, "Tiling")
@@ -172,4 +179,7 @@ void bind_fuse_branches(py::module_& module) {
           py::arg("grad_out"));
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

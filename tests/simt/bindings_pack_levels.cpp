@@ -1,9 +1,10 @@
-// The launchers of pack_levels, called as csrc/cuda/pack_levels/pack_levels.cpp calls them.
+// The launchers of pack_levels, called as the operator calls them.
 #include <pybind11/stl.h>
 
 #include <deque>
 #include <vector>
 
+#include "bindings.h"
 #include "cuda/pack_levels/pack_levels.h"
 #include "device_array.h"
 
@@ -57,9 +58,7 @@ std::vector<py::array> unpack(int64_t images, int64_t channels, const std::vecto
   return results;
 }
 
-}  // namespace
-
-void bind_pack_levels(py::module_& module) {
+void bind(py::module_& module) {
   py::module_ m = module.def_submodule("pack_levels", "csrc/cuda/pack_levels/pack_levels.h");
   m.attr("levels_per_launch") = kPackLevels;
   py::class_<Level>(m, "Level")
@@ -91,4 +90,7 @@ void bind_pack_levels(py::module_& module) {
       py::arg("rows"), py::kw_only(), py::arg("skew"), py::arg("max_blocks"));
 }
 
+const Bindings bindings(bind);
+
+}  // namespace
 }  // namespace dyhead::simt

@@ -104,7 +104,6 @@ def mutate(
     pattern: str,
     replacement: str,
     *,
-    occurrence: int | None = None,
     kernel: str | None = None,
     sanitize: bool = False,
 ) -> Kernels:
@@ -113,20 +112,23 @@ def mutate(
     Args:
         file: a file of csrc/ or tests/simt/kernels/, relative to the repository. The fields of a
             parameter struct cannot be changed: the bindings are not rebuilt.
-        pattern: the text to replace.
+        pattern: the text to replace; it must occur once.
         replacement: the new text.
-        occurrence: which occurrence of `pattern` to replace, from 0; without it, `pattern` must
-            occur once.
         kernel: the .cu file, without its ending, to build with the change where `file` is a header;
             without it all that are.
         sanitize: build with sanitizers.
 
     Raises:
-        ValueError: `pattern` does not occur as asked.
+        ValueError: `pattern` does not occur exactly once.
     """
     text = (ROOT / file).read_text()
-    changed = _replace(file, text, pattern, replacement, occurrence)
-    key = hashlib.sha256(repr((file, pattern, replacement, occurrence, kernel, sanitize)).encode())
+    if (found := text.count(pattern)) != 1:
+        raise ValueError(
+            f"{file}: expected exactly one occurrence of {pattern!r}, found {found}; "
+            "adapt the pattern to the source"
+        )
+    changed = text.replace(pattern, replacement)
+    key = hashlib.sha256(repr((file, pattern, replacement, kernel, sanitize)).encode())
     build = BUILDS / "simt-mutants" / key.hexdigest()[:16]
     tree = build / "tree"
     for part in ("csrc", "tests/simt/kernels"):
@@ -144,19 +146,6 @@ def mutate(
     )
     others = sanitized().directories if sanitize else ()
     return Kernels((build / "lib", *others), sanitized=sanitize)
-
-
-def _replace(file: str, text: str, pattern: str, replacement: str, occurrence: int | None) -> str:
-    pieces = text.split(pattern)
-    found = len(pieces) - 1
-    if found == 0 or (occurrence is None and found != 1) or (occurrence or 0) >= found:
-        wanted = "exactly one occurrence" if occurrence is None else f"occurrence {occurrence}"
-        raise ValueError(
-            f"{file}: expected {wanted} of {pattern!r}, found {found}; "
-            "adapt the pattern to the source"
-        )
-    cut = (occurrence or 0) + 1
-    return pattern.join(pieces[:cut]) + replacement + pattern.join(pieces[cut:])
 
 
 def _mirror(source: Path, target: Path, changes: dict[Path, str]) -> None:

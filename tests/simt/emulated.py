@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda.ops.common import compute_dtype
 
-from .arrays import to_array, to_tensor
+from .arrays import name_of, to_array, to_tensor
 
 
 def _name(t: Tensor) -> str:
-    return str(t.dtype)[6:]
+    return name_of(t.dtype)
 
 
 def _array(t: Tensor | None) -> Any:

@@ -1,18 +1,22 @@
-// The Python module of the host-compiled kernels. Each operator binds its launchers in its own
-// file, bindings_<op>.cpp; declare and call its function here.
-#include <pybind11/pybind11.h>
+// The Python module of the host-compiled kernels. Each operator binds its launchers in a file of
+// its own, bindings_<operator>.cpp, which registers itself.
+#include <vector>
 
+#include "bindings.h"
 #include "simt.h"
 
 namespace dyhead::simt {
+namespace {
 
-void bind_emulator(pybind11::module_& module);
-void bind_block_coefficients(pybind11::module_& module);
-void bind_deform_conv(pybind11::module_& module);
-void bind_deform_weights(pybind11::module_& module);
-void bind_dynamic_relu(pybind11::module_& module);
-void bind_fuse_branches(pybind11::module_& module);
-void bind_pack_levels(pybind11::module_& module);
+// Inside a function: the objects of other files may register before this file's would exist.
+std::vector<Bind>& registered() {
+  static std::vector<Bind> binds;
+  return binds;
+}
+
+}  // namespace
+
+Bindings::Bindings(Bind bind) { registered().push_back(bind); }
 
 }  // namespace dyhead::simt
 
@@ -22,11 +26,5 @@ PYBIND11_MODULE(dyhead_simt, module) {
   module.def("set_seed", &set_seed, "Seeds the order in which threads and blocks run.");
   module.def("set_resident_blocks", &set_resident_blocks,
              "Sets how many blocks a cooperative launch may have (4 at import).");
-  bind_emulator(module);
-  bind_block_coefficients(module);
-  bind_deform_conv(module);
-  bind_deform_weights(module);
-  bind_dynamic_relu(module);
-  bind_fuse_branches(module);
-  bind_pack_levels(module);
+  for (Bind bind : registered()) bind(module);
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import fused, reference
-from dyhead_cuda.pyramid import HighOffset
+from dyhead_cuda.pyramid import HIGH_OFFSETS, UPSAMPLES, HighOffset, Upsample
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
@@ -36,6 +36,7 @@ def run_block(
     dtype: torch.dtype,
     high_offset: HighOffset = "flat",
     *,
+    upsample: Upsample = "bilinear",
     parameter_dtype: torch.dtype | None = None,
     channels: int = 16,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -50,6 +51,7 @@ def run_block(
             inputs[:3],
             [rebuild_parameters(like, inputs[3:])],
             high_offset=high_offset,
+            upsample=upsample,
             num_groups=4,
             eps=1e-5,
             recompute=False,
@@ -63,15 +65,17 @@ def run_block(
         rounded[:3],
         rebuild_parameters(like, rounded[3:]),
         high_offset=high_offset,
+        upsample=upsample,
         num_groups=4,
         eps=1e-5,
     )
     return actual, grads, expected, gradients(expected, rounded, dtype)
 
 
-@pytest.mark.parametrize("high_offset", ["flat", "crop", "mmdet_main", "aligned"])
-def test_float64(simt: Any, high_offset: HighOffset) -> None:
-    actual, grads, expected, wanted = run_block(simt, torch.float64, high_offset)
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
+def test_float64(simt: Any, high_offset: HighOffset, upsample: Upsample) -> None:
+    actual, grads, expected, wanted = run_block(simt, torch.float64, high_offset, upsample=upsample)
     assert_close(actual, expected)
     assert_gradients_close(grads, wanted)
 

@@ -23,7 +23,7 @@ from tests.helpers.coefficients import (
 )
 from tests.helpers.compare import assert_close, leaf, random_like
 
-from .arrays import to_array, to_tensor
+from .arrays import name_of, to_array, to_tensor
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 computes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -37,7 +37,7 @@ def call(function: Call, arguments: Sequence[Any], parameters: Sequence[Any]) ->
     def named(p: Any) -> Any:
         if isinstance(p, list) and isinstance(p[0], Tensor):
             return [named(t) for t in p]
-        return (str(p.dtype)[6:], to_array(p)) if isinstance(p, Tensor) else p
+        return (name_of(p.dtype), to_array(p)) if isinstance(p, Tensor) else p
 
     arrays = function(*(to_array(t) for t in arguments), *(named(p) for p in parameters))
     return [to_tensor(array, torch.float64) for array in arrays]

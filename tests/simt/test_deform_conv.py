@@ -14,7 +14,6 @@ from torch import Tensor
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.jobs import Plan
 from tests.helpers.compare import (
-    TOLERANCE,
     assert_close,
     assert_gradients_close,
     leaf,
@@ -23,14 +22,8 @@ from tests.helpers.compare import (
 )
 from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Call, Convolution, ManyJobs, Work
 
-from .arrays import to_array, to_tensor
-
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
-TF32 = 1e-3
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype)[6:]
+from .arithmetic import TF32_TOLERANCE, dtypes
+from .arrays import name_of, to_array, to_tensor
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,9 @@ def check(work: Call, dtype: torch.dtype, operator: Operator) -> None:
     if work.images == 0:
         assert [t.shape for t in actual] == [t.shape for t in expected]
     elif operator.allow_tf32:
-        assert all(relative_l2(a, e) < TF32 for a, e in zip(actual, expected, strict=True))
+        assert all(
+            relative_l2(a, e) < TF32_TOLERANCE for a, e in zip(actual, expected, strict=True)
+        )
     else:
         assert_close(actual, expected, dtype)
 
@@ -165,7 +160,7 @@ def check_backward(
     )
     if operator.allow_tf32:
         for name, e in zip(names, expected, strict=True):
-            assert relative_l2(actual[name], e) < 2 * TF32, name
+            assert relative_l2(actual[name], e) < 2 * TF32_TOLERANCE, name
     else:
         assert_gradients_close([actual[name] for name in names], expected, dtype)
     return actual

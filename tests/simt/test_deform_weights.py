@@ -13,10 +13,10 @@ from torch import Tensor
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.jobs import NO_MAP, Job, Plan, ReadRule, stack_maps
 from tests.helpers.compare import TOLERANCE, leaf, random_like, relative_l2
-from tests.helpers.deform_work import WORKS, Work
+from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Convolution, Work
 
-from .arrays import to_array, to_tensor
-from .test_deform_conv import CONVOLUTIONS, TF32, Convolution, dtypes, name_of
+from .arithmetic import TF32_TOLERANCE, dtypes
+from .arrays import name_of, to_array, to_tensor
 
 HALF = torch.bfloat16
 
@@ -54,13 +54,13 @@ class Operator:
         )
         return to_tensor(result, compute_dtype(source.dtype))
 
-    def plan_of(self, plan: Plan, channels: int, outs: int, name: str) -> Any:
-        return self.simt.deform_weights.plan(
+    def slices_of(self, plan: Plan, channels: int, outs: int, name: str) -> Any:
+        return self.simt.deform_weights.slices(
             *plan.tables, name, channels, outs, allow_tf32=self.allow_tf32, device=self.device()
         )
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        return 2 * (TF32 if self.allow_tf32 else TOLERANCE[dtype])
+        return 2 * (TF32_TOLERANCE if self.allow_tf32 else TOLERANCE[dtype])
 
 
 def rows_of(maps: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def test_sizes_of_wide_types(simt: Any, name: str, math: str) -> None:
 
 def test_little_shared_memory(simt: Any) -> None:
     convolution, operator = SIZES["wide output"], Operator(simt, shared_bytes=99 << 10)
-    outs, *_ = operator.plan_of(convolution.plan, 8, 264, "bfloat16")
+    outs, *_ = operator.slices_of(convolution.plan, 8, 264, "bfloat16")
     assert outs == 128
     check(convolution, HALF, operator)
 
@@ -145,17 +145,17 @@ def test_little_shared_memory(simt: Any) -> None:
 @pytest.mark.parametrize("processors", [1, 30, 500])
 def test_slices_give_what_one_gives(simt: Any, processors: int) -> None:
     convolution, operator = SIZES["many pixels"], Operator(simt, processors=processors)
-    _, blocks, [[slices]] = operator.plan_of(convolution.plan, 8, 3, "bfloat16")
+    _, blocks, [[slices]] = operator.slices_of(convolution.plan, 8, 3, "bfloat16")
     assert blocks == 5
     assert slices == {1: 1, 30: 11, 500: 21}[processors]
     check(convolution, HALF, operator)
 
 
 def test_slices_are_planned_as_documented(simt: Any) -> None:
-    plan = simt.deform_weights.weight_slices
-    assert plan([360, 95, 95], blocks=18, resident=132) == [4, 1, 1]
-    assert plan([0, 5], blocks=1, resident=1) == [0, 1]
-    assert plan([0], blocks=1, resident=1) == [0]
+    cut = simt.deform_weights.weight_slices
+    assert cut([360, 95, 95], blocks=18, resident=132) == [4, 1, 1]
+    assert cut([0, 5], blocks=1, resident=1) == [0, 1]
+    assert cut([0], blocks=1, resident=1) == [0]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Tables:
 @pytest.mark.parametrize("dtype", [HALF, torch.float64], ids=name_of)
 def test_several_launches(simt: Any, dtype: torch.dtype) -> None:
     tables, operator = Tables(), Operator(simt)
-    *_, launches = operator.plan_of(tables.plan, 3, 5, name_of(dtype))
+    *_, launches = operator.slices_of(tables.plan, 3, 5, name_of(dtype))
     assert [len(slices) for slices in launches] == [4, 4]
     check(tables, dtype, operator)
 

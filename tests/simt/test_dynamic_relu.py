@@ -19,9 +19,9 @@ from dyhead_cuda.reference import Activation
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, leaf, relative_l2
 from tests.helpers.inputs import random_relu_inputs
 
-from .arrays import flat_array, to_array, to_tensor
+from .arithmetic import dtypes
+from .arrays import flat_array, name_of, to_array, to_tensor
 
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
 
 
@@ -54,7 +54,7 @@ class Operator:
     def forward(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         rows = inputs[0]
         results = self.simt.dynamic_relu.forward(
-            str(rows.dtype)[6:],
+            name_of(rows.dtype),
             *rows.shape[:2],
             *self._arrays(inputs),
             hard_sigmoid=self.activation == "hsigmoid",
@@ -69,7 +69,7 @@ class Operator:
         rows, fc1_weight, _, fc2_weight, _ = inputs
         arguments = (grad_out, rows, kept["hidden"], kept["logits"], fc1_weight, fc2_weight)
         results = self.simt.dynamic_relu.backward(
-            str(rows.dtype)[6:],
+            name_of(rows.dtype),
             *rows.shape[:2],
             *self._arrays(arguments),
             hard_sigmoid=self.activation == "hsigmoid",

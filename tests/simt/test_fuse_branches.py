@@ -24,9 +24,8 @@ from tests.helpers.compare import (
 from tests.helpers.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case
 from tests.helpers.inputs import halving_sizes
 
-from .arrays import flat_array, to_array, to_tensor
-
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+from .arithmetic import dtypes
+from .arrays import flat_array, name_of, to_array, to_tensor
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Operator:
         y, *parameters = tensors
         fuse = self.simt.fuse_branches
         return fuse.Call(
-            str(y.dtype)[6:],
+            name_of(y.dtype),
             case.images,
             case.channels,
             *case.tables(),

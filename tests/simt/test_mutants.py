@@ -1,53 +1,42 @@
-"""Planted bugs in the tensor-core tile: the tests of the emulator must notice each of them."""
+"""The tests of each kernel notice the bugs of bugs.py, and no harmless change."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.helpers.paths import ROOT
+
+from .bugs import GEMM_TILE, SUITES
 from .build import mutate
 
-TILE = "tests/simt/kernels/gemm_tile.cu"
-TILE_TEST = "tests/simt/test_emulator.py::test_gemm_tile"
-
-BUGS = {
-    "no barrier before a stage is reused": ("    __syncthreads();\n", ""),
-    "no wait": ("    cp_async_wait_group<kStages - 2>();\n", ""),
-    "wait one group too few": (
-        "cp_async_wait_group<kStages - 2>",
-        "cp_async_wait_group<kStages - 1>",
-    ),
-    "copy into the stage in use": (
-        "const int stage = chunk % kStages;",
-        "const int stage = (chunk + 1) % kStages;",
-    ),
-    "row off by one": (
-        "const int row = warp_row + 16 * i + lane % 16;",
-        "const int row = warp_row + 16 * i + (lane + 1) % 16;",
-    ),
-}
+BUGS = [(suite, bug) for suite, of in SUITES.items() for bug in of.bugs]
 
 
 @pytest.mark.spawns
 @pytest.mark.usefixtures("simt")
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_noticed(bug: str) -> None:
-    run = mutate(TILE, *BUGS[bug]).run_pytest(TILE_TEST)
-    assert run.returncode == 1, run.stdout
-    assert "failed" in run.stdout
+@pytest.mark.parametrize(("suite", "bug"), BUGS)
+def test_planted_bug_is_noticed(suite: str, bug: str) -> None:
+    planted = SUITES[suite].bugs[bug]
+    SUITES[suite].build(planted).assert_noticed(*SUITES[suite].pytest_arguments(planted))
 
 
 @pytest.mark.spawns
 @pytest.mark.usefixtures("simt")
-def test_harmless_change_passes() -> None:
-    change = mutate(TILE, "    __syncthreads();\n", "    __syncthreads();\n    __syncwarp();\n")
-    run = change.run_pytest(TILE_TEST)
+@pytest.mark.parametrize("suite", SUITES)
+def test_harmless_change_passes(suite: str) -> None:
+    change = SUITES[suite].harmless
+    run = SUITES[suite].build(change).run_pytest(*SUITES[suite].pytest_arguments(change))
     assert run.returncode == 0, run.stdout
+    assert "passed" in run.stdout
+
+
+def test_every_operator_has_bugs() -> None:
+    operators = {path.parent.name for path in (ROOT / "csrc" / "cuda").glob("*/*.cu")}
+    assert operators <= set(SUITES)
 
 
 def test_pattern_must_match_once() -> None:
     with pytest.raises(ValueError, match="exactly one occurrence of 'no such text', found 0"):
-        mutate(TILE, "no such text", "")
+        mutate(GEMM_TILE, "no such text", "")
     with pytest.raises(ValueError, match="exactly one occurrence of 'ldmatrix', found"):
-        mutate(TILE, "ldmatrix", "")
-    with pytest.raises(ValueError, match="occurrence 99"):
-        mutate(TILE, "ldmatrix", "", occurrence=99)
+        mutate(GEMM_TILE, "ldmatrix", "")

@@ -10,13 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from .build import mutate
-
 Size = tuple[int, int]
 INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 element_sizes = pytest.mark.parametrize("element_bytes", INTEGERS)
-
-KERNELS = "csrc/cuda/pack_levels/pack_levels.cu"
 
 
 def flat(array: NDArray[Any], skew: int) -> NDArray[Any]:
@@ -120,26 +116,3 @@ def test_random_sizes(
     simt.set_seed(seed)
     sizes, last = [(h, w) for h, w, _ in levels], [last for *_, last in levels]
     check(simt, element_bytes, images, channels, sizes, last, skew=skew, max_blocks=max_blocks)
-
-
-# --- planted bugs -------------------------------------------------------------------------------
-
-BUGS = {
-    "tile overwritten while it is read": (
-        "__syncthreads();  // the last tile is no longer read",
-        "",
-    ),
-    "tile read before it is there": ("    });\n  }\n  __syncthreads();\n", "    });\n  }\n"),
-    "the tail of a copy left out": ("i < count; i += kPackThreads", "i < 0; i += kPackThreads"),
-    "the first image for all": (
-        "level.map.first_row * t.channels + image * size",
-        "level.map.first_row * t.channels",
-    ),
-}
-
-
-@pytest.mark.spawns
-@pytest.mark.usefixtures("simt")
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_noticed(bug: str) -> None:
-    mutate(KERNELS, *BUGS[bug]).assert_noticed("tests/simt/test_pack_levels.py", "-x")

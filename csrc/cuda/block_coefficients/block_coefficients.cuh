@@ -1,4 +1,4 @@
-// What the forward and the backward kernels of block_coefficients share on the device.
+// Device code that the forward and the backward kernels of block_coefficients share.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace dyhead::cuda {
 
 inline constexpr int kBlockCoefficientsWarps = kBlockCoefficientsThreads / kWarpSize;
 
-// The jobs of the level that a block works on, for one image.
+// The jobs of the level that a block works on, in one image.
 struct LevelJobs {
   int level, first, count;
   int64_t image;
@@ -26,14 +26,14 @@ struct LevelJobs {
   DYHEAD_DEVICE int job(const BlockCoefficientsTables& tables, int k) const {
     return tables.order[first + k];
   }
-  // The place of job k's values in a tensor [J, N, ...].
+  // The index of job k and the image in a tensor [J, N, ...].
   DYHEAD_DEVICE int64_t place(const BlockCoefficientsShape& shape,
                               const BlockCoefficientsTables& tables, int k) const {
     return job(tables, k) * shape.images + image;
   }
 };
 
-// norms: a job's values as the forward keeps them.
+// norms: the values that the forward saved for a job.
 template <class F>
 DYHEAD_DEVICE GroupMoments<F> group_moments(const BlockCoefficientsShape& s, const F* norms,
                                             int group) {
@@ -49,7 +49,7 @@ DYHEAD_DEVICE NormAffine<F> channel_affine(const BlockCoefficientsShape& s,
                      group_moments(s, norms, c / s.group_width()));
 }
 
-// Calls f with a matrix in the type that it is stored in.
+// Calls f with a pointer of the type in which a matrix is stored.
 template <class Use>
 DYHEAD_DEVICE void with_storage(const Parameter& matrix, Use&& use) {
   switch (matrix.dtype) {
@@ -64,8 +64,8 @@ DYHEAD_DEVICE void with_storage(const Parameter& matrix, Use&& use) {
   }
 }
 
-// Rows [first, last) of matrix [*, inputs] times x [inputs]: emit(row, value), in one lane each. A
-// warp has several rows at a time, so that as many loads are under way.
+// Rows [first, last) of matrix [*, inputs] times x [inputs]. Calls emit(row, value) in one lane for
+// each row. A warp works on several rows at a time to have more loads in flight.
 template <class F, class Emit>
 DYHEAD_DEVICE void multiply_rows(const Parameter& matrix, int inputs, const F* x, int first,
                                  int last, Emit&& emit) {
@@ -95,13 +95,13 @@ DYHEAD_DEVICE void multiply_rows(const Parameter& matrix, int inputs, const F* x
   });
 }
 
-// x [rows] times matrix [rows, columns]: emit(column, value), in one thread each. `scratch` has a
-// value per thread; a barrier follows.
+// x [rows] times matrix [rows, columns]. Calls emit(column, value) in one thread for each column.
+// `scratch` has one value per thread. Ends with a barrier.
 template <class F, class Emit>
 DYHEAD_DEVICE void multiply_columns(const Parameter& matrix, int rows, int columns, const F* x,
                                     F* scratch, Emit&& emit) {
   const int thread = static_cast<int>(threadIdx.x);
-  int lanes = 1;  // neighbouring threads that share a row; a power of two
+  int lanes = 1;  // consecutive threads that share a row; a power of two
   while (lanes * 2 <= columns && lanes < kBlockCoefficientsThreads) lanes *= 2;
   for (int first = 0; first < columns; first += lanes) {
     const int column = first + thread % lanes;

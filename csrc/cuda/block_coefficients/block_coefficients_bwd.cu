@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kSumThreads = 256;
 
-// What a block of the first kernel keeps in shared memory.
+// The shared memory of a block of the first kernel.
 template <class F>
 struct BwdShared {
   F* grad_logits;       // [4 C]
@@ -33,7 +33,7 @@ struct BwdShared {
   }
 };
 
-// Back through both layers, to the mean of z.
+// Backward through both layers, to the mean of z.
 template <class F>
 DYHEAD_DEVICE void differentiate_layers(const BlockCoefficientsBwdParams& p, int64_t at,
                                         const BlockCoefficientsPartials<F>& partials,
@@ -59,7 +59,7 @@ DYHEAD_DEVICE void differentiate_layers(const BlockCoefficientsBwdParams& p, int
                    shared.scratch, [&](int c, F grad) { shared.grad_mean_z[c] = grad; });
 }
 
-// What the threads of a block need of job k.
+// The data of job k that the threads of a block need.
 template <class F>
 struct Branch {
   const BlockCoefficientsBwdParams& p;
@@ -68,7 +68,7 @@ struct Branch {
   const F* grad_scale;
   const F* up_mean;
   const F* norms;
-  int64_t place;  // of the job and image
+  int64_t place;  // index of the job and image
   int norm;
   F branches;
 
@@ -94,7 +94,7 @@ struct Branch {
   }
 };
 
-// The gradient of the logit of every job's gate, with a warp for each.
+// The gradient of the logit of each gate; one warp for each job.
 template <class F>
 DYHEAD_DEVICE void differentiate_gates(const BlockCoefficientsBwdParams& p, const LevelJobs& jobs,
                                        int64_t at, const BlockCoefficientsPartials<F>& partials,
@@ -116,8 +116,8 @@ DYHEAD_DEVICE void differentiate_gates(const BlockCoefficientsBwdParams& p, cons
   }
 }
 
-// The gradients of the moments and shares in those of the parameters, with a warp for every group
-// of every job.
+// The gradients of the moments, and the job's contributions to those of the parameters; one warp
+// for each group of each job.
 template <class F>
 DYHEAD_DEVICE void differentiate_norms(const BlockCoefficientsBwdParams& p, const LevelJobs& jobs,
                                        int64_t at, const BlockCoefficientsPartials<F>& partials,
@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(kBlockCoefficientsThreads, 1)
   differentiate_norms(p, jobs, at, partials, shared);
 }
 
-// The sum over rows of left[row * left_stride] * right[row * right_stride]; in float64, since there
-// is no bound on the rows and next to no other work.
+// The sum over rows of left[row * left_stride] * right[row * right_stride]. In float64: the number
+// of rows has no bound, and there is hardly any other work.
 template <class F>
 DYHEAD_DEVICE F sum_products(const F* left, int64_t left_stride, const F* right,
                              int64_t right_stride, int64_t rows) {
@@ -192,7 +192,7 @@ DYHEAD_DEVICE double sum_rows(const F* values, int64_t stride, int64_t rows) {
   return sum;
 }
 
-// Value i of [B, C], from values [J, N, C].
+// Value i of [B, C]: the sum of values [J, N, C] over the images and the jobs of its normalisation.
 template <class F>
 DYHEAD_DEVICE F sum_jobs(const BlockCoefficientsBwdParams& p, const F* values, int64_t i) {
   const BlockCoefficientsShape& s = p.shape;
@@ -204,7 +204,7 @@ DYHEAD_DEVICE F sum_jobs(const BlockCoefficientsBwdParams& p, const F* values, i
   return static_cast<F>(sum);
 }
 
-// The values of all parameters' gradients, one behind the other.
+// The number of values in the gradients of all parameters, which are numbered consecutively.
 int64_t parameter_values(const BlockCoefficientsShape& s) {
   return 5 * int64_t{s.channels} * s.hidden + 4 * int64_t{s.channels} + s.hidden +
          2 * int64_t{s.norms} * s.channels + s.channels + 1;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const F* mean_z = static_cast<const F*>(p.layers);
   const F* hidden = mean_z + s.channels;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  // Whether i is in the next `size` values; if not, it becomes an index of those behind.
+  // Whether i is one of the next `size` values; if not, i becomes its index in those that follow.
   const auto within = [&](int64_t size) {
     const bool found = i < size;
     if (!found) i -= size;

@@ -5,7 +5,7 @@
 namespace dyhead::cuda {
 namespace {
 
-// Rows of the last layer that a block computes: 4 blocks for 256 channels.
+// Rows of the last layer per block: 256 channels take 4 blocks.
 constexpr int kSliceRows = 256;
 
 int slices_of(const BlockCoefficientsShape& s) {
@@ -17,7 +17,7 @@ struct FwdKernelParams {
   int slices;
 };
 
-// What a block keeps in shared memory.
+// The shared memory of a block.
 template <class F>
 struct FwdShared {
   F* norms;   // [jobs of the level, norm_values()]
@@ -35,7 +35,7 @@ struct FwdShared {
   }
 };
 
-// Mean and rstd of every group of every job, with a warp for each.
+// Mean and rstd of each group of each job; one warp for each.
 template <class F>
 DYHEAD_DEVICE void normalise(const BlockCoefficientsFwdParams& p, const LevelJobs& jobs, F* norms) {
   const BlockCoefficientsShape& s = p.shape;
@@ -65,7 +65,7 @@ DYHEAD_DEVICE void normalise(const BlockCoefficientsFwdParams& p, const LevelJob
   }
 }
 
-// The logit of every job's gate, with a warp for each.
+// The logit of the gate of each job; one warp for each.
 template <class F>
 DYHEAD_DEVICE void gate_logits(const BlockCoefficientsFwdParams& p, const LevelJobs& jobs,
                                F* norms) {
@@ -87,7 +87,7 @@ DYHEAD_DEVICE void gate_logits(const BlockCoefficientsFwdParams& p, const LevelJ
   }
 }
 
-// The mean of z, and of the level's first block scale, shift and what the backward needs.
+// The mean of z; the first block of a level also writes scale, shift and what the backward needs.
 template <class F>
 DYHEAD_DEVICE void combine(const BlockCoefficientsFwdParams& p, const LevelJobs& jobs, int64_t at,
                            bool first_block, const FwdShared<F>& shared) {

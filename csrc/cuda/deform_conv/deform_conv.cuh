@@ -1,5 +1,5 @@
-// What the forward and the backward kernels of deform_conv share on the device: which pixels a tile
-// has, where its taps read, and the blending of samples into an operand of a tile product.
+// Device code that the forward and the backward kernels of deform_conv share: the pixels of a tile,
+// where its taps read, and the blending of samples into an operand of a tile product.
 #pragma once
 
 #include "../tile/tile_gemm.cuh"
@@ -13,19 +13,19 @@ struct TilePlace {
   int32_t tile;  // of the job's map
 };
 
-DYHEAD_DEVICE TilePlace find_tile(const DeformTable& table, int32_t tile) {
+DYHEAD_DEVICE TilePlace find_tile(const DeformLaunch& launch, int32_t tile) {
   int job = 0;
-  while (job + 1 < table.job_count && tile >= table.tiles_of[job + 1].first) ++job;
-  const int32_t within = tile - table.tiles_of[job].first;
-  const int32_t per_image = table.tiles_of[job].per_image;
+  while (job + 1 < launch.job_count && tile >= launch.tiles[job + 1].first) ++job;
+  const int32_t within = tile - launch.tiles[job].first;
+  const int32_t per_image = launch.tiles[job].per_image;
   return {job, within / per_image, within % per_image};
 }
 
-// The pixel of a row of a tile; index -1 beyond the map.
-DYHEAD_DEVICE OutputPixel tile_pixel(const DeformTable& table, const TilePlace& place, int row,
+// The pixel in a row of a tile; its index is -1 beyond the map.
+DYHEAD_DEVICE OutputPixel tile_pixel(const DeformLaunch& launch, const TilePlace& place, int row,
                                      int rows) {
-  const DeformJob& job = table.jobs[place.job];
-  const int32_t patches_x = table.tiles_of[place.job].patches_x;
+  const DeformJob& job = launch.jobs[place.job];
+  const int32_t patches_x = launch.tiles[place.job].patches_x;
   if (patches_x == 0) {
     const int64_t index = static_cast<int64_t>(place.tile) * rows + row;
     if (index >= job.out.pixels()) return {-1, 0, 0};
@@ -37,10 +37,10 @@ DYHEAD_DEVICE OutputPixel tile_pixel(const DeformTable& table, const TilePlace& 
   return {y * job.out.width + x, y, x};
 }
 
-// How many of a tile's rows are pixels.
-DYHEAD_DEVICE int tile_pixels(const DeformTable& table, int job_index, int32_t tile, int rows) {
-  const DeformJob& job = table.jobs[job_index];
-  const int32_t patches_x = table.tiles_of[job_index].patches_x;
+// How many rows of a tile are pixels of the map.
+DYHEAD_DEVICE int tile_pixels(const DeformLaunch& launch, int job_index, int32_t tile, int rows) {
+  const DeformJob& job = launch.jobs[job_index];
+  const int32_t patches_x = launch.tiles[job_index].patches_x;
   if (patches_x == 0) {
     const int64_t left = job.out.pixels() - static_cast<int64_t>(tile) * rows;
     return static_cast<int>(left < rows ? left : rows);
@@ -53,26 +53,26 @@ DYHEAD_DEVICE int tile_pixels(const DeformTable& table, int job_index, int32_t t
 }
 
 template <class F>
-DYHEAD_DEVICE TapSampler<F> tap_sampler(const DeformTable& table, const void* predictions,
+DYHEAD_DEVICE TapSampler<F> tap_sampler(const DeformLaunch& launch, const void* predictions,
                                         const void* gates, const TilePlace& place,
-                                        const DeformTableTerm& term) {
-  const DeformJob& job = table.jobs[place.job];
-  const DeformSource& source = table.sources[term.source];
+                                        const DeformLaunchTerm& term) {
+  const DeformJob& job = launch.jobs[place.job];
+  const DeformSource& source = launch.sources[term.source];
   const int64_t row = job.predictions.first_row + place.image * job.predictions.pixels();
-  const int64_t at = static_cast<int64_t>(place.image) * table.all_sources + source.index;
+  const int64_t at = static_cast<int64_t>(place.image) * launch.all_sources + source.index;
   const F gate = gates == nullptr ? F(1) : static_cast<const F*>(gates)[at];
-  return {table.shape, job, source.map,
-          static_cast<const F*>(predictions) + row * table.shape.prediction_columns(), gate};
+  return {launch.shape, job, source.map,
+          static_cast<const F*>(predictions) + row * launch.shape.prediction_columns(), gate};
 }
 
-// Puts the corners of `taps` taps from `first_tap` on into corners[tap * rows + row].
+// Stores the corners of `taps` taps, from `first_tap` on, in corners[tap * rows + row].
 template <class F>
-DYHEAD_DEVICE void stage_corners(const DeformTable& table, const TilePlace& place,
+DYHEAD_DEVICE void stage_corners(const DeformLaunch& launch, const TilePlace& place,
                                  const TapSampler<F>& sampler, int deform_group, int first_tap,
                                  int taps, int rows, Corners<F>* corners) {
 #pragma unroll 1
   for (int i = tile_thread(); i < taps * rows; i += kTileThreads) {
-    const OutputPixel at = tile_pixel(table, place, i % rows, rows);
+    const OutputPixel at = tile_pixel(launch, place, i % rows, rows);
     if (at.index < 0) {
       corners[i] = {{F(0), F(0), F(0), F(0)}, {-1, -1, -1, -1}};
       continue;
@@ -82,7 +82,7 @@ DYHEAD_DEVICE void stage_corners(const DeformTable& table, const TilePlace& plac
   }
 }
 
-// One unit (16 bytes) of samples: loads that are under way, then their blend.
+// One unit (16 bytes) of samples: its loads in flight, then its blended values.
 template <class Op, bool kVectors>
 class Gather {
  public:
@@ -91,8 +91,8 @@ class Gather {
   static constexpr int kUnit = Operand<Op>::kUnit;
   using Values = Vec<T, kUnit>;
 
-  // The first `count` channels from `source` on, a channel of the map's first pixel; the others are
-  // zero.
+  // Starts the loads of the first `count` channels from `source` on, which points to a channel of
+  // the map's first pixel; the unit's other channels become zero.
   DYHEAD_DEVICE void load(const Corners<F>& corners, const T* source, int channels, int count) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -100,7 +100,7 @@ class Gather {
       const int32_t pixel = corners.pixel[i];
       words_[i] = Words{};
       if constexpr (kVectors) {
-        // A map of an image has less than 2^32 units (64 GiB): the product needs no 64 bits.
+        // An image's map has fewer than 2^32 units (64 GiB), so the product needs no 64 bits.
         const uint32_t unit =
             static_cast<uint32_t>(pixel) * static_cast<uint32_t>(channels / kUnit);
         if (pixel >= 0 && count > 0) {
@@ -117,7 +117,7 @@ class Gather {
     }
   }
 
-  // Of the values at corner i.
+  // The inner product of the values at corner i with `other`.
   DYHEAD_DEVICE F dot(int i, const F (&other)[kUnit]) const {
     const Values values = __builtin_bit_cast(Values, words_[i]);
     F sum = F(0);
@@ -149,15 +149,15 @@ class Gather {
   }
 
  private:
-  // As words of a register each: of halves, the compiler would touch every one upon loading, and
-  // so wait for the loads before the products.
+  // One word per register. Were they 16-bit values, the compiler would touch each of them right
+  // after its load, and so wait for the loads before the products.
   using Words = Vec<uint32_t, 4>;
 
   F weight_[4];
   Words words_[4];
 };
 
-// Starts the copy of a panel of weights into a tile of shared memory.
+// Starts copying a panel of weights into shared memory.
 template <int kCols>
 DYHEAD_DEVICE void load_panel(std::byte* to, const std::byte* from) {
   const int first = tile_thread() * 16;

@@ -1,11 +1,23 @@
 // The CUDA kernels of deform_conv: how a call is cut into launches and tiles, and the launchers.
 //
+// The way from the operator to a main loop, forward and backward (the gradients of the inputs and
+// of the weights) alike:
+//
+//   1. the operator (deform_conv.cpp)   checks tensors and job tables, allocates the results, and
+//                                       takes the device's limits, stream and allocator from torch
+//   2. run_deform_fwd, _bwd_input,      cuts the call into launches, takes workspaces and packs
+//      _bwd_weights (*_run.h)           the weights
+//   3. launch_deform_fwd, ... (*.cu)    chooses the kernel of the arithmetic and tile, launches it
+//   4. deform_fwd_kernel, ... (*.cuh)   what a block does: the terms and channels of its tile
+//   5. multiply_stretch,                the main loop: blends samples, copies and multiplies
+//      run_stretch, multiply
+//
 // Forward: a tile is 128 or 64 output pixels of one job and image by up to 256 output channels of
-// one group. For each of its terms a block puts where the taps read, and with which weights, into
-// shared memory; then, for each 128 bytes of channels and each tap, it blends the samples of the
-// step after into one of two buffers while it multiplies those of this step with the tap's weights,
-// which arrive by asynchronous copies. Every sample is blended once, no columns are stored. The
-// last tile of a job and image to finish merges the moments of all of them, in their order.
+// one group. For each term, a block first stores in shared memory where the taps read and with
+// which weights. Then, for each 128 bytes of channels and each tap, it multiplies the samples in
+// one buffer with the tap's weights while it blends the next samples into the other; weights arrive
+// by asynchronous copies. Every sample is blended once, and no columns are stored. The last tile of
+// a job and image to finish merges the moments of all its tiles, in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +28,7 @@
 
 namespace dyhead::cuda {
 
-// ---- tables by value ----------------------------------------------------------------------------
+// ---- the jobs of a launch, passed by value ------------------------------------------------------
 
 inline constexpr int kMaxSources = 32;
 inline constexpr int kMaxTerms = 128;
@@ -24,35 +36,35 @@ inline constexpr int kMaxJobs = 24;
 
 struct DeformSource {
   MapShape map;
-  int32_t index;  // among the call's sources
+  int32_t index;  // in the call's sources
 };
 
-struct DeformTableTerm {
-  int16_t source, weight;  // of this launch; of the call
+struct DeformLaunchTerm {
+  int16_t source, weight;  // index in this launch; index in the call
 };
 
-// How a job's map is cut: into patches of (rows / kPatchWidth) x kPatchWidth pixels, or where that
-// takes more tiles into stretches of `rows` pixels (patches_x = 0).
+// How a job's map is cut into tiles: patches of (rows / kPatchWidth) x kPatchWidth pixels or, where
+// that takes clearly more tiles, runs of `rows` consecutive pixels (patches_x = 0).
 struct DeformTiles {
   int32_t first;  // the job's first tile in its launch
   int32_t per_image, patches_x;
 };
 
 inline constexpr int kPatchWidth = 16;
-inline constexpr int32_t kMaxTapsAtOnce = 9;  // whose samples are in shared memory
-inline constexpr int32_t kFewTapsAtOnce = 5;  // where that is too small for nine
+inline constexpr int32_t kMaxTapsAtOnce = 9;  // max taps staged in shared memory at once
+inline constexpr int32_t kFewTapsAtOnce = 5;  // where nine do not fit
 
-// Those jobs of a call that one launch does.
-struct DeformTable {
+// The jobs of a call that one launch computes.
+struct DeformLaunch {
   DeformShape shape;
-  int32_t all_sources;  // of the call: the row length of the gates
-  int32_t first_job;    // among the call's jobs
+  int32_t all_sources;  // how many the call has: the row length of the gates
+  int32_t first_job;    // index in the call's jobs
   int32_t source_count, term_count, job_count;
-  int32_t tiles;
+  int32_t tile_count;
   DeformSource sources[kMaxSources];
-  DeformTableTerm terms[kMaxTerms];
+  DeformLaunchTerm terms[kMaxTerms];
   DeformJob jobs[kMaxJobs];
-  DeformTiles tiles_of[kMaxJobs];
+  DeformTiles tiles[kMaxJobs];  // of each job
 };
 
 // ---- shapes of the product ----------------------------------------------------------------------
@@ -72,7 +84,7 @@ inline DeformMath deform_math(DType dtype, bool allow_tf32) {
   }
 }
 
-// Channels of a panel: as many as fit its rows of 128 bytes.
+// Channels of a panel: as many as its rows of 128 bytes hold.
 inline int32_t panel_depth(DeformMath math) {
   switch (math) {
     case DeformMath::kFloat64:
@@ -85,34 +97,34 @@ inline int32_t panel_depth(DeformMath math) {
   }
 }
 
-// A kernel's tile, and how it reads channels: in 16-byte vectors or one by one.
+// The tile of a kernel, and whether it reads channels in 16-byte vectors or one by one.
 struct DeformTiling {
   int rows, cols;
   bool vectors;
 };
 
-// Channels [first, last) of one step over a group's channels: at most `most`, all of one deformable
-// group.
+// Channels [first, last) of one step over a group's channels: at most max_channels, all of the same
+// deformable group.
 struct ChannelStep {
   int32_t first, last, deform_group;
 };
 
 DYHEAD_HD ChannelStep channel_step(const DeformShape& s, int32_t group, int32_t first,
-                                   int32_t most) {
+                                   int32_t max_channels) {
   const int32_t channels = static_cast<int32_t>(s.channels);
   const int32_t group_end = (group + 1) * (channels / s.groups);
   const int32_t deform_channels = channels / s.deform_groups;
   const int32_t deform_group = first / deform_channels;
-  int32_t last = first + most;
+  int32_t last = first + max_channels;
   last = last < group_end ? last : group_end;
   const int32_t deform_end = (deform_group + 1) * deform_channels;
   return {first, last < deform_end ? last : deform_end, deform_group};
 }
 
-// The weights as the kernels multiply them: panels of `cols` rows of 128 bytes, in order of
+// The packed weights: panels of `cols` rows of 128 bytes, ordered
 // [matrix][group][column panel][step of the depth][tap].
 struct DeformPanels {
-  int32_t cols, column_panels, steps, depth;  // depth: values of a row, at most
+  int32_t cols, column_panels, steps, depth;  // depth: max values of a row
 
   // column: group * column_panels + panel
   DYHEAD_HD int64_t index(const DeformShape& s, int64_t matrix, int32_t column, int32_t step,
@@ -126,8 +138,7 @@ struct DeformPanels {
 
 // ---- launches -----------------------------------------------------------------------------------
 
-// The first launch of a call: packs the weights and biases and clears what the others count in.
-inline constexpr int32_t kMaxMatrices = 64;
+inline constexpr int32_t kMaxMatrices = 64;  // packed by one launch
 
 // Memory to clear, in words of 4 bytes.
 struct DeformZeros {
@@ -135,6 +146,7 @@ struct DeformZeros {
   int64_t count;
 };
 
+// The first launch of a call packs the weights and biases, and clears counters and sums.
 struct DeformPackParams {
   DeformShape shape;
   DeformPanels panels;
@@ -150,7 +162,7 @@ struct DeformPackParams {
 };
 
 struct DeformFwdKernelParams {
-  DeformTable table;
+  DeformLaunch launch;
   DeformPanels panels;
   const void* source;
   const void* predictions;
@@ -158,11 +170,11 @@ struct DeformFwdKernelParams {
   const void* packed;
   const void* packed_bias;
   void* out;
-  bool wide_out, moments;
+  bool out_in_compute_dtype, moments;
   int32_t taps_at_once;
-  bool out_vectors;   // whether rows of the output can be stored 16 bytes at a time
+  bool out_vectors;   // whether rows of the output allow 16-byte stores
   void* partial;      // [tiles, 3, C_out]
-  unsigned* arrived;  // [J, N, groups * column_panels], zero
+  unsigned* arrived;  // [J, N, groups * column_panels], cleared
   void* mean;
   void* var;
   void* up_mean;
@@ -170,23 +182,23 @@ struct DeformFwdKernelParams {
 
 // Bytes of dynamic shared memory of the forward kernel: two buffers of both operands, and the
 // samples of `taps` taps.
-inline size_t forward_shared_bytes(int rows, int cols, size_t corners_bytes, int taps) {
-  return 2 * 128 * static_cast<size_t>(rows + cols) + corners_bytes * taps * rows;
+inline size_t forward_shared_bytes(int rows, int cols, DType dtype, int taps) {
+  const size_t corners =
+      dtype == DType::kFloat64 ? sizeof(Corners<double>) : sizeof(Corners<float>);
+  return 2 * 128 * static_cast<size_t>(rows + cols) + corners * taps * rows;
 }
+
+using DeformFwdKernel = void (*)(DeformFwdKernelParams);
+
+// The forward kernels for operands Op, an argument of Operand (tile_gemm.cuh). Each Op is compiled
+// in a file of its own that the build generates: see cmake/cuda_sources.cmake.
+template <class Op>
+struct DeformFwdKernels {
+  static DeformFwdKernel choose(const DeformTiling& tiling);  // null: none has this tile
+};
 
 cudaError_t launch_deform_pack(const DeformPackParams& params, cudaStream_t stream);
 cudaError_t launch_deform_fwd(const DeformFwdKernelParams& params, DeformMath math,
                               const DeformTiling& tiling, cudaStream_t stream);
-
-// The launchers of one kind of arithmetic each, for launch_deform_fwd.
-cudaError_t launch_deform_fwd_bfloat16(const DeformFwdKernelParams&, const DeformTiling&,
-                                       cudaStream_t);
-cudaError_t launch_deform_fwd_float16(const DeformFwdKernelParams&, const DeformTiling&,
-                                      cudaStream_t);
-cudaError_t launch_deform_fwd_tf32(const DeformFwdKernelParams&, const DeformTiling&, cudaStream_t);
-cudaError_t launch_deform_fwd_float32(const DeformFwdKernelParams&, const DeformTiling&,
-                                      cudaStream_t);
-cudaError_t launch_deform_fwd_float64(const DeformFwdKernelParams&, const DeformTiling&,
-                                      cudaStream_t);
 
 }  // namespace dyhead::cuda

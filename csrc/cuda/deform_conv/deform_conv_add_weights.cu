@@ -8,8 +8,8 @@ constexpr int kUnit = 4;
 constexpr int kRowThreads = kWeightCols / kUnit;
 constexpr int kBlockRows = kTileThreads / kRowThreads;  // output channels of a block
 
-// Adds the slices of a matrix: blockIdx.y is the matrix, blockIdx.x the block of columns that
-// computed them and, fastest, which of its output channels.
+// Adds up the slices of each weight matrix. blockIdx.y is the matrix; blockIdx.x is the block of
+// columns that computed the slices and, varying fastest, the group of output channels.
 template <class F>
 __global__ void __launch_bounds__(kTileThreads, 4)
     deform_add_weights_kernel(const __grid_constant__ DeformAddWeightsParams p) {
@@ -82,23 +82,7 @@ cudaError_t launch_add(const DeformAddWeightsParams& params, cudaStream_t stream
 }  // namespace
 
 cudaError_t launch_deform_add_weights(const DeformAddWeightsParams& params, cudaStream_t stream) {
-  return params.wide ? launch_add<double>(params, stream) : launch_add<float>(params, stream);
-}
-
-cudaError_t launch_deform_bwd_weights(const DeformBwdWeightsParams& params, DeformMath math,
-                                      bool vectors, cudaStream_t stream) {
-  switch (math) {
-    case DeformMath::kBFloat16:
-      return launch_deform_bwd_weights_bfloat16(params, vectors, stream);
-    case DeformMath::kFloat16:
-      return launch_deform_bwd_weights_float16(params, vectors, stream);
-    case DeformMath::kTf32:
-      return launch_deform_bwd_weights_tf32(params, vectors, stream);
-    case DeformMath::kFloat64:
-      return launch_deform_bwd_weights_float64(params, vectors, stream);
-    default:
-      return launch_deform_bwd_weights_float32(params, vectors, stream);
-  }
+  return params.is_float64 ? launch_add<double>(params, stream) : launch_add<float>(params, stream);
 }
 
 }  // namespace dyhead::cuda

@@ -1,17 +1,18 @@
-// The backward of deform_conv on CUDA, but for the weights (deform_conv_bwd_weights.h):
+// The backward of deform_conv on CUDA, except for the weights (deform_conv_bwd_weights.h):
 //
-//   rows         the gradient of every output value, with what its moments add; sums for the bias
-//   input        a tile of 64 output pixels: for each tap and 64 channels, the gradient of the
-//                samples is a product with the transposed weights. It is consumed where it is made:
-//                dotted with the four corners for offsets, mask and gate, and scattered to them
-//                with atomics. No columns are stored.
-//   predictions  what each job, term and output pixel adds to its offsets and mask, gathered by
-//                prediction row in a fixed order; the same of gates and biases
-//   finish       sums to the source's type
+//   rows         the gradient of every output value, including that of the moments; sums for the
+//                bias
+//   input        a tile is 64 output pixels. For each tap and 64 channels, the gradient of the
+//                samples is a product with the transposed weights. It is used at once: dotted with
+//                the four corners, for the gradients of offsets, mask and gate, and scattered to
+//                them with atomics. No columns are stored.
+//   predictions  for each row of predictions, sums the contributions of all jobs, terms and output
+//                pixels in a fixed order; likewise for gates and biases
+//   finish       rounds the sums to the source's type
 //
-// Only the scatter is not the same in every run. Deterministic, the tiles run twice: first for the
-// largest value that is scattered, then with integer sums of it in 2^-k steps, which no order
-// changes.
+// Only the scatter depends on the order of threads. In deterministic mode the tiles run twice:
+// first to find the largest magnitude that is scattered, then to add integers, in steps of 2^-k of
+// it, whose sum is the same in any order.
 #pragma once
 
 #include "deform_conv.h"
@@ -20,19 +21,19 @@ namespace dyhead::cuda {
 
 inline constexpr int kBwdRows = 64;   // output pixels of a tile
 inline constexpr int kBwdCols = 64;   // channels of a step
-inline constexpr int kBwdStages = 3;  // panels of weights under way
+inline constexpr int kBwdStages = 3;  // panels of weights in flight
 
 enum class Scatter : int32_t {
-  kSum,      // floating-point atomics into `sums`
-  kMeasure,  // only the largest magnitude, into `largest`
-  kFixed,    // integer atomics into `sums`, in steps that follow from `largest`
+  kSum,      // floating-point atomics on `sums`
+  kMeasure,  // only the largest magnitude, in `largest`
+  kFixed,    // integer atomics on `sums`, in steps derived from `largest`
 };
 
 struct DeformBwdRowsParams {
-  DeformTable table;  // of tiles of kBwdRows rows
+  DeformLaunch launch;  // of tiles of kBwdRows rows
   const void* grad_out;
-  bool wide_out, moments;
-  bool round_tf32;  // float32 results are operands of TF32 products
+  bool out_in_compute_dtype, moments;
+  bool round_tf32;  // round float32 results, which become operands of TF32 products
   const void* out;
   const void* mean;
   const void* grad_mean;
@@ -43,34 +44,34 @@ struct DeformBwdRowsParams {
 };
 
 struct DeformBwdInputParams {
-  DeformTable table;
+  DeformLaunch launch;
   DeformPanels panels;  // columns are input channels, the depth is output channels
-  int32_t chunks;       // of depth that are resident at a time
+  int32_t chunks;       // of the depth, kept in shared memory at once
   int32_t taps_at_once;
-  bool row_vectors;  // whether `rows` can be read 16 bytes at a time
+  bool row_vectors;  // whether `rows` allows 16-byte loads
   const void* source;
   const void* predictions;
   const void* gates;
   const void* packed;
   const void* rows;
   Scatter scatter;
-  void* sums;                   // [R, C]: see Sums in deform_conv_bwd_input.cuh
-  unsigned* largest;            // bits of a float or double
-  int32_t sum_bits;             // log2 of how many values one sum may have, rounded up
-  void* derivatives;            // rows [uses, 3 D K], columns as those of the predictions
-  void* gate_partial;           // [tiles, most terms] or null
+  void* sums;                   // [R, C]: floating-point or fixed-point (deform_conv_scatter.cuh)
+  unsigned* largest;            // the bits of a float or double
+  int32_t sum_bits;             // log2 of the max number of values in one sum, rounded up
+  void* derivatives;            // [uses, 3 D K], with the columns of the predictions
+  void* gate_partial;           // [tiles, max_terms] or null
   int32_t max_terms;            // of a job
   int64_t use_first[kMaxJobs];  // first row of each job's first term in `derivatives`
 };
 
 struct DeformBwdGatherParams {
-  DeformTable table;
+  DeformLaunch launch;
   const void* derivatives;
   int64_t use_first[kMaxJobs];
   const void* bias_partial;  // or null
   const void* gate_partial;  // or null
   int32_t max_terms;
-  void* grad_predictions;  // the three are added to
+  void* grad_predictions;  // the kernel adds to these three
   void* grad_bias;
   void* grad_gates;
 };
@@ -85,27 +86,30 @@ struct DeformBwdFinishParams {
   void* grad_source;
 };
 
+// Bytes of dynamic shared memory of the input kernel.
+inline size_t input_shared_bytes(int chunks, DType dtype, int taps) {
+  const auto value = static_cast<size_t>(compute_bytes(dtype));
+  const size_t a = static_cast<size_t>(chunks) * kBwdRows * 128;
+  const size_t b = static_cast<size_t>(kBwdStages) * kBwdCols * 128;
+  const size_t columns = value * kBwdRows * (kBwdCols + 8);
+  // Corners: four weights and four pixels. Dots: one for each corner.
+  const size_t samples = (4 * value + 16 + 4 * value) * taps * kBwdRows;
+  return a + b + columns + samples;
+}
+
+using DeformBwdInputKernel = void (*)(DeformBwdInputParams);
+
+// As DeformFwdKernels.
+template <class Op>
+struct DeformBwdInputKernels {
+  static DeformBwdInputKernel choose(bool vectors);
+};
+
 cudaError_t launch_deform_bwd_rows(const DeformBwdRowsParams& params, cudaStream_t stream);
 cudaError_t launch_deform_bwd_input(const DeformBwdInputParams& params, DeformMath math,
                                     bool vectors, cudaStream_t stream);
 cudaError_t launch_deform_bwd_gather(const DeformBwdGatherParams& params, int32_t matrices,
                                      cudaStream_t stream);
 cudaError_t launch_deform_bwd_finish(const DeformBwdFinishParams& params, cudaStream_t stream);
-
-// Bytes of dynamic shared memory of the input kernel.
-inline size_t input_shared_bytes(int chunks, size_t compute_bytes, int taps) {
-  const size_t a = static_cast<size_t>(chunks) * kBwdRows * 128;
-  const size_t b = static_cast<size_t>(kBwdStages) * kBwdCols * 128;
-  const size_t columns = compute_bytes * kBwdRows * (kBwdCols + 8);
-  // Corners: four weights and four pixels. Dots: one for each corner.
-  const size_t samples = (4 * compute_bytes + 16 + 4 * compute_bytes) * taps * kBwdRows;
-  return a + b + columns + samples;
-}
-
-cudaError_t launch_deform_bwd_input_bfloat16(const DeformBwdInputParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_input_float16(const DeformBwdInputParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_input_tf32(const DeformBwdInputParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_input_float32(const DeformBwdInputParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_input_float64(const DeformBwdInputParams&, bool, cudaStream_t);
 
 }  // namespace dyhead::cuda

@@ -1,10 +1,9 @@
-// The gradient of the samples, consumed where it is made; see deform_conv_bwd.h. Instantiated by
-// deform_conv_bwd_input_<arithmetic>.cu.
+// The kernel of the gradient of the samples; deform_conv_bwd.h describes how it works.
 #pragma once
 
 #include "deform_conv.cuh"
 #include "deform_conv_bwd.h"
-#include "deform_sums.cuh"
+#include "deform_conv_scatter.cuh"
 
 namespace dyhead::cuda {
 
@@ -17,26 +16,26 @@ class InputTile {
 
   DYHEAD_DEVICE explicit InputTile(const DeformBwdInputParams& p)
       : p_(p),
-        table_(p.table),
+        launch_(p.launch),
         a_(dynamic_shared<std::byte>(0, a_bytes())),
         b_(dynamic_shared<std::byte>(a_bytes(), kBwdStages * kPanel)),
         columns_(dynamic_shared<F>(columns_at(), kBwdRows * kPitch)),
         corners_(dynamic_shared<Corners<F>>(corners_at(), p.taps_at_once * kBwdRows)),
         dots_(dynamic_shared<F>(dots_at(), 4 * p.taps_at_once * kBwdRows)),
         at_(shared_place()) {
-    if (threadIdx.x == 0) at_.place = find_tile(p.table, static_cast<int32_t>(blockIdx.x));
+    if (threadIdx.x == 0) at_.place = find_tile(p.launch, static_cast<int32_t>(blockIdx.x));
     __syncthreads();
     const int thread = tile_thread();
     if (thread < kBwdRows) {
-      at_.pixels[thread] = tile_pixel(table_, at_.place, thread, kBwdRows).index;
+      at_.pixels[thread] = tile_pixel(launch_, at_.place, thread, kBwdRows).index;
     }
     __syncthreads();
     if (p.scatter == Scatter::kFixed) fixed_ = FixedPoint<F>::of(p.largest, p.sum_bits);
   }
 
   DYHEAD_DEVICE void run() {
-    const DeformShape& s = table_.shape;
-    const DeformJob& job = table_.jobs[at_.place.job];
+    const DeformShape& s = launch_.shape;
+    const DeformJob& job = launch_.jobs[at_.place.job];
     const int group_channels = static_cast<int>(s.channels) / s.groups;
     const int depth_chunks = p_.panels.steps;
     if (p_.scatter != Scatter::kMeasure) clear_derivatives();
@@ -75,12 +74,12 @@ class InputTile {
 
  private:
   static constexpr int kPanel = kBwdCols * kRowBytes;
-  // Rows of fragments, eight floats apart in banks, are stored without collisions.
+  // Rows of fragments are eight floats apart in the memory banks, so stores have no conflicts.
   static constexpr int kPitch = kBwdCols + 8;
   static constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kLanes = kBwdCols / kUnit;  // that share a row's channels
+  static constexpr int kLanes = kBwdCols / kUnit;  // sharing the channels of a row
 
-  // In shared memory: registers are for the products.
+  // In shared memory, since the products need the registers.
   struct Place {
     TilePlace place;
     int32_t pixels[kBwdRows];  // index in the map, or -1
@@ -100,14 +99,14 @@ class InputTile {
     return corners_at() + sizeof(Corners<F>) * p_.taps_at_once * kBwdRows;
   }
 
-  // Starts to read the gradients of `chunks` chunks of a group's outputs.
+  // Starts to load the gradients of `chunks` chunks of a group's outputs.
   DYHEAD_DEVICE void load_rows(int group, int first_chunk, int chunks) {
-    const DeformJob& job = table_.jobs[at_.place.job];
-    const int64_t channels = table_.shape.out_channels;
-    const int group_outputs = static_cast<int>(channels) / table_.shape.groups;
+    const DeformJob& job = launch_.jobs[at_.place.job];
+    const int64_t channels = launch_.shape.out_channels;
+    const int group_outputs = static_cast<int>(channels) / launch_.shape.groups;
     const int64_t first_row = job.out.first_row + at_.place.image * job.out.pixels();
     const T* rows = static_cast<const T*>(p_.rows) + first_row * channels + group * group_outputs;
-    __syncthreads();  // the products with those before are done
+    __syncthreads();  // the products with the previous rows are done
     for (int i = tile_thread(); i < chunks * kBwdRows * kUnits; i += kTileThreads) {
       const int unit = i % kUnits;
       const int row = i / kUnits % kBwdRows;
@@ -129,21 +128,23 @@ class InputTile {
     cp_async_commit();
   }
 
-  // For all steps of channels and taps of a stretch: the gradient of the samples, and its use.
+  // For all steps of channels and all taps of a stretch: computes the gradient of the samples and
+  // uses it.
   DYHEAD_DEVICE void run_stretch(int term_index, int group, const ChannelStep& stretch,
                                  int first_panel, int first_tap, int taps, int first_chunk,
                                  int chunks) {
-    const DeformShape& s = table_.shape;
-    const DeformTableTerm& term = table_.terms[term_index];
-    const TapSampler<F> sampler = tap_sampler<F>(table_, p_.predictions, p_.gates, at_.place, term);
+    const DeformShape& s = launch_.shape;
+    const DeformLaunchTerm& term = launch_.terms[term_index];
+    const TapSampler<F> sampler =
+        tap_sampler<F>(launch_, p_.predictions, p_.gates, at_.place, term);
     const int thread = tile_thread();
-    stage_corners(table_, at_.place, sampler, stretch.deform_group, first_tap, taps, kBwdRows,
+    stage_corners(launch_, at_.place, sampler, stretch.deform_group, first_tap, taps, kBwdRows,
                   corners_);
     for (int i = thread; i < 4 * taps * kBwdRows; i += kTileThreads) dots_[i] = F(0);
 
     const int steps = (stretch.last - stretch.first + kBwdCols - 1) / kBwdCols;
     const int total = steps * taps * chunks;
-    // The panel that is to be loaded next.
+    // The next panel to load.
     int next = 0, next_chunk = 0, next_tap = 0, next_panel = first_panel;
     const auto load_next = [&] {
       if (next < total) {
@@ -171,7 +172,7 @@ class InputTile {
     Product product;
     for (int i = 0; i < total; ++i) {
       cp_async_wait_group<kBwdStages - 2>();
-      // This panel is there for all, and nobody reads the one before or the columns.
+      // This panel has landed for all threads, and the previous panel and the columns are free.
       __syncthreads();
       load_next();
       const std::byte* a = a_ + chunk * kBwdRows * kRowBytes;
@@ -199,13 +200,14 @@ class InputTile {
     __syncthreads();
   }
 
-  // Uses the columns of one tap: `at` is the index of the first channel at the map's first pixel.
+  // Uses the gradient of one tap's samples. `at` is the index of the first channel at the map's
+  // first pixel.
   DYHEAD_DEVICE void consume(int64_t at, int channels, int tap) {
     const int thread = tile_thread();
     const int unit = thread % kLanes;
     const int left = channels - unit * kUnit;
     const T* source = static_cast<const T*>(p_.source) + at + unit * kUnit;
-    const int stride = static_cast<int>(table_.shape.channels);
+    const int stride = static_cast<int>(launch_.shape.channels);
 #pragma unroll 1
     for (int row = thread / kLanes; row < kBwdRows; row += kTileThreads / kLanes) {
       const Corners<F>& corners = corners_[tap * kBwdRows + row];
@@ -260,7 +262,8 @@ class InputTile {
     }
   }
 
-  // Adds over the lanes of a row. Halving: each round, lanes hand over what their partners keep.
+  // Sums over the lanes of a row by halving: in each round a lane keeps half of its sums and hands
+  // the other half to its partner.
   DYHEAD_DEVICE void add_dots(const F (&dots)[4], int sample) {
     const int lane = tile_thread() % kLanes;
     const bool odd = lane & 1;
@@ -276,22 +279,22 @@ class InputTile {
     for (int distance = 4; distance < kLanes; distance *= 2) {
       one += __shfl_xor_sync(kFullMask, one, distance);
     }
-    // The lanes that keep these are the same at every step of channels: no others write here.
+    // The same lanes keep these sums at every step of channels, so no other thread writes here.
     if (lane < 4) dots_[4 * sample + 2 * (lane & 1) + (lane >> 1)] += one;
   }
 
-  // First row of a term's derivatives for this image.
+  // The first row of a term's derivatives for this image.
   DYHEAD_DEVICE int64_t use_row(int term_index) const {
-    const DeformJob& job = table_.jobs[at_.place.job];
+    const DeformJob& job = launch_.jobs[at_.place.job];
     const int64_t terms_before = term_index - job.first_term;
     return p_.use_first[at_.place.job] +
-           (terms_before * table_.shape.images + at_.place.image) * job.out.pixels();
+           (terms_before * launch_.shape.images + at_.place.image) * job.out.pixels();
   }
 
   DYHEAD_DEVICE void clear_derivatives() const {
-    const DeformJob& job = table_.jobs[at_.place.job];
+    const DeformJob& job = launch_.jobs[at_.place.job];
     if (job.plain()) return;
-    const int columns = table_.shape.prediction_columns();
+    const int columns = launch_.shape.prediction_columns();
     for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
       F* derivatives = static_cast<F*>(p_.derivatives) + use_row(t) * columns;
       for (int i = tile_thread(); i < kBwdRows * columns; i += kTileThreads) {
@@ -302,19 +305,19 @@ class InputTile {
     __syncthreads();
   }
 
-  // From the dots of a stretch to the derivatives of its taps. Returns this thread's share of the
-  // gate's gradient.
+  // Turns the dots of a stretch into the derivatives of its taps. Returns this thread's part of the
+  // gradient of the gate.
   DYHEAD_DEVICE F add_derivatives(int term_index, int deform_group, int first_tap, int taps) const {
     F gate_sum = F(0);
     if (p_.scatter == Scatter::kMeasure) return gate_sum;
-    const DeformShape& s = table_.shape;
-    const DeformJob& job = table_.jobs[at_.place.job];
+    const DeformShape& s = launch_.shape;
+    const DeformJob& job = launch_.jobs[at_.place.job];
     const TapSampler<F> sampler =
-        tap_sampler<F>(table_, p_.predictions, p_.gates, at_.place, table_.terms[term_index]);
+        tap_sampler<F>(launch_, p_.predictions, p_.gates, at_.place, launch_.terms[term_index]);
     F* derivatives = static_cast<F*>(p_.derivatives) + use_row(term_index) * s.prediction_columns();
 #pragma unroll 1
     for (int i = tile_thread(); i < taps * kBwdRows; i += kTileThreads) {
-      const OutputPixel at = tile_pixel(table_, at_.place, i % kBwdRows, kBwdRows);
+      const OutputPixel at = tile_pixel(launch_, at_.place, i % kBwdRows, kBwdRows);
       if (at.index < 0) continue;
       const int tap = first_tap + i / kBwdRows;
       const SamplePoint<F> point = sampler.point(deform_group, tap, at);
@@ -352,11 +355,11 @@ class InputTile {
   }
 
   const DeformBwdInputParams& p_;
-  const DeformTable& table_;
+  const DeformLaunch& launch_;
   std::byte *a_, *b_;
   F* columns_;           // [kBwdRows, kPitch]: the gradient of one tap's samples
   Corners<F>* corners_;  // [taps, kBwdRows]
-  F* dots_;              // [taps, kBwdRows, 4]: of that gradient with the values at the corners
+  F* dots_;  // [taps, kBwdRows, 4]: products of that gradient with the values at the corners
   Place& at_;
   FixedPoint<F> fixed_{};
   F largest_ = F(0);
@@ -369,18 +372,8 @@ __global__ void __launch_bounds__(kTileThreads, Operand<Op>::kTensor&& kVectors 
 }
 
 template <class Op>
-cudaError_t launch_deform_bwd_input_op(const DeformBwdInputParams& params, bool vectors,
-                                       cudaStream_t stream) {
-  if (params.table.tiles == 0) return cudaSuccess;
-  const LaunchConfig config{
-      .grid = dim3(static_cast<unsigned>(params.table.tiles)),
-      .block = dim3(kTileThreads),
-      .shared_bytes = input_shared_bytes(params.chunks, sizeof(typename Operand<Op>::Compute),
-                                         params.taps_at_once),
-      .stream = stream,
-  };
-  return vectors ? launch(deform_bwd_input_kernel<Op, true>, config, params)
-                 : launch(deform_bwd_input_kernel<Op, false>, config, params);
+DeformBwdInputKernel DeformBwdInputKernels<Op>::choose(bool vectors) {
+  return vectors ? deform_bwd_input_kernel<Op, true> : deform_bwd_input_kernel<Op, false>;
 }
 
 }  // namespace dyhead::cuda

@@ -1,5 +1,4 @@
-// The kernel of deform_conv's weight gradient; see deform_conv_bwd_weights.h for its plan.
-// Instantiated by deform_conv_bwd_weights_<arithmetic>.cu.
+// The kernel of deform_conv's weight gradient; deform_conv_bwd_weights.h describes how it works.
 #pragma once
 
 #include "../tile/tile_outer.cuh"
@@ -8,14 +7,14 @@
 
 namespace dyhead::cuda {
 
-// What the blending of a step needs: where its samples are.
+// Where the samples and gradients of one step are read.
 template <class Op>
 struct WeightStep {
   using F = typename Operand<Op>::Compute;
   static constexpr int kDepth = Operand<Op>::kDepth;
 
-  int64_t source;          // element of `source` at which the map of the image starts
-  int64_t grad;            // element of `grad_rows` at which the job and image start
+  int64_t source;          // index in `source` at which the image's map starts
+  int64_t grad;            // index in `grad_rows` at which the job's image starts
   int32_t pixels[kDepth];  // index in the job's map, or -1
   Corners<F> corners[kWeightCols];
 };
@@ -23,7 +22,7 @@ struct WeightStep {
 template <class Op, int kOuts>
 struct WeightsShared {
   static constexpr int kDepth = Operand<Op>::kDepth;
-  // A panel of a is whole, even where fewer columns are multiplied.
+  // A panel of a is allocated whole, even if fewer columns are multiplied.
   static constexpr size_t kA = static_cast<size_t>(kOuts > kDepth ? kOuts : kDepth) * kRowBytes;
   static constexpr size_t kB = static_cast<size_t>(kWeightCols) * kRowBytes;
   static constexpr size_t kBytes = 2 * (kA + kB + sizeof(WeightStep<Op>));
@@ -46,19 +45,19 @@ class WeightsTile {
         a_(dynamic_shared<std::byte>(0, 2 * Shared::kA)),
         b_(dynamic_shared<std::byte>(2 * Shared::kA, 2 * Shared::kB)),
         steps_(dynamic_shared<Step>(2 * (Shared::kA + Shared::kB), 2)),
-        plan_(shared_plan()) {
-    if (threadIdx.x == 0) make_plan();
+        work_(shared_work()) {
+    if (threadIdx.x == 0) find_work();
     __syncthreads();
   }
 
   DYHEAD_DEVICE void run() {
-    for (int i = 0; i < 2 && i < plan_.tiles; ++i) {
-      locate(start_step(plan_.at[i], steps_[i]), plan_.at[i], steps_[i]);
+    for (int i = 0; i < 2 && i < work_.tiles; ++i) {
+      locate(start_step(work_.at[i], steps_[i]), work_.at[i], steps_[i]);
     }
     __syncthreads();
-    if (threadIdx.x == 0 && plan_.tiles > 2) {
-      plan_.at[0] = plan_.at[1];
-      advance(plan_.at[0]);
+    if (threadIdx.x == 0 && work_.tiles > 2) {
+      work_.at[0] = work_.at[1];
+      advance(work_.at[0]);
     }
     multiply();
     store();
@@ -68,76 +67,77 @@ class WeightsTile {
   // A tile of the pixels of one job, image and term.
   struct Cursor {
     TilePlace place;
-    int32_t term;    // of the launch
-    int32_t within;  // number of the tile among those of the job
+    int32_t term;    // index in the launch
+    int32_t within;  // index of the tile in the job, over all images
   };
 
-  // In shared memory: registers are for the products.
-  struct Plan {
-    int32_t matrix;  // of the call
+  // In shared memory, since the products need the registers.
+  struct Work {
+    int32_t matrix;  // index in the call
     int32_t first_out, outs;
     int64_t tiles;  // of this slice
     DeformWeightSlot slots[kSlots];
-    Cursor at[2];  // where the samples of the steps to come are: from step i on, at[i % 2] of i + 2
+    Cursor at[2];  // the tiles of the next steps: at step i, at[i % 2] is that of step i + 2
   };
 
-  DYHEAD_DEVICE static Plan& shared_plan() {
-    DYHEAD_SHARED(Plan, plan, 1);
-    return plan[0];
+  DYHEAD_DEVICE static Work& shared_work() {
+    DYHEAD_SHARED(Work, work, 1);
+    return work[0];
   }
 
-  DYHEAD_DEVICE void make_plan() {
-    const DeformShape& s = p_.table.shape;
+  DYHEAD_DEVICE void find_work() {
+    const DeformShape& s = p_.launch.shape;
     const int32_t blocks = p_.columns.blocks(s);
     const auto block = static_cast<int32_t>(blockIdx.x);
     const int32_t slice = block / blocks;
     const DeformWeightPlace at = weight_place(p_.columns, block % blocks);
     const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
     const int32_t left = group_outputs - at.out_panel * kOuts;
-    plan_.first_out = at.group * group_outputs + at.out_panel * kOuts;
-    plan_.outs = left < kOuts ? left : kOuts;
+    work_.first_out = at.group * group_outputs + at.out_panel * kOuts;
+    work_.outs = left < kOuts ? left : kOuts;
     for (int i = 0; i < kSlots; ++i) {
-      plan_.slots[i] = weight_slot(s, at.group, at.slot_block * kSlots + i, kDepth);
+      work_.slots[i] = weight_slot(s, at.group, at.slot_block * kSlots + i, kDepth);
     }
     int use = 0;
     while (slice >= p_.slices.first[use + 1]) ++use;
-    plan_.matrix = p_.slices.matrix[use];
+    work_.matrix = p_.slices.matrix[use];
     // Slice i of n has tiles [i T / n, (i + 1) T / n).
-    const int64_t tiles = matrix_tiles(p_.table, plan_.matrix);
+    const int64_t tiles = count_matrix_tiles(p_.launch, work_.matrix);
     const int32_t slices = p_.slices.first[use + 1] - p_.slices.first[use];
     const int32_t i = slice - p_.slices.first[use];
     const int64_t first = tiles * i / slices;
-    plan_.tiles = tiles * (i + 1) / slices - first;
+    work_.tiles = tiles * (i + 1) / slices - first;
     Cursor cursor{{0, 0, 0}, -1, 0};
     int64_t skipped = first;
     next_term(cursor);
-    for (; skipped >= job_tiles(p_.table, cursor.place.job); next_term(cursor)) {
-      skipped -= job_tiles(p_.table, cursor.place.job);
+    for (; skipped >= count_job_tiles(p_.launch, cursor.place.job); next_term(cursor)) {
+      skipped -= count_job_tiles(p_.launch, cursor.place.job);
     }
     cursor.within = static_cast<int32_t>(skipped);
     find_place(cursor);
-    plan_.at[0] = cursor;
-    if (plan_.tiles > 1) advance(cursor);
-    plan_.at[1] = cursor;
+    work_.at[0] = cursor;
+    if (work_.tiles > 1) advance(cursor);
+    work_.at[1] = cursor;
   }
 
-  // The next term with this matrix of a job that has tiles; terms are in order of their jobs.
+  // Moves to the next term that uses this matrix, of a job that has tiles; terms are in the order
+  // of their jobs.
   DYHEAD_DEVICE void next_term(Cursor& cursor) const {
     do {
       ++cursor.term;
-      while (cursor.term == last_term(p_.table.jobs[cursor.place.job])) ++cursor.place.job;
-    } while (p_.table.terms[cursor.term].weight != plan_.matrix ||
-             job_tiles(p_.table, cursor.place.job) == 0);
+      while (cursor.term == last_term(p_.launch.jobs[cursor.place.job])) ++cursor.place.job;
+    } while (p_.launch.terms[cursor.term].weight != work_.matrix ||
+             count_job_tiles(p_.launch, cursor.place.job) == 0);
     cursor.within = 0;
   }
 
   DYHEAD_DEVICE void advance(Cursor& cursor) const {
-    if (++cursor.within == job_tiles(p_.table, cursor.place.job)) next_term(cursor);
+    if (++cursor.within == count_job_tiles(p_.launch, cursor.place.job)) next_term(cursor);
     find_place(cursor);
   }
 
   DYHEAD_DEVICE void find_place(Cursor& cursor) const {
-    const int32_t per_image = p_.table.tiles_of[cursor.place.job].per_image;
+    const int32_t per_image = p_.launch.tiles[cursor.place.job].per_image;
     cursor.place.image = cursor.within / per_image;
     cursor.place.tile = cursor.within % per_image;
   }
@@ -150,18 +150,18 @@ class WeightsTile {
 
   DYHEAD_DEVICE static bool locates() { return tile_thread() < kWeightCols; }
   DYHEAD_DEVICE const DeformWeightSlot& own_slot() const {
-    return plan_.slots[tile_thread() / kDepth];
+    return work_.slots[tile_thread() / kDepth];
   }
 
-  // Starts the loads of what locate() needs, and fills the rest of the step.
+  // Starts the loads of what locate() needs, and fills in the other fields of the step.
   DYHEAD_DEVICE Predicted start_step(const Cursor& cursor, Step& step) const {
     Predicted predicted{{F(0), F(0), F(0)}, F(0)};
     if (!locates()) return predicted;
     const int thread = tile_thread();
-    const DeformShape& shape = p_.table.shape;
-    const OutputPixel at = tile_pixel(p_.table, cursor.place, thread % kDepth, kDepth);
-    const TapSampler<F> sampler = tap_sampler<F>(p_.table, p_.predictions, p_.gates, cursor.place,
-                                                 p_.table.terms[cursor.term]);
+    const DeformShape& shape = p_.launch.shape;
+    const OutputPixel at = tile_pixel(p_.launch, cursor.place, thread % kDepth, kDepth);
+    const TapSampler<F> sampler = tap_sampler<F>(p_.launch, p_.predictions, p_.gates, cursor.place,
+                                                 p_.launch.terms[cursor.term]);
     const DeformWeightSlot& slot = own_slot();
     if (at.index >= 0 && slot.count > 0) {
       predicted = {sampler.predicted(slot.deform_group, slot.tap, at), sampler.gate};
@@ -174,7 +174,7 @@ class WeightsTile {
       step.source = (map.first_row + image * map.pixels()) * shape.channels;
       step.grad = (out.first_row + image * out.pixels()) * shape.out_channels;
     }
-    // The pixel waits where its corners will be: registers are for the products.
+    // The pixel is kept where its corners will be stored, since the products need the registers.
     step.corners[thread].pixel[0] = at.index;
     step.corners[thread].pixel[1] = at.y;
     step.corners[thread].pixel[2] = at.x;
@@ -190,23 +190,23 @@ class WeightsTile {
       corners = {{F(0), F(0), F(0), F(0)}, {-1, -1, -1, -1}};
       return;
     }
-    const TapSampler<F> sampler{p_.table.shape, p_.table.jobs[cursor.place.job],
-                                p_.table.sources[p_.table.terms[cursor.term].source].map, nullptr,
+    const TapSampler<F> sampler{p_.launch.shape, p_.launch.jobs[cursor.place.job],
+                                p_.launch.sources[p_.launch.terms[cursor.term].source].map, nullptr,
                                 predicted.gate};
     const TapValues<F>& values = predicted.values;
     corners = sampler.corners(sampler.point(values.dy, values.dx, slot.tap, at), values.mask);
   }
 
-  // Starts the copies of a step's gradient rows.
+  // Starts the copies of a step's rows of gradients.
   DYHEAD_DEVICE void load_grad(std::byte* to, const Step& step) const {
     const int thread = tile_thread();
-    const auto outs = static_cast<int>(p_.table.shape.out_channels);
-    const T* grad = static_cast<const T*>(p_.grad_rows) + step.grad + plan_.first_out;
+    const auto outs = static_cast<int>(p_.launch.shape.out_channels);
+    const T* grad = static_cast<const T*>(p_.grad_rows) + step.grad + work_.first_out;
     if (p_.grad_vectors) {
       constexpr int kRowUnits = kOuts / kUnit;
-      constexpr int kRows = kTileThreads / kRowUnits;  // that the block copies at a time
+      constexpr int kRows = kTileThreads / kRowUnits;  // copied by the block at a time
       const int first = thread % kRowUnits * kUnit;
-      const bool inside = first < plan_.outs;
+      const bool inside = first < work_.outs;
       const T* from = grad + (inside ? first : 0);
 #pragma unroll
       for (int row = thread / kRowUnits; row < kDepth; row += kRows) {
@@ -219,7 +219,7 @@ class WeightsTile {
     }
     constexpr int kRows = kTileThreads / kOuts;
     const int out = thread % kOuts;
-    const bool inside = out < plan_.outs;
+    const bool inside = out < work_.outs;
     const T* from = grad + (inside ? out : 0);
     const int within = out % kUnit * static_cast<int>(sizeof(T));
 #pragma unroll 4
@@ -234,16 +234,16 @@ class WeightsTile {
   DYHEAD_DEVICE void multiply() {
     using Gathered = Gather<Op, kVectors>;
     constexpr int kItemRows = kTileThreads / kUnits;
-    constexpr int kItems = kWeightCols / kItemRows;  // units that a thread blends per step
+    constexpr int kItems = kWeightCols / kItemRows;  // units blended by a thread per step
     static_assert(kItems == kSteps);
     const int thread = tile_thread();
     const int unit = thread % kUnits * kUnit;  // its first channel in a slot
-    const auto channels = static_cast<int>(p_.table.shape.channels);
+    const auto channels = static_cast<int>(p_.launch.shape.channels);
     Gathered gathered;
     // Sample i of a step is row i % kDepth of slot i / kDepth.
     const auto load_samples = [&](const Step& step, int item) {
       const int sample = item * kItemRows + thread / kUnits;
-      const DeformWeightSlot& slot = plan_.slots[sample / kDepth];
+      const DeformWeightSlot& slot = work_.slots[sample / kDepth];
       gathered.load(step.corners[sample],
                     static_cast<const T*>(p_.source) + step.source + slot.first + unit, channels,
                     slot.count - unit);
@@ -260,25 +260,25 @@ class WeightsTile {
       store_samples(b_, item);
     }
     int buffer = 0;
-    for (int64_t left = plan_.tiles; left > 0; --left) {
+    for (int64_t left = work_.tiles; left > 0; --left) {
       cp_async_wait_all();
-      // Both operands of this step are there, and the samples of the next one are located; nobody
-      // reads those of the step before.
+      // Both operands of this step and the positions of the next step's samples are ready, and the
+      // buffers of the previous step are free.
       __syncthreads();
       const std::byte* a = a_ + buffer * Shared::kA;
       const std::byte* b = b_ + buffer * Shared::kB;
       Step& freed = steps_[buffer];
-      const Cursor& cursor = plan_.at[buffer];
+      const Cursor& cursor = work_.at[buffer];
       buffer ^= 1;
       const Step& next = steps_[buffer];
       if (left > 1) load_grad(a_ + buffer * Shared::kA, next);
       Predicted predicted{};
       if (left > 2) predicted = start_step(cursor, freed);
       if (left > 3 && thread == kTileThreads - 1) {
-        plan_.at[buffer] = cursor;
-        advance(plan_.at[buffer]);
+        work_.at[buffer] = cursor;
+        advance(work_.at[buffer]);
       }
-      // The loads are under way during the products.
+      // The loads are in flight during the products.
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (left > 1) load_samples(next, step);
@@ -307,7 +307,7 @@ class WeightsTile {
   const DeformBwdWeightsParams& p_;
   std::byte *a_, *b_;
   Step* steps_;
-  Plan& plan_;
+  Work& work_;
   Product product_;
 };
 
@@ -319,18 +319,20 @@ __global__ void __launch_bounds__(kTileThreads,
 }
 
 template <class Op, int kOuts, bool kVectors>
-cudaError_t launch_deform_bwd_weights_tiles(const DeformBwdWeightsParams& params,
-                                            cudaStream_t stream) {
-  const DeformWeightSlices& slices = params.slices;
-  const int32_t blocks = slices.first[slices.count] * params.columns.blocks(params.table.shape);
-  if (blocks == 0) return cudaSuccess;
-  const LaunchConfig config{
-      .grid = dim3(static_cast<unsigned>(blocks)),
-      .block = dim3(kTileThreads),
-      .shared_bytes = WeightsShared<Op, kOuts>::kBytes,
-      .stream = stream,
-  };
-  return launch(deform_bwd_weights_kernel<Op, kOuts, kVectors>, config, params);
+DeformBwdWeightsKernel weights_kernel() {
+  return {deform_bwd_weights_kernel<Op, kOuts, kVectors>, WeightsShared<Op, kOuts>::kBytes};
+}
+
+template <class Op>
+DeformBwdWeightsKernel DeformBwdWeightsKernels<Op>::choose(int32_t outs, bool vectors) {
+  if (outs == 32) return vectors ? weights_kernel<Op, 32, true>() : weights_kernel<Op, 32, false>();
+  if constexpr (!std::is_same_v<Op, double>) {
+    if (outs == 128 && vectors) return weights_kernel<Op, 128, true>();
+  }
+  if constexpr (Operand<Op>::kTensor) {
+    if (outs == 256 && vectors) return weights_kernel<Op, 256, true>();
+  }
+  return {nullptr, 0};
 }
 
 }  // namespace dyhead::cuda

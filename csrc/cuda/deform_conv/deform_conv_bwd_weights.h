@@ -1,33 +1,33 @@
-// The weight gradient of deform_conv on CUDA: sums of outer products of rows of gradients and
-// blended samples, over all output pixels whose samples a matrix of weights multiplies.
+// The weight gradient of deform_conv on CUDA: sums of outer products of gradient rows and blended
+// samples, over all output pixels whose samples a weight matrix multiplies.
 //
-// A block computes up to 256 output channels of a group by kWeightCols columns; a column is a
-// channel at a tap, and columns come in slots of one tap and up to panel_depth() channels. Step by
-// step it blends the samples of a tile of panel_depth() output pixels at its slots into one of two
-// buffers, and copies the tile's gradient rows there, while it multiplies those of the step before;
-// where the samples of the step after that lie is fetched meanwhile, too. The tiles are those of
-// all jobs, terms and images that use the matrix. They are shared out to several blocks, their
-// slices, whose sums a second kernel adds in a fixed order: no atomics, no columns in memory.
+// A block computes up to 256 output channels of a group by kWeightCols columns. A column is a
+// channel at a tap; a slot is up to panel_depth() columns of one tap. A step handles one tile of
+// panel_depth() output pixels. While the block multiplies, it blends the next tile's samples and
+// copies the next tile's gradient rows into the other of two buffers, and fetches the predictions
+// of the tile after that. The tiles are those of all jobs, terms and images that use the matrix.
+// They are divided into slices, each with blocks of its own; a second kernel adds the sums of the
+// slices in a fixed order. There are no atomics and no columns in memory.
 #pragma once
 
 #include "deform_conv.h"
 
 namespace dyhead::cuda {
 
-inline constexpr int kWeightCols = 128;  // of a block, and samples of a step
+inline constexpr int kWeightCols = 128;  // of a block; also the samples of a step
 
-// The matrices that the jobs of one launch use, and the slices of their tiles.
+// The weight matrices that the jobs of one launch use, and how their tiles are divided into slices.
 struct DeformWeightSlices {
   int32_t count;
-  int32_t first[kMaxTerms + 1];  // of each matrix's slices among all of them
+  int32_t first[kMaxTerms + 1];  // the first slice of each matrix
   int16_t matrix[kMaxTerms];
 };
 
-// What the blocks of one slice compute: output channels in panels of `outs` rows, slots in blocks
-// of kWeightCols columns.
+// How the blocks of one slice divide the gradient: output channels into panels of `outs` rows,
+// slots into blocks of kWeightCols columns.
 struct DeformWeightColumns {
   int32_t outs;         // 32, 128 or 256
-  int32_t depth;        // channels of a slot at most, and pixels of a tile: panel_depth()
+  int32_t depth;        // max channels of a slot, and pixels of a tile: panel_depth()
   int32_t out_panels;   // of a group
   int32_t slot_blocks;  // of a group
 
@@ -38,23 +38,23 @@ struct DeformWeightColumns {
   DYHEAD_HD int64_t values() const { return static_cast<int64_t>(outs) * kWeightCols; }
 };
 
-// Which of a slice's blocks this is.
+// The part of the gradient that a block of a slice computes.
 struct DeformWeightPlace {
   int32_t group, out_panel, slot_block;
 };
 
-DYHEAD_HD int64_t job_tiles(const DeformTable& table, int job) {
-  return table.shape.images * table.tiles_of[job].per_image;
+DYHEAD_HD int64_t count_job_tiles(const DeformLaunch& launch, int job) {
+  return launch.shape.images * launch.tiles[job].per_image;
 }
 
 DYHEAD_HD int32_t last_term(const DeformJob& job) { return job.first_term + job.terms; }
 
-// Of all jobs, terms and images that use a matrix.
-DYHEAD_HD int64_t matrix_tiles(const DeformTable& table, int32_t matrix) {
+// The tiles of all jobs, terms and images that use a matrix.
+DYHEAD_HD int64_t count_matrix_tiles(const DeformLaunch& launch, int32_t matrix) {
   int64_t tiles = 0;
-  for (int job = 0; job < table.job_count; ++job) {
-    for (int t = table.jobs[job].first_term; t < last_term(table.jobs[job]); ++t) {
-      if (table.terms[t].weight == matrix) tiles += job_tiles(table, job);
+  for (int job = 0; job < launch.job_count; ++job) {
+    for (int t = launch.jobs[job].first_term; t < last_term(launch.jobs[job]); ++t) {
+      if (launch.terms[t].weight == matrix) tiles += count_job_tiles(launch, job);
     }
   }
   return tiles;
@@ -66,11 +66,11 @@ DYHEAD_HD DeformWeightPlace weight_place(const DeformWeightColumns& c, int32_t b
 }
 
 struct DeformWeightSlot {
-  int32_t first, count;  // channels, none beyond the last slot
+  int32_t first, count;  // channels; none beyond the last slot
   int32_t tap, deform_group;
 };
 
-// Slots are in order of [channel step][tap].
+// Slots are ordered [channel step][tap].
 DYHEAD_HD DeformWeightSlot weight_slot(const DeformShape& s, int32_t group, int32_t slot,
                                        int32_t depth) {
   const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
@@ -84,14 +84,14 @@ DYHEAD_HD DeformWeightSlot weight_slot(const DeformShape& s, int32_t group, int3
 }
 
 struct DeformBwdWeightsParams {
-  DeformTable table;  // of tiles of panel_depth() pixels
+  DeformLaunch launch;  // of tiles of panel_depth() pixels
   DeformWeightSlices slices;
   DeformWeightColumns columns;
   const void* source;
   const void* predictions;
   const void* gates;
   const void* grad_rows;  // [S, C_out] of the source's type; rounded to TF32 for TF32 products
-  bool grad_vectors;      // whether its rows can be read 16 bytes at a time
+  bool grad_vectors;      // whether its rows allow 16-byte loads
   void* partial;          // [slices, columns.blocks(), columns.outs, kWeightCols]
 };
 
@@ -99,22 +99,26 @@ struct DeformAddWeightsParams {
   DeformShape shape;
   DeformWeightSlices slices;
   DeformWeightColumns columns;
-  int32_t matrices;  // of the call
-  bool wide;         // float64
-  bool add;          // to what earlier launches left there, which is at least zeros
+  int32_t matrices;  // how many the call has
+  bool is_float64;
+  bool add;  // to grad_weights, which an earlier launch has already initialised
   const void* partial;
   void* grad_weights;  // [W, C_out, C / groups, kh, kw] of the compute type
 };
 
-cudaError_t launch_deform_add_weights(const DeformAddWeightsParams& params, cudaStream_t stream);
+struct DeformBwdWeightsKernel {
+  void (*kernel)(DeformBwdWeightsParams);
+  size_t shared_bytes;  // dynamic
+};
+
+// As DeformFwdKernels.
+template <class Op>
+struct DeformBwdWeightsKernels {
+  static DeformBwdWeightsKernel choose(int32_t outs, bool vectors);
+};
+
 cudaError_t launch_deform_bwd_weights(const DeformBwdWeightsParams& params, DeformMath math,
                                       bool vectors, cudaStream_t stream);
-
-// Those of one kind of arithmetic each, for launch_deform_bwd_weights.
-cudaError_t launch_deform_bwd_weights_bfloat16(const DeformBwdWeightsParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_weights_float16(const DeformBwdWeightsParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_weights_tf32(const DeformBwdWeightsParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_weights_float32(const DeformBwdWeightsParams&, bool, cudaStream_t);
-cudaError_t launch_deform_bwd_weights_float64(const DeformBwdWeightsParams&, bool, cudaStream_t);
+cudaError_t launch_deform_add_weights(const DeformAddWeightsParams& params, cudaStream_t stream);
 
 }  // namespace dyhead::cuda

@@ -1,5 +1,4 @@
-// The forward kernel of deform_conv; see deform_conv.h for its plan. Instantiated by
-// deform_conv_fwd_<arithmetic>.cu.
+// The forward kernel of deform_conv; deform_conv.h describes how it works.
 #pragma once
 
 #include "../../common/upsample.h"
@@ -15,7 +14,7 @@ struct FwdShared {
   static constexpr size_t kB = static_cast<size_t>(kCols) * kRowBytes;
 };
 
-// One tile of the forward, and the group and panel of columns that it computes.
+// One tile of the forward, with the group and panel of columns that it computes.
 template <class Op, int kRows, int kCols, bool kVectors>
 class FwdTile {
  public:
@@ -26,27 +25,27 @@ class FwdTile {
 
   DYHEAD_DEVICE FwdTile(const DeformFwdKernelParams& p, int32_t tile)
       : p_(p),
-        table_(p.table),
+        launch_(p.launch),
         a_(dynamic_shared<std::byte>(0, 2 * Shared::kA)),
         b_(dynamic_shared<std::byte>(2 * Shared::kA, 2 * Shared::kB)),
         work_(dynamic_shared<std::byte>(2 * (Shared::kA + Shared::kB),
                                         sizeof(Corners<F>) * kRows * p.taps_at_once)),
         at_(shared_place()) {
-    const int all_columns = p.table.shape.groups * p.panels.column_panels;
+    const int all_columns = p.launch.shape.groups * p.panels.column_panels;
     if (threadIdx.x == 0) {
       at_.tile = tile / all_columns;
       at_.column = tile % all_columns;
-      at_.place = find_tile(p.table, at_.tile);
+      at_.place = find_tile(p.launch, at_.tile);
     }
     __syncthreads();
     for (int row = tile_thread(); row < kRows; row += kTileThreads) {
-      at_.pixels[row] = tile_pixel(table_, at_.place, row, kRows).index;
+      at_.pixels[row] = tile_pixel(launch_, at_.place, row, kRows).index;
     }
   }
 
   DYHEAD_DEVICE void run() {
-    const DeformShape& s = table_.shape;
-    const DeformJob& job = table_.jobs[at_.place.job];
+    const DeformShape& s = launch_.shape;
+    const DeformJob& job = launch_.jobs[at_.place.job];
     const int group_channels = static_cast<int>(s.channels) / s.groups;
     const int group = at_.column / p_.panels.column_panels;
     for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
@@ -56,19 +55,21 @@ class FwdTile {
         const Stretch stretch = stretch_from(group, channel);
         for (int tap = 0; tap < s.taps(); tap += p_.taps_at_once) {
           const int taps = s.taps() - tap < p_.taps_at_once ? s.taps() - tap : p_.taps_at_once;
-          multiply_stretch(table_.terms[t], stretch, step, tap, taps);
+          multiply_stretch(launch_.terms[t], stretch, step, tap, taps);
         }
         step += stretch.steps;
         channel = stretch.last;
       }
     }
-    // Others may still read the buffers and corners.
+    // Other threads may still read the buffers and corners.
     __syncthreads();
     finish();
   }
 
  private:
-  // In shared memory: registers are for the products.
+  static constexpr int kWarps = Product::kWarpsM;
+
+  // In shared memory, since the products need the registers.
   struct Place {
     TilePlace place;
     int32_t tile;
@@ -81,7 +82,7 @@ class FwdTile {
     return place[0];
   }
 
-  // Neighbouring channel steps of one deformable group: they read the same samples.
+  // Consecutive channel steps of one deformable group: they read the same samples.
   struct Stretch {
     int first, last, steps, deform_group;
   };
@@ -89,46 +90,46 @@ class FwdTile {
   DYHEAD_DEVICE Stretch stretch_from(int group, int channel) const {
     const int depth = p_.panels.depth;
     const ChannelStep longest =
-        channel_step(table_.shape, group, channel, static_cast<int32_t>(table_.shape.channels));
+        channel_step(launch_.shape, group, channel, static_cast<int32_t>(launch_.shape.channels));
     return {channel, longest.last, (longest.last - channel + depth - 1) / depth,
             longest.deform_group};
   }
 
-  // The main loop, and all that a kernel of producer and consumer warps (wgmma on sm_90a) would
-  // replace: corners, panels and what follows stay as they are. A panel is an image of shared
-  // memory, permuted as wgmma reads it, so one bulk copy can bring it.
-  DYHEAD_DEVICE void multiply_stretch(const DeformTableTerm& term, const Stretch& stretch,
+  // The main loop, and all that a kernel with producer and consumer warps (wgmma on sm_90a) would
+  // replace: corners, panels and the epilogue would stay as they are. A panel is an exact image of
+  // shared memory, permuted as wgmma reads it, so one bulk copy can load it.
+  DYHEAD_DEVICE void multiply_stretch(const DeformLaunchTerm& term, const Stretch& stretch,
                                       int first_step, int first_tap, int taps) {
     using Gathered = Gather<Op, kVectors>;
     constexpr int kItemRows = kTileThreads / kUnits;
-    constexpr int kItems = kRows / kItemRows;  // units that a thread blends per step
+    constexpr int kItems = kRows / kItemRows;  // units blended by a thread per step
     constexpr int kSpacing = kSteps / kItems;
     constexpr int kPanel = kCols * kRowBytes;
     static_assert(kItemRows % 8 == 0, "a thread's units are in rows of one permutation");
     auto* corners = reinterpret_cast<Corners<F>*>(work_);
-    const TapSampler<F> sampler = tap_sampler<F>(table_, p_.predictions, p_.gates, at_.place, term);
-    stage_corners(table_, at_.place, sampler, stretch.deform_group, first_tap, taps, kRows,
+    const TapSampler<F> sampler =
+        tap_sampler<F>(launch_, p_.predictions, p_.gates, at_.place, term);
+    stage_corners(launch_, at_.place, sampler, stretch.deform_group, first_tap, taps, kRows,
                   corners);
-    // Now the corners are there, and nobody reads the buffers of the stretch before.
+    // The corners are staged, and the buffers of the previous stretch are free.
     __syncthreads();
 
     const int thread = tile_thread();
     const int row = thread / kUnits;  // of this thread's first unit
     const int unit = thread % kUnits;
-    const int channels = static_cast<int>(table_.shape.channels);
+    const int channels = static_cast<int>(launch_.shape.channels);
     const Corners<F>* thread_corners = corners + row;
     std::byte* to = a_ + unit_offset(row, unit);
-    // The step whose operands are being made.
+    // The step whose operands are loaded next.
     int tap = 0;
-    int left =
-        stretch.last - stretch.first - unit * Gathered::kUnit;  // channels, from this unit on
+    int left = stretch.last - stretch.first - unit * Gathered::kUnit;  // channels from this unit on
     const MapShape& map = sampler.source;
     const T* source = static_cast<const T*>(p_.source) +
                       (map.first_row + at_.place.image * map.pixels()) * channels + stretch.first +
                       unit * Gathered::kUnit;
     const std::byte* panel =
         static_cast<const std::byte*>(p_.packed) +
-        p_.panels.index(table_.shape, term.weight, at_.column, first_step, first_tap) * kPanel;
+        p_.panels.index(launch_.shape, term.weight, at_.column, first_step, first_tap) * kPanel;
     int buffer = 0;
     const auto advance = [&] {
       buffer ^= 1;
@@ -136,7 +137,7 @@ class FwdTile {
       panel += kPanel;
       if (tap == taps) {
         tap = 0;
-        panel += (table_.shape.taps() - taps) * kPanel;
+        panel += (launch_.shape.taps() - taps) * kPanel;
         source += p_.panels.depth;
         left -= p_.panels.depth;
       }
@@ -156,7 +157,7 @@ class FwdTile {
     }
     for (int i = stretch.steps * taps; i > 0; --i) {
       cp_async_wait_all();
-      // Both operands of this step are there, and nobody reads those of the one before.
+      // Both operands of this step are ready; the buffers of the previous step are free.
       __syncthreads();
       const std::byte* a = a_ + buffer * Shared::kA;
       const std::byte* b = b_ + buffer * Shared::kB;
@@ -165,7 +166,7 @@ class FwdTile {
         advance();
         load_panel<kCols>(b_ + buffer * Shared::kB, panel);
       }
-      // The loads are under way during the products.
+      // The loads are in flight during the products.
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (more && step % kSpacing == 0) load_samples(step / kSpacing);
@@ -175,13 +176,13 @@ class FwdTile {
     }
   }
 
-  // The tile's columns that are output channels of its group, from the first one on.
+  // The columns of the tile that are output channels of its group: the first one and their number.
   struct Columns {
     int first, count;
   };
 
   DYHEAD_DEVICE Columns columns() const {
-    const int group_outputs = static_cast<int>(table_.shape.out_channels) / table_.shape.groups;
+    const int group_outputs = static_cast<int>(launch_.shape.out_channels) / launch_.shape.groups;
     const int before = at_.column % p_.panels.column_panels * kCols;
     const int left = group_outputs - before;
     return {at_.column / p_.panels.column_panels * group_outputs + before,
@@ -189,12 +190,12 @@ class FwdTile {
   }
 
   DYHEAD_DEVICE void finish() {
-    const DeformJob& job = table_.jobs[at_.place.job];
-    const int64_t channels = table_.shape.out_channels;
+    const DeformJob& job = launch_.jobs[at_.place.job];
+    const int64_t channels = launch_.shape.out_channels;
     const Columns columns = this->columns();
     if (p_.packed_bias != nullptr) {
       const F* bias = static_cast<const F*>(p_.packed_bias) +
-                      table_.terms[job.first_term].weight * channels + columns.first;
+                      launch_.terms[job.first_term].weight * channels + columns.first;
 #pragma unroll
       for (int j = 0; j < Product::kJ; ++j) {
         const int column = product_.column(j);
@@ -206,7 +207,7 @@ class FwdTile {
     const int64_t first_row = job.out.first_row + at_.place.image * job.out.pixels();
     const int64_t start = first_row * channels + columns.first;
     if constexpr (is_half_v<T>) {
-      if (p_.wide_out) {
+      if (p_.out_in_compute_dtype) {
         store_values(static_cast<F*>(p_.out) + start, columns.count);
       } else if (p_.out_vectors) {
         store_half_vectors(static_cast<T*>(p_.out) + start, columns.count);
@@ -221,7 +222,7 @@ class FwdTile {
 
   template <class Out>
   DYHEAD_DEVICE void store_values(Out* out, int columns) {
-    const int64_t channels = table_.shape.out_channels;
+    const int64_t channels = launch_.shape.out_channels;
     constexpr int kPair = Product::kPair;
 #pragma unroll
     for (int i = 0; i < Product::kI; ++i) {
@@ -246,11 +247,12 @@ class FwdTile {
     }
   }
 
-  // Four lanes hold two columns each of four neighbouring fragments of eight columns. They swap
-  // pairs so that each stores a whole fragment, 16 bytes: full sectors of memory instead of halves.
+  // Four lanes hold two columns each of four neighbouring fragments of eight columns. They exchange
+  // pairs so that each stores a whole fragment of 16 bytes, which fills sectors of memory instead
+  // of halves of them.
   DYHEAD_DEVICE void store_half_vectors(T* out, int columns) {
     const int lane = product_.lane() % 4;
-    const int64_t channels = table_.shape.out_channels;
+    const int64_t channels = launch_.shape.out_channels;
 #pragma unroll
     for (int i = 0; i < Product::kI; ++i) {
       const int32_t pixel = at_.pixels[product_.row(i)];
@@ -273,13 +275,14 @@ class FwdTile {
     }
   }
 
-  // One step of a transposition: swaps `high` of this lane with `low` of lane ^ distance.
+  // One step of a transposition: exchanges `high` of this lane with `low` of lane ^ distance.
   DYHEAD_DEVICE static void exchange(uint32_t& low, uint32_t& high, int distance, bool upper) {
     const uint32_t received = __shfl_xor_sync(kFullMask, upper ? low : high, distance);
     (upper ? low : high) = received;
   }
 
-  // The sum over a thread's rows and the lanes that share its columns; value(row, y) of each row.
+  // The sum over a thread's rows and over the lanes that share its columns. value(row, y) is the
+  // summand of a row.
   template <class Value>
   DYHEAD_DEVICE F sum_rows(int j, Value&& value) {
     F sum = F(0);
@@ -292,81 +295,109 @@ class FwdTile {
     return sum;
   }
 
-  // This tile's moments, then those of the job and image if it is their last tile.
-  DYHEAD_DEVICE void write_moments(const Columns& columns) {
-    constexpr int kWarps = Product::kWarpsM;
-    const DeformJob& job = table_.jobs[at_.place.job];
-    const int64_t channels = table_.shape.out_channels;
-    const int thread = tile_thread();
-    auto* sums = reinterpret_cast<F*>(work_);  // [2][kWarps][kCols]
-    F* means = sums + 2 * kWarps * kCols;      // [kCols]
-    F* up_weights = means + kCols;             // [kRows]
-    F* valid = up_weights + kRows;             // [kRows]: 1 for pixels, else 0
+  // Shared memory of the moments, which takes the place of the corners.
+  struct Moments {
+    F* sums;        // [2, kWarps, kCols]
+    F* means;       // [kCols]
+    F* up_weights;  // [kRows]
+    F* valid;       // [kRows]: 1 for pixels, else 0
+  };
+
+  DYHEAD_DEVICE Moments shared_moments() const {
     static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
                   sizeof(Corners<F>) * kRows * kFewTapsAtOnce);
-    for (int row = thread; row < kRows; row += kTileThreads) {
-      const OutputPixel at = tile_pixel(table_, at_.place, row, kRows);
-      valid[row] = at.index < 0 ? F(0) : F(1);
-      up_weights[row] = at.index < 0
-                            ? F(0)
-                            : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height) *
-                                  upsampled_mean_weight<F>(at.x, job.out.width, job.up_width);
+    auto* sums = reinterpret_cast<F*>(work_);
+    F* means = sums + 2 * kWarps * kCols;
+    F* up_weights = means + kCols;
+    return {sums, means, up_weights, up_weights + kRows};
+  }
+
+  DYHEAD_DEVICE void stage_row_weights(const Moments& m) const {
+    const DeformJob& job = launch_.jobs[at_.place.job];
+    for (int row = tile_thread(); row < kRows; row += kTileThreads) {
+      const OutputPixel at = tile_pixel(launch_, at_.place, row, kRows);
+      m.valid[row] = at.index < 0 ? F(0) : F(1);
+      m.up_weights[row] =
+          at.index < 0
+              ? F(0)
+              : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height, job.up_mode) *
+                    upsampled_mean_weight<F>(at.x, job.out.width, job.up_width, job.up_mode);
     }
+  }
+
+  // Writes the moments of this tile; if it is the last to finish of its job and image, also theirs.
+  DYHEAD_DEVICE void write_moments(const Columns& columns) {
+    const Moments m = shared_moments();
+    stage_row_weights(m);
     __syncthreads();
-    const bool writes = product_.lane() < Product::kFirstXor;
-    F* sum = sums + product_.warp_row() * kCols;
+    F* partial = static_cast<F*>(p_.partial) +
+                 at_.tile * 3 * static_cast<int64_t>(launch_.shape.out_channels) + columns.first;
+    write_means(m, columns, partial);
+    write_second_moments(m, columns, partial);
+    const int64_t map =
+        (launch_.first_job + at_.place.job) * launch_.shape.images + at_.place.image;
+    const int all_columns = launch_.shape.groups * p_.panels.column_panels;
+    if (arrive_is_last(p_.arrived + map * all_columns + at_.column,
+                       launch_.tiles[at_.place.job].per_image)) {
+      merge_moments(map, columns);
+    }
+  }
+
+  DYHEAD_DEVICE void write_means(const Moments& m, const Columns& columns, F* partial) {
+    const int64_t channels = launch_.shape.out_channels;
+    F* sum = m.sums + product_.warp_row() * kCols;
     F* up_sum = sum + kWarps * kCols;
 #pragma unroll
     for (int j = 0; j < Product::kJ; ++j) {
-      const F total = sum_rows(j, [&](int row, F y) { return valid[row] * y; });
-      const F up_total = sum_rows(j, [&](int row, F y) { return up_weights[row] * y; });
-      if (writes) {
+      const F total = sum_rows(j, [&](int row, F y) { return m.valid[row] * y; });
+      const F up_total = sum_rows(j, [&](int row, F y) { return m.up_weights[row] * y; });
+      if (product_.lane() < Product::kFirstXor) {
         sum[product_.column(j)] = total;
         up_sum[product_.column(j)] = up_total;
       }
     }
     __syncthreads();
-    const F count = static_cast<F>(tile_pixels(table_, at_.place.job, at_.place.tile, kRows));
-    F* partial = static_cast<F*>(p_.partial) + at_.tile * 3 * channels + columns.first;
-    for (int c = thread; c < kCols; c += kTileThreads) {
+    const F count = static_cast<F>(tile_pixels(launch_, at_.place.job, at_.place.tile, kRows));
+    for (int c = tile_thread(); c < kCols; c += kTileThreads) {
       F total = F(0), up_total = F(0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        total += sums[w * kCols + c];
-        up_total += sums[(kWarps + w) * kCols + c];
+        total += m.sums[w * kCols + c];
+        up_total += m.sums[(kWarps + w) * kCols + c];
       }
-      means[c] = total / count;
+      m.means[c] = total / count;
       if (c >= columns.count) continue;
-      partial[c] = means[c];
+      partial[c] = m.means[c];
       partial[2 * channels + c] = up_total;
     }
     __syncthreads();
+  }
+
+  // About the means that write_means left in shared memory.
+  DYHEAD_DEVICE void write_second_moments(const Moments& m, const Columns& columns, F* partial) {
+    const int64_t channels = launch_.shape.out_channels;
+    F* sum = m.sums + product_.warp_row() * kCols;
 #pragma unroll
     for (int j = 0; j < Product::kJ; ++j) {
-      const F mean = means[product_.column(j)];
+      const F mean = m.means[product_.column(j)];
       const F second =
-          sum_rows(j, [&](int row, F y) { return valid[row] * ((y - mean) * (y - mean)); });
-      if (writes) sum[product_.column(j)] = second;
+          sum_rows(j, [&](int row, F y) { return m.valid[row] * ((y - mean) * (y - mean)); });
+      if (product_.lane() < Product::kFirstXor) sum[product_.column(j)] = second;
     }
     __syncthreads();
-    for (int c = thread; c < columns.count; c += kTileThreads) {
+    for (int c = tile_thread(); c < columns.count; c += kTileThreads) {
       F second = F(0);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) second += sums[w * kCols + c];
+      for (int w = 0; w < kWarps; ++w) second += m.sums[w * kCols + c];
       partial[channels + c] = second;
-    }
-    const int64_t map = (table_.first_job + at_.place.job) * table_.shape.images + at_.place.image;
-    const int all_columns = table_.shape.groups * p_.panels.column_panels;
-    if (arrive_is_last(p_.arrived + map * all_columns + at_.column,
-                       table_.tiles_of[at_.place.job].per_image)) {
-      merge_moments(map, columns);
     }
   }
 
-  // Chan's formula, tile by tile in their order: nothing cancels, and every run gives the same.
+  // Merges the tiles in their order by Chan's formula: nothing cancels, and every run gives the
+  // same result.
   DYHEAD_DEVICE void merge_moments(int64_t map, const Columns& columns) const {
-    const int64_t channels = table_.shape.out_channels;
-    const DeformTiles& tiles = table_.tiles_of[at_.place.job];
+    const int64_t channels = launch_.shape.out_channels;
+    const DeformTiles& tiles = launch_.tiles[at_.place.job];
     const F* partial = static_cast<const F*>(p_.partial) +
                        (tiles.first + at_.place.image * tiles.per_image) * 3 * channels +
                        columns.first;
@@ -375,7 +406,7 @@ class FwdTile {
 #pragma unroll 4
       for (int32_t tile = 0; tile < tiles.per_image; ++tile) {
         const F* part = partial + static_cast<int64_t>(tile) * 3 * channels + c;
-        const F added = static_cast<F>(tile_pixels(table_, at_.place.job, tile, kRows));
+        const F added = static_cast<F>(tile_pixels(launch_, at_.place.job, tile, kRows));
         const F delta = part[0] - mean;
         const F share = added / (count + added);
         mean += delta * share;
@@ -391,9 +422,9 @@ class FwdTile {
   }
 
   const DeformFwdKernelParams& p_;
-  const DeformTable& table_;
+  const DeformLaunch& launch_;
   std::byte *a_, *b_;
-  std::byte* work_;  // the corners of the main loop, and what the moments need after it
+  std::byte* work_;  // the corners in the main loop, then the sums of the moments
   Place& at_;
   Product product_;
 };
@@ -404,19 +435,21 @@ __global__ void __launch_bounds__(kTileThreads, kCols <= 32 && Operand<Op>::kTen
   FwdTile<Op, kRows, kCols, kVectors>(p, static_cast<int32_t>(blockIdx.x)).run();
 }
 
-template <class Op, int kRows, int kCols, bool kVectors>
-cudaError_t launch_deform_fwd_tiles(const DeformFwdKernelParams& params, cudaStream_t stream) {
-  const int32_t tiles =
-      params.table.tiles * params.table.shape.groups * params.panels.column_panels;
-  if (tiles == 0) return cudaSuccess;
-  using F = typename Operand<Op>::Compute;
-  const LaunchConfig config{
-      .grid = dim3(static_cast<unsigned>(tiles)),
-      .block = dim3(kTileThreads),
-      .shared_bytes = forward_shared_bytes(kRows, kCols, sizeof(Corners<F>), params.taps_at_once),
-      .stream = stream,
+template <class Op>
+DeformFwdKernel DeformFwdKernels<Op>::choose(const DeformTiling& tiling) {
+  const auto is = [&](int rows, int cols, bool vectors) {
+    return tiling.rows == rows && tiling.cols == cols && tiling.vectors == vectors;
   };
-  return launch(deform_fwd_kernel<Op, kRows, kCols, kVectors>, config, params);
+  if (is(128, 32, false)) return deform_fwd_kernel<Op, 128, 32, false>;
+  if (is(128, 32, true)) return deform_fwd_kernel<Op, 128, 32, true>;
+  if constexpr (!std::is_same_v<Op, double>) {
+    if (is(128, 128, true)) return deform_fwd_kernel<Op, 128, 128, true>;
+  }
+  if constexpr (Operand<Op>::kTensor) {
+    if (is(64, 256, true)) return deform_fwd_kernel<Op, 64, 256, true>;
+    if (is(128, 256, true)) return deform_fwd_kernel<Op, 128, 256, true>;
+  }
+  return nullptr;
 }
 
 }  // namespace dyhead::cuda

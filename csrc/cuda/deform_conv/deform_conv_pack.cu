@@ -1,7 +1,6 @@
 #include <limits>
 
-#include "../tile/tile_gemm.cuh"
-#include "deform_conv.h"
+#include "deform_conv_math.cuh"
 
 namespace dyhead::cuda {
 namespace {
@@ -22,26 +21,28 @@ DYHEAD_DEVICE F load_as(const void* p, int64_t i, DType dtype) {
   }
 }
 
-// A column of a panel, of one step of channels, for all taps: what a warp packs at a time.
+// Work items. An item is what a warp packs at a time: one column of a panel for one step of
+// channels and all taps.
 DYHEAD_HD int64_t pack_items(const DeformPackParams& p) {
   return static_cast<int64_t>(p.matrices) * p.shape.groups * p.panels.column_panels *
          p.panels.cols * p.panels.steps;
 }
 
-// The i-th step of `most` channels of a group, empty beyond its last.
+// The i-th step of a group, of up to max_channels channels; empty beyond the last one.
 DYHEAD_DEVICE ChannelStep step_of_group(const DeformShape& s, int32_t group, int32_t i,
-                                        int32_t most) {
+                                        int32_t max_channels) {
   const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
   const int32_t end = (group + 1) * group_channels;
   ChannelStep step{0, group * group_channels, 0};
   for (; i >= 0; --i) {
-    step = step.last < end ? channel_step(s, group, step.last, most) : ChannelStep{end, end, 0};
+    step = step.last < end ? channel_step(s, group, step.last, max_channels)
+                           : ChannelStep{end, end, 0};
   }
   return step;
 }
 
-// A warp packs one column of one step of the depth for all taps: neighbours in memory, or for the
-// transposed panels as near to each other as they are.
+// A warp packs one column for one step of the depth and all taps: consecutive values in memory or,
+// for transposed panels, values as close as they can be.
 template <class Op>
 DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
   using T = typename Operand<Op>::Storage;
@@ -52,10 +53,11 @@ DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int32_t step = item % panels.steps;
   const int32_t column = item / panels.steps % panels.cols;
-  const int32_t rest = item / panels.steps / panels.cols;
-  const int32_t panel = rest % panels.column_panels;
-  const int32_t group = rest / panels.column_panels % s.groups;
-  const int32_t matrix = rest / panels.column_panels / s.groups;
+  const int32_t column_panel =
+      item / panels.steps / panels.cols;  // counted over all groups and matrices
+  const int32_t panel = column_panel % panels.column_panels;
+  const int32_t group = column_panel / panels.column_panels % s.groups;
+  const int32_t matrix = column_panel / panels.column_panels / s.groups;
   const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
   const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
   const ChannelStep channels = p.transposed ? step_of_group(s, group, panel, panels.cols)
@@ -129,34 +131,8 @@ cudaError_t launch_pack(const DeformPackParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_deform_pack(const DeformPackParams& params, cudaStream_t stream) {
-  switch (params.math) {
-    case DeformMath::kBFloat16:
-      return launch_pack<bfloat16>(params, stream);
-    case DeformMath::kFloat16:
-      return launch_pack<float16>(params, stream);
-    case DeformMath::kTf32:
-      return launch_pack<Tf32>(params, stream);
-    case DeformMath::kFloat64:
-      return launch_pack<double>(params, stream);
-    default:
-      return launch_pack<float>(params, stream);
-  }
-}
-
-cudaError_t launch_deform_fwd(const DeformFwdKernelParams& params, DeformMath math,
-                              const DeformTiling& tiling, cudaStream_t stream) {
-  switch (math) {
-    case DeformMath::kBFloat16:
-      return launch_deform_fwd_bfloat16(params, tiling, stream);
-    case DeformMath::kFloat16:
-      return launch_deform_fwd_float16(params, tiling, stream);
-    case DeformMath::kTf32:
-      return launch_deform_fwd_tf32(params, tiling, stream);
-    case DeformMath::kFloat64:
-      return launch_deform_fwd_float64(params, tiling, stream);
-    default:
-      return launch_deform_fwd_float32(params, tiling, stream);
-  }
+  return dispatch_math(params.math,
+                       [&](auto op) { return launch_pack<decltype(op)>(params, stream); });
 }
 
 }  // namespace dyhead::cuda

@@ -1,4 +1,4 @@
-// What the forward and the backward kernel of dynamic_relu share on the device.
+// Device code that the forward and the backward kernels of dynamic_relu share.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,16 @@ struct Stretch {
   int64_t first, last;
 };
 
-// The pixels of block b out of `blocks`.
+// The range of pixels of block b out of `blocks`.
 DYHEAD_DEVICE Stretch stretch_of(int64_t pixels, int blocks, int b) {
   const int64_t length = (pixels + blocks - 1) / blocks;
   const int64_t first = length * b < pixels ? length * b : pixels;
   return {first, first + length < pixels ? first + length : pixels};
 }
 
-// Sums K quantities per channel over a stretch of pixels: out[k * channels + c].
-// accumulate(pixel, first_channel, sums[K][V]) adds one pixel's share of V channels. `scratch`
-// holds K * V values per thread.
+// Sums K quantities per channel over a range of pixels, to out[k * channels + c]. accumulate(pixel,
+// first_channel, sums[K][V]) adds one pixel to the sums of V channels. `scratch` has room for K * V
+// values per thread.
 template <int K, int V, class F, class Accumulate>
 DYHEAD_DEVICE void sum_stretch(const Stretch& stretch, int channels, F* scratch, F* out,
                                Accumulate&& accumulate) {
@@ -56,7 +56,7 @@ DYHEAD_DEVICE F sum_blocks(const F* partial, int blocks, int64_t stride, int64_t
   return total;
 }
 
-// True in the block that arrives last, to which everything the others wrote is then visible.
+// True in the block that arrives last; all that the other blocks wrote is visible to it.
 DYHEAD_DEVICE bool arrive_is_last(unsigned* arrived, int blocks) {
   DYHEAD_SHARED(unsigned, order, 1);
   __syncthreads();
@@ -65,7 +65,7 @@ DYHEAD_DEVICE bool arrive_is_last(unsigned* arrived, int blocks) {
   return order[0] == static_cast<unsigned>(blocks) - 1;
 }
 
-// The last block, once it has written what the others wait for.
+// Called by the last block after it has written what the others wait for.
 DYHEAD_DEVICE void publish(unsigned* arrived) {
   __syncthreads();
   if (threadIdx.x == 0) atomic_add_acq_rel(arrived, 1);

@@ -1,9 +1,9 @@
 // The CUDA kernels of dynamic_relu, forward and backward: one launch each.
 //
-// Each image is shared by `blocks_per_image` blocks. All of them sum a stretch of pixels; the last
-// to arrive turns the sums into the coefficients (forward) or the gradient of the mean (backward);
-// the others wait for it on the image's counter; then all of them map their stretch, which the L2
-// cache still holds where it is small enough. Sums are added in a fixed order: results are
+// `blocks_per_image` blocks share each image. Each of them sums a range of pixels. The last one to
+// arrive turns the sums into the coefficients (forward) or the gradient of the mean (backward),
+// while the others wait on the image's counter. Then each maps its own range, which is still in the
+// L2 cache if the image is small enough. Sums are added in a fixed order, so results are
 // deterministic.
 #pragma once
 
@@ -19,13 +19,13 @@ inline constexpr int kDynamicReluThreads = 256;
 struct DynamicReluGrid {
   int blocks_per_image;
   int images_in_flight;
-  bool cooperative;  // blocks wait for each other, so all must be resident
+  bool cooperative;  // blocks wait for each other, so all must be resident at once
 };
 
-// Enough blocks per image for 64 pixels each, as far as the device holds them for all images at
-// once; at most 256, since the last block of an image adds up what all of them leave. Example: 2
-// images of 100 x 168 pixels on a device with 1056 resident blocks: min(263, 528, 256) = 256 blocks
-// per image, 2 images in flight. 1000 regions of 7 x 7: 1 block each, no waiting.
+// Blocks for 64 pixels each, if the device holds that many for all images at once; at most 256 per
+// image, since the last block adds up the sums of all. Example: 2 images of 100 x 168 pixels, 1056
+// resident blocks: min(263, 528, 256) = 256 blocks per image, 2 images in flight. 1000 regions of 7
+// x 7: 1 block each, no waiting.
 inline DynamicReluGrid dynamic_relu_grid(int64_t images, int64_t pixels, int resident_blocks) {
   constexpr int64_t kPixelsPerBlock = 64;
   constexpr int64_t kMaxBlocksPerImage = 256;
@@ -37,14 +37,14 @@ inline DynamicReluGrid dynamic_relu_grid(int64_t images, int64_t pixels, int res
           blocks > 1};
 }
 
-// What the two kernels need beside their tensors, allocated by the caller.
+// Memory that the kernels need beside their tensors, allocated by the caller.
 struct DynamicReluWorkspace {
   void* partial;      // [N, blocks_per_image, C] forward, [N, blocks_per_image, 4, C] backward
   void* grad_mean;    // [N, C], backward only
-  unsigned* arrived;  // [N], zero
+  unsigned* arrived;  // [N], zeros
 };
 
-// Blocks of the kernel for `params` that the current device holds: for dynamic_relu_grid.
+// How many blocks of the kernel the current device holds at once, for dynamic_relu_grid.
 int dynamic_relu_fwd_resident(const DynamicReluFwdParams& params);
 int dynamic_relu_bwd_resident(const DynamicReluBwdParams& params);
 

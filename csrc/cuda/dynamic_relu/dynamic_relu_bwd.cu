@@ -19,8 +19,8 @@ struct BwdShared {
   }
 };
 
-// One block: the gradients of the logits from the sums of all blocks, then back through both
-// layers.
+// Runs in one block: computes the gradients of the logits from the sums of all blocks, then goes
+// backward through both layers.
 template <class T, int V>
 DYHEAD_DEVICE void write_grad_mean(const BwdKernelParams& p, int64_t n) {
   using F = compute_t<T>;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kDynamicReluThreads, 1)
     const T* grad_out = static_cast<const T*>(p.call.grad_out) + n * s.pixels * channels;
     F* partial = static_cast<F*>(p.workspace.partial) + (n * blocks + block) * 4 * channels;
     DynamicReluCoefficients<F> k[V];
-    int loaded = -1;  // the first channel that k holds
+    int loaded = -1;  // first channel of the coefficients in k
     sum_stretch<4, V>(
         stretch, channels, scratch, partial, [&](int64_t pixel, int channel, F(&sums)[4][V]) {
           if (loaded != channel) load_coefficients<T, V>(p, n, channel, k);

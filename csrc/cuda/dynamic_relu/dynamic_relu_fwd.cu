@@ -18,7 +18,7 @@ struct FwdShared {
   }
 };
 
-// One block: the mean from the sums of all blocks, then both layers.
+// Runs in one block: computes the mean from the sums of all blocks, then both layers.
 template <class T, int V>
 DYHEAD_DEVICE void write_logits(const FwdKernelParams& p, int64_t n) {
   using F = compute_t<T>;

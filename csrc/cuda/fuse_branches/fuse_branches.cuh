@@ -1,7 +1,6 @@
-// What the forward and the backward kernels of fuse_branches share on the device.
+// Device code that the forward and the backward kernels of fuse_branches share.
 #pragma once
 
-#include "../../common/upsample.h"
 #include "../context.h"
 #include "../tile/rows.cuh"
 #include "fuse_branches.h"
@@ -19,7 +18,7 @@ DYHEAD_DEVICE const FuseDeviceLevel& level_of_block(const FuseDeviceTables& t, i
   return t.level[l];
 }
 
-// A patch of a map, cut off at the map's border.
+// A patch of a map, clipped at the map's border.
 struct Patch {
   int32_t y, x;  // its first pixel
   int32_t rows, columns;
@@ -33,7 +32,7 @@ DYHEAD_DEVICE Patch patch_of(const FuseDeviceTables& t, const FusePatches& patch
           min(map.width - x, 1 << t.patch_width_log2)};
 }
 
-// Calls f(row, column) for the pixels of a patch that are this thread's.
+// Calls f(row, column) for each pixel of a patch that belongs to this thread.
 template <class F>
 DYHEAD_DEVICE void for_each_pixel(const FuseDeviceTables& t, const Patch& patch,
                                   const RowTiling& tiling, F&& f) {
@@ -44,8 +43,8 @@ DYHEAD_DEVICE void for_each_pixel(const FuseDeviceTables& t, const Patch& patch,
   }
 }
 
-// Where the rows and columns of a patch lie in the upsampled branches of its level: in shared
-// memory, since every pixel and vector would otherwise repeat the divisions.
+// The positions of a patch's rows and columns in the upsampled branches of its level. In shared
+// memory, or every pixel and vector would repeat the divisions.
 template <class F, int kThreads>
 class PatchPositions {
  public:
@@ -63,10 +62,10 @@ class PatchPositions {
       const MapShape& map = level.branch[b].map;
       if (i / kFuseMaxPatchSide % 2 == 0) {
         if (position < patch.rows) {
-          shared_[i] = interpolate<F>(patch.y + position, map.height, level.out.height);
+          shared_[i] = interpolate<F>(patch.y + position, map.height, level.out.height, level.mode);
         }
       } else if (position < patch.columns) {
-        shared_[i] = interpolate<F>(patch.x + position, map.width, level.out.width);
+        shared_[i] = interpolate<F>(patch.x + position, map.width, level.out.width, level.mode);
       }
     }
     __syncthreads();
@@ -83,13 +82,13 @@ class PatchPositions {
   Interpolation<F>* shared_;
 };
 
-// The branches of a level, for one image and vector of channels.
+// The branches of a level, in one image and for one vector of channels.
 template <class T, int V>
 struct BranchReader {
   using F = compute_t<T>;
 
   const T* y;
-  int64_t map[kMaxBranches];  // where in y its first pixel is, from the vector's first channel on
+  int64_t map[kMaxBranches];  // index in y of its first pixel and the vector's first channel
 
   DYHEAD_DEVICE BranchReader(const FuseDeviceTables& t, const FuseDeviceLevel& level,
                              const void* all_maps, int64_t image, int64_t channel)
@@ -101,13 +100,13 @@ struct BranchReader {
     }
   }
 
-  // The values of all branches at one pixel of the level, which is `pixel` in it and (row, column)
-  // in its patch; 0 for a branch that does not exist.
+  // The values of all branches at one pixel of the level: `pixel` is its index there, (row, column)
+  // its place in the patch. Missing branches are 0.
   template <class Positions>
   DYHEAD_DEVICE void read(const FuseDeviceTables& t, const FuseDeviceLevel& level,
                           const Positions& positions, int64_t pixel, int row, int column,
                           F (&u)[kMaxBranches][V]) const {
-    // All loads of same-size branches are on their way before the first value is needed.
+    // All loads of branches of the same size are issued before the first value is needed.
     Vec<T, V> direct[kMaxBranches] = {};
 #pragma unroll
     for (int b = 0; b < kMaxBranches; ++b) {
@@ -144,10 +143,10 @@ struct BranchReader {
   }
 };
 
-// Scales, shift and dynamic ReLU of one image and vector of channels.
+// Scales, shift and dynamic ReLU of one image and one vector of channels.
 template <class F, int V>
 struct FuseCoefficients {
-  Vec<F, V> scale[kMaxBranches];  // 0 for a branch that does not exist
+  Vec<F, V> scale[kMaxBranches];  // 0 for a missing branch
   Vec<F, V> shift, a1, b1, a2, b2;
 
   DYHEAD_DEVICE FuseCoefficients(const FuseDeviceTables& t, const FuseDeviceLevel& level,

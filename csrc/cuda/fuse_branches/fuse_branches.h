@@ -1,18 +1,19 @@
 // The CUDA kernels of fuse_branches: one launch forward, two backward, for all levels and images.
 //
-// A block takes patches of pixels of one level, so that the small maps of upsampled branches are
-// re-read from L1. Which level, follows from its index and a table that travels with the launch:
-// nothing is copied to the device or waited for. Lists of more levels than a table holds take
-// several launches.
+// A block works on patches of pixels of one level, so that the small maps of upsampled branches are
+// re-read from the L1 cache. The level follows from the block's index and from a table that is
+// passed with the launch: nothing is copied to the device or waited for. If a call has more levels
+// than a table holds, it takes several launches.
 //
-// Backward: the first launch computes z anew, writes g_z, the gradient of z, multiplied by their
-// scale for the branches that have their level's size, and sums per block what is per channel. The
-// second adds up the blocks' sums, in order and spread over the device, and gathers the gradient of
-// the upsampled branches from g_z. Nothing is added atomically: results are deterministic.
+// Backward: the first launch recomputes z. It writes g_z, the gradient of z, multiplied by their
+// scale, for the branches that have the level's own size, and sums the per-channel gradients of
+// each block. The second launch adds the blocks' sums in a fixed order, spread over the device, and
+// gathers the gradient of the upsampled branches from g_z. There are no atomic additions, so
+// results are deterministic.
 //
-// g_z is kept for that, in levels that upsample: written and read once, in bfloat16 4 bytes per
-// value. The alternative, to compute it again from grad_out and all branches where it is gathered,
-// would read 6 bytes or more and compute each value up to four times.
+// g_z is stored for that gather, in levels with an upsampled branch: written and read once, 4 bytes
+// per value in bfloat16. Recomputing it from grad_out and all branches during the gather would read
+// at least 6 bytes and compute each value up to four times.
 #pragma once
 
 #include <algorithm>
@@ -25,33 +26,33 @@
 namespace dyhead::cuda {
 
 inline constexpr int kFuseThreads = 256;
-inline constexpr int kFuseLevels = 16;  // of a table, which must fit the parameters of a kernel
+inline constexpr int kFuseLevels = 16;  // in a table, which must fit the parameters of a kernel
 inline constexpr size_t kMaxParameterBytes = 4096;
 inline constexpr int kFuseMaxPatchSide = 32;
 
-// How pixels are split; results depend on it no further than rounding.
+// How pixels are divided among blocks; it affects results only by rounding.
 struct FuseTiling {
-  int32_t width_log2, height_log2;  // of a patch; sides of at most kFuseMaxPatchSide
+  int32_t width_log2, height_log2;  // of a patch; sides are at most kFuseMaxPatchSide
   int32_t max_blocks;               // per level and image
-  int32_t max_images;               // at once; a grid's y dimension ends at 65535
+  int32_t max_images;               // at once; the y dimension of a grid is at most 65535
 };
 
-// Patches of at least 64 pixels, over which a block's coefficients, 32 bytes per channel, are read
-// once, and of 16384 values, so that each of 256 threads has several vectors of them.
+// Patches of at least 64 pixels, since a block reads 32 bytes of coefficients per channel, and of
+// 16384 values, so that each of 256 threads has several vectors.
 inline FuseTiling fuse_tiling(int64_t channels, int32_t max_blocks) {
   int32_t pixels_log2 = 6;
   while (pixels_log2 < 10 && channels << pixels_log2 < 16384) ++pixels_log2;
   return {(pixels_log2 + 1) / 2, pixels_log2 / 2, max_blocks, 32768};
 }
 
-// One patch per block, but for maps of more than a million patches.
+// One patch per block, except in maps of more than a million patches.
 inline FuseTiling fuse_fwd_tiling(int64_t channels) { return fuse_tiling(channels, 1 << 20); }
-// Every block leaves sums, which should be few.
+// Few blocks, since each one writes sums.
 inline FuseTiling fuse_bwd_tiling(int64_t channels) { return fuse_tiling(channels, 1024); }
 
-// A map cut into patches, which `blocks` blocks share.
+// A map divided into patches, shared by `blocks` blocks.
 struct FusePatches {
-  int32_t across;  // patches beside each other
+  int32_t across;  // patches in a row
   int64_t count;
   int32_t first_block, blocks;
 };
@@ -59,16 +60,17 @@ struct FusePatches {
 struct FuseDeviceBranch {
   MapShape map;
   int32_t index;       // of the map
-  FusePatches gather;  // of the map, where it is upsampled
+  FusePatches gather;  // of the map, if it is upsampled
 };
 
 struct FuseDeviceLevel {
   MapShape out;
   int32_t index;
   int32_t branches, direct;  // the `direct` branches of the level's own size come first
-  FusePatches patches;       // at least one block, which writes zero gradients if there is no pixel
-  int64_t first_partial;     // of its blocks' sums [N, blocks, kFuseSums, C]
-  int64_t grad_z_row;        // first row [N, H, W] of g_z, where a branch is upsampled
+  UpsampleMode mode;         // of the others
+  FusePatches patches;    // at least one block, which writes zero gradients if there are no pixels
+  int64_t first_partial;  // index of its blocks' sums [N, blocks, kFuseSums, C]
+  int64_t grad_z_row;     // first row of g_z [N, H, W], if a branch is upsampled
   FuseDeviceBranch branch[kMaxBranches];
 };
 
@@ -81,16 +83,16 @@ struct FuseDeviceTables {
   FuseDeviceLevel level[kFuseLevels];
 };
 
-// The sums of a block in the first launch of the backward, [C] each.
+// The sums that a block of the backward's first launch writes, [C] each.
 enum FuseSum { kSumA1, kSumB1, kSumA2, kSumB2, kSumScale, kFuseSums = kSumScale + kMaxBranches };
 
-// What the backward needs beside its tensors.
+// Memory that the backward needs beside its tensors.
 struct FuseBwdWorkspace {
   void* partial;  // [partials, kFuseSums, C] of the compute type
-  void* grad_z;   // [grad_z_rows, C]; float16, whose range g_z may leave, is kept as float32
+  void* grad_z;   // [grad_z_rows, C]; float32 for float16, whose range g_z may exceed
 };
 
-// All launches of one call.
+// The launches of one call.
 struct FuseLaunches {
   std::vector<FuseDeviceTables> tables;
   int64_t partials, grad_z_rows;
@@ -121,6 +123,7 @@ inline FuseLaunches fuse_launches(const FuseTables& t, const FuseTiling& tiling)
     const FuseLevel& from = t.levels[l];
     level.out = from.out;
     level.index = static_cast<int32_t>(l);
+    level.mode = from.mode;
     level.patches = fuse_patches(from.out, tiling, table.blocks);
     level.patches.blocks = std::max(level.patches.blocks, 1);
     table.blocks += level.patches.blocks;

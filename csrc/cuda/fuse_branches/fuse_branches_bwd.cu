@@ -18,15 +18,15 @@ struct BwdKernelParams {
 };
 static_assert(sizeof(BwdKernelParams) <= kMaxParameterBytes);
 
-// As which type g_z is kept. Its range is that of grad_y divided by the scales, which hold 1 /
-// standard deviation of a branch: float16 might round it to zero.
+// The type in which g_z is stored. It is as large as grad_y divided by the scales, which contain 1
+// / standard deviation of a branch: float16 might round it to zero.
 template <class T>
 using grad_z_t = std::conditional_t<std::is_same_v<T, float16>, float, T>;
 
 // ---- first launch: per pixel of the levels ------------------------------------------------------
 
-// Sums and coefficients take up to 250 registers where a vector has 8 channels and 160 where it has
-// 4 or fewer: smaller blocks fill the register file better.
+// Sums and coefficients take up to 250 registers for vectors of 8 channels, and 160 for 4 or fewer:
+// smaller blocks fill the register file better.
 inline constexpr int kPixelThreads = 128;
 template <int V>
 inline constexpr int kPixelBlocks = V > 4 ? 2 : 3;
@@ -39,7 +39,7 @@ struct PixelPass {
   const FuseDeviceLevel& level;
   FuseCoefficients<F, V> k;
   BranchReader<T, V> reader;
-  // Where in grad_out and g_z the image's first pixel is, from the vector's first channel on.
+  // Indices in grad_out and g_z of the image's first pixel and the vector's first channel.
   int64_t out, kept;
   F sums[kFuseSums][V] = {};
 
@@ -144,10 +144,10 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<V>)
 // ---- second launch: the blocks' sums, and the upsampled branches --------------------------------
 
 inline constexpr int kFuseWarps = kFuseThreads / kWarpSize;
-inline constexpr int kSumChannels = kWarpSize;  // a block's: one per lane
+inline constexpr int kSumChannels = kWarpSize;  // per block, one for each lane
 
-// Adds up what all blocks of a level left of kSumChannels channels: each warp a part of the blocks,
-// then over the warps.
+// Adds the sums of kSumChannels channels over all blocks of a level: each warp adds a part of the
+// blocks, then the warps are added.
 template <class F>
 DYHEAD_DEVICE void sum_partials(const BwdKernelParams& p, const FuseDeviceLevel& level,
                                 int64_t first_channel, int64_t image, F* scratch) {
@@ -193,7 +193,7 @@ DYHEAD_DEVICE void sum_partials(const BwdKernelParams& p, const FuseDeviceLevel&
     static_cast<F*>(p.grad_scale)[scale_row * t.channels + channel] = total_of(warp);
   }
   if (warp == kFuseWarps - 1) {
-    // The sum of g_z = first a1 + second a2.
+    // The sum of g_z, which is first a1 + second a2.
     static_assert(kFuseSums < kFuseWarps);
     const F* k = static_cast<const F*>(p.coefficients) + coefficient;
     static_cast<F*>(p.grad_shift)[row * t.channels + channel] =
@@ -201,7 +201,7 @@ DYHEAD_DEVICE void sum_partials(const BwdKernelParams& p, const FuseDeviceLevel&
   }
 }
 
-// Which rows and columns of the level read those of a patch of an upsampled branch.
+// The rows and columns of the level that read those of a patch of an upsampled branch.
 template <class F>
 struct PatchReaders {
   static constexpr int kCount = 2 * kFuseMaxPatchSide;
@@ -213,11 +213,11 @@ struct PatchReaders {
     __syncthreads();  // the last patch's are no longer read
     const int i = static_cast<int>(threadIdx.x);
     if (i < patch.rows) {
-      shared[i] = readers_of<F>(patch.y + i, map.height, level.out.height);
+      shared[i] = readers_of<F>(patch.y + i, map.height, level.out.height, level.mode);
     }
     const int column = i - kFuseMaxPatchSide;
     if (column >= 0 && column < patch.columns) {
-      shared[i] = readers_of<F>(patch.x + column, map.width, level.out.width);
+      shared[i] = readers_of<F>(patch.x + column, map.width, level.out.width, level.mode);
     }
     __syncthreads();
   }
@@ -226,8 +226,8 @@ struct PatchReaders {
   DYHEAD_DEVICE const Readers<F>& column(int i) const { return shared[kFuseMaxPatchSide + i]; }
 };
 
-// grad_y of an upsampled branch: at each of its pixels, the scaled sum of g_z over the level's
-// pixels that read it.
+// grad_y of an upsampled branch: each of its pixels gets the scaled, weighted sum of g_z over the
+// pixels of the level that read it.
 template <class T, int V>
 DYHEAD_DEVICE void gather_branch(const BwdKernelParams& p, const FuseDeviceLevel& level,
                                  const FuseDeviceBranch& branch, int block, int64_t image,
@@ -277,7 +277,7 @@ DYHEAD_DEVICE void gather_branch(const BwdKernelParams& p, const FuseDeviceLevel
   }
 }
 
-// The first `gather_blocks` blocks gather, then come those of the sums, level by level.
+// The first `gather_blocks` blocks gather; the others add sums, level by level.
 template <class T, int V>
 __global__ void __launch_bounds__(kFuseThreads, 2)
     fuse_branches_bwd_merge_kernel(const __grid_constant__ BwdKernelParams p) {

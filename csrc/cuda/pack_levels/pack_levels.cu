@@ -6,10 +6,11 @@
 namespace dyhead::cuda {
 namespace {
 
-inline constexpr int64_t kPackImagesInFlight = 32768;  // a grid's y dimension ends at 65535
+inline constexpr int64_t kPackImagesInFlight = 32768;  // the y dimension of a grid is at most 65535
 
-// Elements of a tile, a channel's pixels together. A warp writes 32 pixels of a channel and reads
-// 32 channels of a pixel, or the reverse: one more word per channel keeps both free of conflicts.
+// A tile in shared memory, stored by channel. A warp writes 32 pixels of one channel and reads 32
+// channels of one pixel, or the reverse; one word of padding per channel avoids bank conflicts in
+// both.
 template <class E>
 struct PackTile {
   static constexpr int kStride = kPackPixels + (sizeof(E) < 4 ? 4 / sizeof(E) : 1);
@@ -20,8 +21,8 @@ struct PackTile {
   DYHEAD_DEVICE E& at(int channel, int pixel) const { return shared[channel * kStride + pixel]; }
 };
 
-// Calls f(channel, pixel) for all elements of a tile, of which neighbouring threads have
-// neighbouring pixels of one channel.
+// Calls f(channel, pixel) for all elements of a tile; consecutive threads get consecutive pixels of
+// one channel.
 template <class F>
 DYHEAD_DEVICE void for_each_along_pixels(int channels, int pixels, F&& f) {
   constexpr int kRows = kPackThreads / kPackPixels;
@@ -33,7 +34,7 @@ DYHEAD_DEVICE void for_each_along_pixels(int channels, int pixels, F&& f) {
   }
 }
 
-// The same with neighbouring channels of one pixel.
+// The same, but consecutive threads get consecutive channels of one pixel.
 template <class F>
 DYHEAD_DEVICE void for_each_along_channels(int channels, int pixels, F&& f) {
   constexpr int kRows = kPackThreads / kPackChannels;
@@ -45,7 +46,7 @@ DYHEAD_DEVICE void for_each_along_channels(int channels, int pixels, F&& f) {
   }
 }
 
-// One tile of one image, from [C, H W] to rows [H W, C] or back.
+// Moves one tile of one image from [C, H W] to rows [H W, C] or back.
 template <class E, bool kUnpack>
 DYHEAD_DEVICE void transpose_tile(const PackTables& t, const PackDeviceLevel& level, int64_t image,
                                   int64_t index, const PackTile<E>& tile) {
@@ -82,7 +83,7 @@ DYHEAD_DEVICE void transpose_tile(const PackTables& t, const PackDeviceLevel& le
   }
 }
 
-// A stretch of kPackCopyBytes of one image of a channels_last level.
+// Copies up to kPackCopyBytes of one image of a channels_last level.
 template <class E>
 DYHEAD_DEVICE void copy_stretch(const PackTables& t, const PackDeviceLevel& level, int64_t image,
                                 int64_t index) {

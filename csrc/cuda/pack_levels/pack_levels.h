@@ -1,7 +1,7 @@
 // The CUDA kernels of pack_levels and unpack_levels: one launch for all levels and images.
 //
-// Levels [N, C, H, W] are transposed tile by tile through shared memory, so that both sides are
-// accessed along their memory; channels_last levels are copied.
+// Levels [N, C, H, W] are transposed tile by tile in shared memory, so that both sides are accessed
+// contiguously; channels_last levels are copied.
 #pragma once
 
 #include <algorithm>
@@ -13,16 +13,16 @@
 namespace dyhead::cuda {
 
 inline constexpr int kPackThreads = 256;
-inline constexpr int kPackLevels = 32;                      // of a launch
+inline constexpr int kPackLevels = 32;                      // in a launch
 inline constexpr int kPackPixels = 64, kPackChannels = 32;  // of a tile
-inline constexpr int64_t kPackCopyBytes = 16384;            // of a level that is copied
+inline constexpr int64_t kPackCopyBytes = 16384;            // copied per tile
 
 struct PackDeviceLevel {
   MapShape map;
   void* data;
   bool channels_last;
   int32_t first_block, blocks;
-  int64_t tiles;  // of an image; a block takes every `blocks`-th
+  int64_t tiles;  // in an image; a block takes every `blocks`-th
 };
 
 struct PackTables {
@@ -32,7 +32,8 @@ struct PackTables {
   PackDeviceLevel level[kPackLevels];
 };
 
-// The tables of each launch. Blocks take more than one tile only beyond `max_blocks` per image.
+// The tables of each launch. A block has more than one tile only if an image has more than
+// `max_blocks` tiles.
 inline std::vector<PackTables> pack_tables(const PackParams& p, int32_t max_blocks = 1 << 20) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   std::vector<PackTables> tables;

@@ -1,5 +1,5 @@
-// Launching kernels, and the shared memory of a launch, on the device and in the host emulation.
-// Host compilers read it too, for the runtime's types in launchers' declarations.
+// Launches kernels and gives them shared memory, on the device and in the host emulation. Host
+// compilers read it too, since launchers are declared with the runtime's types.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,8 @@
 #include <source_location>
 
 #include "simt.h"
-// The emulation reports where a collective was called; the parameter does not exist on the device.
+// The source location that the emulation reports for a collective; the parameter does not exist on
+// the device.
 #define DYHEAD_WHERE , std::source_location where = std::source_location::current()
 #else
 #include <cuda_runtime.h>
@@ -18,8 +19,8 @@
 
 #define DYHEAD_DEVICE __device__ __forceinline__
 
-// A static shared array `type name[count]`, aligned for 16-byte access. Contents are undefined at
-// block start (poisoned in the emulation).
+// A static shared array `type name[count]`, aligned for 16-byte access. Its contents are undefined
+// when a block starts (poisoned in the emulation).
 #if defined(DYHEAD_SIMT)
 #define DYHEAD_SHARED(type, name, count)                                                    \
   type(&name)[count] = []() -> type(&)[count] {                                             \
@@ -35,7 +36,7 @@
 namespace dyhead::cuda {
 
 // `count` elements at `byte_offset` of the launch's dynamic shared memory (base aligned to 1024).
-// Arrays of one kernel must not overlap; asked for one by one, the emulation guards each of them.
+// The arrays of a kernel must not overlap. Requested one by one, each is guarded by the emulation.
 template <class T>
 DYHEAD_DEVICE T* dynamic_shared(size_t byte_offset, [[maybe_unused]] size_t count) {
 #if defined(DYHEAD_SIMT)
@@ -61,7 +62,7 @@ struct LaunchConfig {
   dim3 block;
   size_t shared_bytes = 0;  // dynamic shared memory
   cudaStream_t stream = nullptr;
-  bool cooperative = false;  // all blocks resident at once, so that they may wait for each other
+  bool cooperative = false;  // all blocks are resident at once, so they may wait for each other
 };
 
 #if defined(DYHEAD_SIMT)
@@ -97,23 +98,23 @@ int max_active_blocks(void (*)(Params), int /*threads*/, size_t /*shared_bytes*/
 
 namespace detail {
 
-// More than 48 KB of shared memory, dynamic and static together, must be asked for, kernel by
-// kernel. All the device offers is: launches of several threads then never lower it for each other.
+// A kernel must opt in to more than 48 KB of shared memory, dynamic and static together. It opts in
+// to all that the device offers, so that concurrent launches never lower the limit for each other.
 template <class Params>
 cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   constexpr size_t kSurelyAllowed = 32 * 1024;
   if (shared_bytes <= kSurelyAllowed) return cudaSuccess;
   cudaFuncAttributes attributes{};
   int device = 0;
-  int most = 0;
+  int max_bytes = 0;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    error = cudaDeviceGetAttribute(&max_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
-  most -= static_cast<int>(attributes.sharedSizeBytes);
-  if (error != cudaSuccess || attributes.maxDynamicSharedSizeBytes >= most) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  max_bytes -= static_cast<int>(attributes.sharedSizeBytes);
+  if (error != cudaSuccess || attributes.maxDynamicSharedSizeBytes >= max_bytes) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_bytes);
 }
 
 }  // namespace detail
@@ -139,8 +140,8 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config,
   return cudaLaunchKernelEx(&native, kernel, params);
 }
 
-// Blocks of `kernel` that the current device holds at once: the largest cooperative grid. 0 if a
-// block does not fit or a query fails; launching an empty grid then returns an error.
+// How many blocks of `kernel` the current device holds at once: the largest cooperative grid. 0 if
+// a block does not fit or a query fails; launching an empty grid then returns an error.
 template <class Params>
 int max_active_blocks(void (*kernel)(Params), int threads, size_t shared_bytes) {
   int device = 0;
@@ -151,7 +152,7 @@ int max_active_blocks(void (*kernel)(Params), int threads, size_t shared_bytes) 
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads,
                                                     shared_bytes) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // the caller reports it; nobody else should
+    static_cast<void>(cudaGetLastError());  // the caller reports it; no later call should
     return 0;
   }
   return processors * per_processor;

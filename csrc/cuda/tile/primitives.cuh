@@ -1,6 +1,6 @@
-// What the kernels need beyond plain CUDA C++: vector access, grid handshakes, asynchronous copies
-// and tensor-core instructions. The only file with inline PTX; each function has a host twin, used
-// where DYHEAD_SIMT is defined and the kernels run in tests/simt's emulation.
+// What the kernels need beyond plain CUDA C++: vector accesses, grid-wide handshakes, asynchronous
+// copies and tensor-core instructions. This is the only file with inline PTX. Each function has a
+// host version for the emulation in tests/simt, where DYHEAD_SIMT is defined.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ inline constexpr unsigned kFullMask = 0xffffffffu;
 
 // ---- vector access ------------------------------------------------------------------------------
 
-// N values of T that move as one access of 2, 4, 8 or 16 bytes, or as several of 16.
+// N values of T, moved by one access of 2, 4, 8 or 16 bytes or by several of 16.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   static constexpr size_t kBytes = sizeof(T) * N;
@@ -42,7 +42,8 @@ DYHEAD_DEVICE Vec<T, N> load_vec(const T* p) {
   return *reinterpret_cast<const Vec<T, N>*>(p);
 }
 
-// Through the non-coherent path: only for memory that nothing writes while the kernel runs.
+// Loads through the non-coherent (read-only) path: only for memory that nothing writes while the
+// kernel runs.
 template <int N, class T>
 DYHEAD_DEVICE Vec<T, N> load_vec_readonly(const T* p) {
 #if defined(DYHEAD_SIMT)
@@ -66,7 +67,7 @@ DYHEAD_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
   *reinterpret_cast<Vec<T, N>*>(p) = v;
 }
 
-// For results that this kernel does not read again: first to leave the caches.
+// Stores results that this kernel does not read again; caches evict them first.
 template <int N, class T>
 DYHEAD_DEVICE void store_vec_streaming(T* p, const Vec<T, N>& v) {
 #if defined(DYHEAD_SIMT)
@@ -82,8 +83,7 @@ DYHEAD_DEVICE void store_vec_streaming(T* p, const Vec<T, N>& v) {
 
 // ---- conversions --------------------------------------------------------------------------------
 
-// Two floats, rounded to T and packed; `low` takes the lower half: the first of two values in
-// memory.
+// Two floats, rounded to T and packed. `low` is the lower half, which comes first in memory.
 template <class T>
 DYHEAD_DEVICE uint32_t pack2(float low, float high) {
   static_assert(is_half_v<T>);
@@ -109,8 +109,7 @@ DYHEAD_DEVICE float2 unpack2(uint32_t packed) {
                      to_compute(T{static_cast<uint16_t>(packed >> 16)}));
 }
 
-// Rounds to TF32 (10 mantissa bits), nearest, ties away from zero. mma drops the bits below
-// unrounded.
+// Rounds to TF32 (10 mantissa bits), to nearest, ties away from zero; mma itself would truncate.
 DYHEAD_DEVICE uint32_t to_tf32(float x) {
 #if defined(DYHEAD_SIMT)
   const uint32_t bits = dyhead::detail::float_bits(x);
@@ -134,7 +133,8 @@ DYHEAD_DEVICE void red_add(float* p, float value) {
 #endif
 }
 
-// Four neighbouring floats in global memory, p aligned to 16 bytes; each is atomic by itself.
+// Adds to four neighbouring floats in global memory, p aligned to 16 bytes. Each float is atomic by
+// itself.
 DYHEAD_DEVICE void red_add_v4(float* p, float4 value) {
 #if defined(DYHEAD_SIMT)
   simt::check_aligned("red_add_v4", p, 16);
@@ -150,8 +150,9 @@ DYHEAD_DEVICE void red_add_v4(float* p, float4 value) {
   red_add(p + 3, value.w);
 }
 
-// Adds and returns the old value; orders this thread's earlier writes before it and its later reads
-// after it, across the grid. Put __syncthreads() before it to publish the block's writes.
+// Adds and returns the old value. Across the grid, this thread's earlier writes are ordered before
+// it and its later reads after it. Put __syncthreads() before it to publish the whole block's
+// writes.
 DYHEAD_DEVICE unsigned atomic_add_acq_rel(unsigned* p, unsigned value) {
 #if defined(DYHEAD_SIMT)
   return atomicAdd(p, value);
@@ -183,9 +184,9 @@ DYHEAD_DEVICE void store_release(unsigned* p, unsigned value) {
 #endif
 }
 
-// Spins (acquire) until the counter *flag has reached `value`. Counters only grow and may wrap:
-// what lies up to 2^31 - 1 past `value` counts as reached. Waiting for another block needs a
-// cooperative launch.
+// Spins (acquire) until the counter *flag has reached `value`. Counters only grow and may wrap: up
+// to 2^31 - 1 past `value` counts as reached. Waiting for another block requires a cooperative
+// launch.
 DYHEAD_DEVICE void wait_until(const unsigned* flag, unsigned value DYHEAD_WHERE) {
 #if defined(DYHEAD_SIMT)
   simt::wait_until(flag, value, where);
@@ -206,9 +207,9 @@ DYHEAD_DEVICE uint32_t shared_address(const void* p) {
 }  // namespace detail
 #endif
 
-// Starts a copy of kBytes from global to shared memory, both aligned to kBytes, of which the first
-// `source_bytes` are read and the rest become zero. It has landed for this thread after a wait, and
-// for others after a barrier that follows the wait.
+// Starts a copy of kBytes from global to shared memory, both aligned to kBytes. The first
+// `source_bytes` are read, the remaining ones become zero. After a wait the copy is visible to this
+// thread; after a barrier that follows the wait, to others.
 template <int kBytes>
 DYHEAD_DEVICE void cp_async_zfill(void* shared, const void* global, int source_bytes DYHEAD_WHERE) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -239,7 +240,7 @@ DYHEAD_DEVICE void cp_async(void* shared, const void* global DYHEAD_WHERE) {
 #endif
 }
 
-// Closes this thread's group of copies; an empty group counts too.
+// Ends this thread's group of copies; an empty group counts too.
 DYHEAD_DEVICE void cp_async_commit() {
 #if defined(DYHEAD_SIMT)
   simt::cp_async_commit();
@@ -248,7 +249,7 @@ DYHEAD_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most the kPending latest groups of this thread are still under way.
+// Waits until at most the kPending latest groups of this thread are in flight.
 template <int kPending>
 DYHEAD_DEVICE void cp_async_wait_group() {
 #if defined(DYHEAD_SIMT)
@@ -267,13 +268,14 @@ DYHEAD_DEVICE void cp_async_wait_all() {
 #endif
 }
 
-// ---- tensor cores: warp collectives, all 32 lanes together
-// --------------------------------------- g = lane / 4 and t = lane % 4 below; a register of two
-// halves holds the lower column (or k) first.
+// ---- tensor cores -------------------------------------------------------------------------------
 
-// Loads kMatrices (1, 2 or 4) 8x8 matrices of 16-bit values from shared memory: lane 8m + i passes
-// the address of row i (16 bytes, aligned) of matrix m. registers[m] = row g, columns 2t and 2t
-// + 1.
+// Warp collectives: all 32 lanes take part. Below, g = lane / 4 and t = lane % 4; of the two halves
+// in a register, the lower one has the lower column (or k).
+
+// Loads kMatrices (1, 2 or 4) matrices of 8x8 16-bit values from shared memory. Lane 8m + i passes
+// the address of row i of matrix m (16 bytes, aligned). registers[m] = row g, columns 2t and 2t +
+// 1.
 template <int kMatrices>
 DYHEAD_DEVICE void ldmatrix(uint32_t (&registers)[kMatrices], const void* row DYHEAD_WHERE) {
   static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
@@ -381,7 +383,7 @@ DYHEAD_DEVICE void mma_m8n8k4_f64(double (&acc)[2], double a, double b DYHEAD_WH
 
 // ---- warp reductions ----------------------------------------------------------------------------
 
-// The sum over the 32 lanes, in every lane, always added in the same order.
+// The sum over the 32 lanes, in every lane, in a fixed order.
 template <class T>
 DYHEAD_DEVICE T warp_sum(T value DYHEAD_WHERE) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Threads of a block over the channels of a matrix of rows.
+// How the threads of a block share the rows and channels of a matrix.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +25,9 @@ DYHEAD_DEVICE RowTiling row_tiling(int vectors) {
   return {lanes, kThreads / lanes, thread % lanes, thread / lanes};
 }
 
-// Adds up over the rows of a tiling what its threads hold, K quantities of V channels each, in a
-// fixed order, and calls write(k, lane, i, total) for channel i of a lane's vector. `scratch` holds
-// K * V values per thread.
+// Sums, over the rows of a tiling and in a fixed order, the K quantities of V channels that each
+// thread holds, and calls write(k, lane, i, total) for channel i of a lane's vector. `scratch` has
+// room for K * V values per thread.
 template <int kThreads, int K, int V, class F, class Write>
 DYHEAD_DEVICE void sum_rows(const RowTiling& tiling, const F (&sums)[K][V], F* scratch,
                             Write&& write) {
@@ -50,8 +50,8 @@ DYHEAD_DEVICE void sum_rows(const RowTiling& tiling, const F (&sums)[K][V], F* s
   __syncthreads();
 }
 
-// Selects the kernel for rows of a type: f is called with (T{}, std::integral_constant<int, V>{}),
-// where V values are 16 bytes if channels and pointers allow such accesses, else 1.
+// Calls f(T{}, std::integral_constant<int, V>{}), where V values are 16 bytes if the channels and
+// pointers allow such accesses, else V = 1.
 template <class Select>
 auto select_vectors(DType dtype, int64_t channels, std::initializer_list<const void*> pointers,
                     Select&& f) {

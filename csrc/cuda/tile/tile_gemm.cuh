@@ -1,9 +1,9 @@
-// Matrix products of a block's tile in shared memory, out += a b^T, accumulated in registers: on
-// tensor cores for bfloat16, float16 and TF32, on ordinary ones for IEEE float32 and float64.
+// Matrix products of a block's tiles in shared memory, out += a b^T, accumulated in registers: on
+// tensor cores for bfloat16, float16 and TF32, on ordinary cores for IEEE float32 and float64.
 //
-// a is [kRows, 128 bytes] and b [kCols, 128 bytes], row by row, with the 16-byte units of a row
-// permuted so that neither the stores of whole rows nor the loads of eight rows at one unit collide
-// in a memory bank. 256 threads take part.
+// a is [kRows, 128 bytes] and b [kCols, 128 bytes], row by row. The 16-byte units of a row are
+// permuted so that neither stores of whole rows nor loads of one unit of eight rows have bank
+// conflicts. 256 threads take part.
 #pragma once
 
 #include "primitives.cuh"
@@ -14,12 +14,12 @@ inline constexpr int kTileThreads = 256;
 inline constexpr int kTileWarps = kTileThreads / kWarpSize;
 inline constexpr int kRowBytes = 128;
 inline constexpr int kUnits = 8;  // of 16 bytes, per row
-inline constexpr int kSteps = 4;  // that a row's depth is multiplied in
+inline constexpr int kSteps = 4;  // in which a row's depth is multiplied
 
-// The thread, by a bound that the compiler knows: otherwise it divides signed numbers.
+// The thread index, with a bound that the compiler knows; else it would emit signed divisions.
 DYHEAD_DEVICE int tile_thread() { return static_cast<int>(threadIdx.x % kTileThreads); }
 
-// An operand: how values are held in shared memory, and what they are computed from.
+// An operand: how values are stored in shared memory, and the type in which they are computed.
 template <class T>
 struct Operand {
   using Storage = T;
@@ -75,7 +75,7 @@ DYHEAD_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint3
   }
 }
 
-// Which part of a tile a warp multiplies: 64 columns where there are many, else 32.
+// Which part of a tile a warp multiplies: 64 columns in wide tiles, else 32.
 template <int kRows, int kCols>
 class TileWarps {
  public:
@@ -94,9 +94,9 @@ class TileWarps {
   int lane_ = tile_thread() % kWarpSize;
 };
 
-// What a thread holds of the product: rows row(i), columns column(j). Lanes that differ in bits
-// kFirstXor and above of their number hold the same columns; kPair neighbouring j are neighbouring
-// columns.
+// The part of the product that a thread holds: rows row(i), columns column(j). Lanes whose numbers
+// differ only in bits kFirstXor and above hold the same columns; kPair consecutive j are
+// consecutive columns.
 template <class Op, int kRows, int kCols>
 class TensorTile : public TileWarps<kRows, kCols> {
  public:
@@ -124,7 +124,8 @@ class TensorTile : public TileWarps<kRows, kCols> {
 
   // Adds the part of depth `step` of kSteps.
   DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
-    // The lanes' rows of the first fragments; those of the others are a multiple of eight further.
+    // Addresses of this lane's rows in the first fragments. In other fragments they are a multiple
+    // of eight rows further, which leaves the permutation unchanged.
     const std::byte* a_row =
         a + first_row() * kRowBytes + unit_offset(lane() % 16, 2 * step + lane() / 16);
     const std::byte* b_row = b + first_column() * kRowBytes +
@@ -182,7 +183,7 @@ class SimtTile : public TileWarps<kRows, kCols> {
 
   DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
     constexpr int kUnit = Operand<T>::kUnit;
-    // Unrolled, the loads of all units would take the registers of the sums.
+    // Not unrolled: the loads of all units would take the registers of the sums.
 #pragma unroll 1
     for (int unit = 2 * step; unit < 2 * step + kUnits / kSteps; ++unit) {
       Vec<T, kUnit> left[kI];

@@ -1,11 +1,11 @@
 // Sums of outer products of a block's tiles in shared memory, out += a^T b, accumulated in
-// registers: on tensor cores for bfloat16, float16 and TF32, on ordinary ones for IEEE float32 and
+// registers: on tensor cores for bfloat16, float16 and TF32, on ordinary cores for IEEE float32 and
 // float64.
 //
 // a is [kDepth, kRows] and b [kDepth, kCols], cut into panels of kDepth rows of 128 bytes. The
-// 16-byte units of a row are permuted so that these do not collide in a memory bank: stores of
-// whole rows, loads of eight rows at one unit (ldmatrix) and of four rows at two units (TF32).
-// 256 threads take part.
+// 16-byte units of a row are permuted to avoid bank conflicts in stores of whole rows, in loads of
+// one unit of eight rows (ldmatrix) and in loads of two units of four rows (TF32). 256 threads take
+// part.
 #pragma once
 
 #include "tile_gemm.cuh"
@@ -16,14 +16,14 @@ template <class Op>
 inline constexpr int kPanelBytes = Operand<Op>::kDepth * kRowBytes;
 
 // Byte offset of a 16-byte unit in a panel. Neighbouring rows differ in the upper bits of their
-// permutation: of four rows that begin at a multiple of four, none has units 2i and 2i + 1 where
-// another has them.
+// permutation: among four rows that begin at a multiple of four, units 2i and 2i + 1 of one row
+// never fall on those of another.
 DYHEAD_HD int depth_offset(int row, int unit) {
   const int permutation = (row & 3) << 1 | (row >> 2 & 1);
   return row * kRowBytes + ((unit ^ permutation) << 4);
 }
 
-// Byte offset of the unit that starts at `column`, in all panels.
+// Byte offset of the unit that contains `column`, over all panels.
 template <class Op>
 DYHEAD_HD int column_offset(int row, int column) {
   constexpr int kDepth = Operand<Op>::kDepth;
@@ -31,7 +31,7 @@ DYHEAD_HD int column_offset(int row, int column) {
          depth_offset(row, column % kDepth / Operand<Op>::kUnit);
 }
 
-// How the warps share the product out.
+// How the warps divide the product.
 template <int kRows, int kCols>
 struct OuterWarps {
   static constexpr int kM = kRows > 64 ? kRows / 64 : 1;
@@ -40,8 +40,8 @@ struct OuterWarps {
   static constexpr int kWarpCols = kCols / kN;
 };
 
-// What a thread holds of the product: rows row(i), columns column(j), of which kPair neighbouring j
-// are neighbouring columns.
+// The part of the product that a thread holds: rows row(i), columns column(j); kPair consecutive j
+// are consecutive columns.
 template <class Op, int kRows, int kCols>
 class TensorOuter {
  public:
@@ -85,8 +85,9 @@ class TensorOuter {
   DYHEAD_DEVICE int first_row() const { return warp_ / Warps::kN * Warps::kWarpRows; }
   DYHEAD_DEVICE int first_column() const { return warp_ % Warps::kN * Warps::kWarpCols; }
 
-  // Columns that are a multiple of 16 further, within a warp's: that number is also how the lower
-  // bits of their units differ, so exclusive or finds them behind the permutation.
+  // The address of columns that are a multiple of 16 further, within the columns of a warp. The
+  // number of columns is also how the lower bits of their units differ, so exclusive or finds them
+  // after the permutation.
   DYHEAD_DEVICE static const std::byte* further(const std::byte* tile, int offset, int columns) {
     constexpr int kDepth = Operand<Op>::kDepth;
     return tile + columns / kDepth * kPanelBytes<Op> +
@@ -94,8 +95,8 @@ class TensorOuter {
   }
 
   DYHEAD_DEVICE void half_step(const std::byte* a, const std::byte* b, int step) {
-    // Rows of eight are transposed as they are loaded: a's in order of (depth, rows), b's columns
-    // last.
+    // Matrices of 8x8 are transposed as they are loaded. mma expects a's in the order (depth,
+    // rows), with depth changing slowest, and b's in the order (columns, depth).
     const int row = 16 * step + lane_ % 8;
     const int matrix = lane_ / 8;
     const int a_offset = column_offset<Op>(row + matrix / 2 * 8, first_row() + matrix % 2 * 8);
@@ -151,7 +152,8 @@ class TensorOuter {
   float acc_[kM][kN][4];
 };
 
-// A warp's lanes are 8 x 4; each holds units of neighbouring rows by units of neighbouring columns.
+// A warp's lanes are arranged 8 x 4; each holds units of consecutive rows by units of consecutive
+// columns.
 template <class T, int kRows, int kCols>
 class SimtOuter {
  public:
@@ -173,7 +175,7 @@ class SimtOuter {
 
   DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
     constexpr int kStepDepth = Operand<T>::kDepth / kSteps;
-    // Unrolled, the loads of all rows would take the registers of the sums.
+    // Not unrolled: the loads of all rows would take the registers of the sums.
 #pragma unroll 1
     for (int k = step * kStepDepth; k < (step + 1) * kStepDepth; ++k) {
       Vec<T, kUnit> left[kI / kUnit], right[kJ / kUnit];

@@ -185,39 +185,53 @@ def check_annotations(
         annotated.add(number)
         if number not in by_id:  # its image is a problem already
             continue
-        image = by_id[number]
-        where = f"{name} of image {number} ({image.file_name})"
-        category = entry.get("category_id")
-        if category not in category_ids:
-            problems.add("unknown category", f"{where}: {category}")
-            continue
-        box = _check_box(entry.get("bbox"), image, where, problems)
-        if box is None:
-            continue
-        area = entry.get("area")
-        if not _is_number(area) or not math.isfinite(area) or area <= 0:
-            area = box[2] * box[3]
-        checked = {
-            "id": len(good) + 1,
-            "image_id": number,
-            "category_id": category,
-            "bbox": box,
-            "area": float(area),
-            "iscrowd": int(bool(entry.get("iscrowd", 0))),
-        }
-        if num_keypoints:
-            points = entry.get("keypoints", [0] * (3 * num_keypoints))
-            if not _are_keypoints(points, num_keypoints):
-                shown = f"{where}: expected {3 * num_keypoints} finite numbers, got {points}"
-                problems.add("malformed keypoints", shown)
-                continue
-            checked["keypoints"] = [float(value) for value in points]
-            checked["num_keypoints"] = sum(value > 0 for value in points[2::3])
-        good.append(checked)
+        checked = _check_annotation(
+            entry, name, by_id[number], category_ids, num_keypoints, problems
+        )
+        if checked is not None:
+            good.append({"id": len(good) + 1, **checked})
     for image in images:
         if image.id not in annotated:
             problems.add("image without annotations", str(image.path))
     return good
+
+
+def _check_annotation(
+    entry: dict[str, Any],
+    name: str,
+    image: ImageEntry,
+    category_ids: tuple[int, ...],
+    num_keypoints: int,
+    problems: Problems,
+) -> dict[str, Any] | None:
+    """An annotation of an image, repaired where that is possible; None where it is left out."""
+    where = f"{name} of image {image.id} ({image.file_name})"
+    category = entry.get("category_id")
+    if category not in category_ids:
+        problems.add("unknown category", f"{where}: {category}")
+        return None
+    box = _check_box(entry.get("bbox"), image, where, problems)
+    if box is None:
+        return None
+    area = entry.get("area")
+    if not _is_number(area) or not math.isfinite(area) or area <= 0:
+        area = box[2] * box[3]
+    checked = {
+        "image_id": image.id,
+        "category_id": category,
+        "bbox": box,
+        "area": float(area),
+        "iscrowd": int(bool(entry.get("iscrowd", 0))),
+    }
+    if num_keypoints:
+        points = entry.get("keypoints", [0] * (3 * num_keypoints))
+        if not _are_keypoints(points, num_keypoints):
+            shown = f"{where}: expected {3 * num_keypoints} finite numbers, got {points}"
+            problems.add("malformed keypoints", shown)
+            return None
+        checked["keypoints"] = [float(value) for value in points]
+        checked["num_keypoints"] = sum(value > 0 for value in points[2::3])
+    return checked
 
 
 def _unique(

@@ -18,7 +18,7 @@ from torchvision.ops import nms
 from dyhead_cuda.inspect import record
 from dyhead_cuda.inspect.record import BRANCHES
 from dyhead_cuda.modules import DyHead, DynamicReLU
-from dyhead_cuda.pyramid import HighOffset, repack, unpack
+from dyhead_cuda.pyramid import HighOffset, Upsample, repack, unpack
 
 SAME_OBJECT = 0.5  # intersection over union
 
@@ -73,6 +73,7 @@ class Observation:
         attentions: those that are in use, of "scale", "spatial" and "task".
         task_elsewhere: whether the detector has its task attention after the RoI pooling.
         high_offset: the head's.
+        upsample: the head's.
         frame: the coordinates.
     """
 
@@ -96,6 +97,7 @@ class Observation:
         first = record.blocks_of(head)[0]
         self.attentions = first.attentions
         self.high_offset: HighOffset = first.high_offset
+        self.upsample: Upsample = first.upsample
         own = set(head.modules())
         self.task_elsewhere = any(
             isinstance(module, DynamicReLU) and module not in own for module in model.modules()
@@ -154,7 +156,9 @@ class Observation:
     def samples(self, block: int, point: Point) -> dict[str, record.Samples]:
         """Where the branches of a block read for a point; see :func:`record.samples`."""
         row, column = self.frame.to_level(point.level, point.x, point.y)
-        return record.samples(self.blocks[block], point.level, row, column, self.high_offset)
+        return record.samples(
+            self.blocks[block], point.level, row, column, self.high_offset, self.upsample
+        )
 
 
 def head_of(model: nn.Module) -> DyHead:

@@ -137,41 +137,45 @@ def check_targets(
     if targets is None or len(targets) != len(images):
         got = "none" if targets is None else str(len(targets))
         raise ValueError(f"expected a target for each of {len(images)} images, got {got}")
-    keys = ("boxes", "labels", "keypoints") if num_keypoints else ("boxes", "labels")
     for i, target in enumerate(targets):
-        missing = [key for key in keys if key not in target]
-        if missing:
-            raise ValueError(f"expected {', '.join(keys)} in target {i}, {missing} missing")
-        boxes, labels = target["boxes"], target["labels"]
-        if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+        _check_target(i, target, num_classes, num_keypoints)
+
+
+def _check_target(i: int, target: Target, num_classes: int, num_keypoints: int) -> None:
+    keys = ("boxes", "labels", "keypoints") if num_keypoints else ("boxes", "labels")
+    missing = [key for key in keys if key not in target]
+    if missing:
+        raise ValueError(f"expected {', '.join(keys)} in target {i}, {missing} missing")
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+        raise ValueError(
+            f"expected floating-point boxes [n, 4] in target {i}, got {boxes.dtype} "
+            f"{list(boxes.shape)}; an image without objects has boxes [0, 4]"
+        )
+    count = len(boxes)
+    if labels.shape != (count,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"expected int64 labels [{count}] in target {i}, got {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    # NaN fails the comparison, so it is refused too.
+    good = (boxes[:, :2] < boxes[:, 2:]).all(1) & boxes.isfinite().all(1)
+    if not good.all():
+        raise ValueError(
+            f"expected finite boxes with x1 < x2 and y1 < y2, got {boxes[~good][0].tolist()} "
+            f"in target {i}; leave such boxes out"
+        )
+    good = (labels >= 1) & (labels <= num_classes)
+    if not good.all():
+        raise ValueError(
+            f"expected labels in 1..{num_classes} (0 is background), got "
+            f"{int(labels[~good][0])} in target {i}"
+        )
+    if num_keypoints:
+        keypoints = target["keypoints"]
+        expected = (count, num_keypoints, 3)
+        if keypoints.shape != expected or keypoints.dtype != torch.float32:
             raise ValueError(
-                f"expected floating-point boxes [n, 4] in target {i}, got {boxes.dtype} "
-                f"{list(boxes.shape)}; an image without objects has boxes [0, 4]"
+                f"expected float32 keypoints {list(expected)} (x, y, visible) in target {i}, "
+                f"got {keypoints.dtype} {list(keypoints.shape)}"
             )
-        count = len(boxes)
-        if labels.shape != (count,) or labels.dtype != torch.int64:
-            raise ValueError(
-                f"expected int64 labels [{count}] in target {i}, got {labels.dtype} "
-                f"{list(labels.shape)}"
-            )
-        # NaN fails the comparison, so it is refused too.
-        good = (boxes[:, :2] < boxes[:, 2:]).all(1) & boxes.isfinite().all(1)
-        if not good.all():
-            raise ValueError(
-                f"expected finite boxes with x1 < x2 and y1 < y2, got {boxes[~good][0].tolist()} "
-                f"in target {i}; leave such boxes out"
-            )
-        good = (labels >= 1) & (labels <= num_classes)
-        if not good.all():
-            raise ValueError(
-                f"expected labels in 1..{num_classes} (0 is background), got "
-                f"{int(labels[~good][0])} in target {i}"
-            )
-        if num_keypoints:
-            keypoints = target["keypoints"]
-            expected = (count, num_keypoints, 3)
-            if keypoints.shape != expected or keypoints.dtype != torch.float32:
-                raise ValueError(
-                    f"expected float32 keypoints {list(expected)} (x, y, visible) in target {i}, "
-                    f"got {keypoints.dtype} {list(keypoints.shape)}"
-                )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from dyhead_cuda.detection.models.atss import ATSS, Predictions
-from tests.detection.models.test_atss_assigner import slow_assign
+from tests.helpers.detection.slow_assigner import slow_assign
 
 
 class TinyPyramid(nn.Module):

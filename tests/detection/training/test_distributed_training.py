@@ -14,9 +14,9 @@ import torch
 
 from dyhead_cuda.detection.training import runs
 from dyhead_cuda.detection.training.parallel import Processes
-from tests.detection.training.test_trainer import assert_same_run, curve
 from tests.helpers.compare import relative_l2
 from tests.helpers.detection.distributed_trainee import WORLD, one_step
+from tests.helpers.detection.runs import assert_same_run, curve
 from tests.helpers.paths import ROOT
 
 LIMIT_S = 150

@@ -1,0 +1,21 @@
+#include "deform_conv_bwd.h"
+#include "deform_conv_math.cuh"
+
+namespace dyhead::cuda {
+
+cudaError_t launch_deform_bwd_input(const DeformBwdInputParams& params, DeformMath math,
+                                    bool vectors, cudaStream_t stream) {
+  if (params.launch.tile_count == 0) return cudaSuccess;
+  const DeformBwdInputKernel kernel = dispatch_math(
+      math, [&](auto op) { return DeformBwdInputKernels<decltype(op)>::choose(vectors); });
+  const LaunchConfig config{
+      .grid = dim3(static_cast<unsigned>(params.launch.tile_count)),
+      .block = dim3(kTileThreads),
+      .shared_bytes =
+          input_shared_bytes(params.chunks, params.launch.shape.dtype, params.taps_at_once),
+      .stream = stream,
+  };
+  return launch(kernel, config, params);
+}
+
+}  // namespace dyhead::cuda

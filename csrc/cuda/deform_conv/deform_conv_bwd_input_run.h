@@ -1,0 +1,213 @@
+// From the parameters of a backward call of deform_conv to the launches that compute all gradients
+// but that of the weights: host code, as deform_conv_fwd_run.h.
+#pragma once
+
+#include "deform_conv_bwd.h"
+#include "deform_conv_run.h"
+
+namespace dyhead::cuda {
+
+// Chunks of output channels that the input kernel keeps in shared memory: all of a group or, where
+// they do not fit, equal parts. Example: 256 outputs in float32 are 8 chunks of 32; if 5 fit, 4
+// and 4.
+inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, int32_t taps,
+                               const DeviceLimits& device) {
+  int32_t max_chunks = chunks;
+  while (max_chunks > 1 && !fits(input_shared_bytes(max_chunks, s.dtype, taps), device)) {
+    --max_chunks;
+  }
+  return static_cast<int32_t>(ceil_div(chunks, ceil_div(chunks, max_chunks)));
+}
+
+// How many rows of derivatives a launch has: one for each output pixel of each term that has
+// predictions. first[j] is the first row of job j.
+inline int64_t use_rows(const DeformLaunch& launch, int64_t (&first)[kMaxJobs]) {
+  int64_t rows = 0;
+  for (int32_t j = 0; j < launch.job_count; ++j) {
+    first[j] = rows;
+    if (launch.jobs[j].plain()) continue;
+    rows += launch.jobs[j].terms * launch.shape.images * launch.jobs[j].out.pixels();
+  }
+  return rows;
+}
+
+// log2, rounded up, of a bound on how many values are added to one value of grad_source.
+inline int32_t sum_bits(const DeformCall& call, int64_t times) {
+  const DeformShape& s = call.shape;
+  int64_t samples = 1;
+  for (const DeformJob& job : call.jobs) {
+    samples += job.out.pixels() * job.terms * s.taps() * s.deform_groups;
+  }
+  int32_t bits = 0;
+  while (bits < 62 && (int64_t{1} << bits) < samples * times) ++bits;
+  return bits;
+}
+
+// What a backward call needs beside its tensors. Launches run one after the other, so they share
+// the memory of their tiles.
+struct DeformBwdWorkspaces {
+  void* packed;  // the weights
+  void* sums;    // of grad_source: grad_source itself where that has the compute type
+  int64_t sum_words;
+  unsigned* largest;
+  void* derivatives;
+  void* bias_partial;  // null without grad_bias
+  void* gate_partial;  // null without grad_gates
+  int32_t max_terms;   // of a job
+};
+
+inline bool sums_in_place(const DeformBwdParams& p) {
+  const DType dtype = p.call->shape.dtype;
+  return !p.deterministic && element_bytes(dtype) == compute_bytes(dtype);
+}
+
+template <class Allocate>
+DeformBwdWorkspaces allocate_bwd_workspaces(const DeformBwdParams& p, const DeformPanels& panels,
+                                            const std::vector<DeformLaunch>& launches,
+                                            Allocate&& allocate) {
+  const DeformCall& call = *p.call;
+  const DeformShape& s = call.shape;
+  const int64_t value_bytes = compute_bytes(s.dtype);
+  int64_t max_uses = 0;
+  int64_t first[kMaxJobs];
+  for (const DeformLaunch& launch : launches) {
+    max_uses = std::max(max_uses, use_rows(launch, first));
+  }
+  DeformBwdWorkspaces w{};
+  for (const DeformJob& job : call.jobs) w.max_terms = std::max(w.max_terms, job.terms);
+  // Integer sums of float64 values are two words of 8 bytes each.
+  const int64_t fixed_bytes = s.dtype == DType::kFloat64 ? 16 : 8;
+  w.sum_words = call.source_rows * s.channels * (p.deterministic ? fixed_bytes : value_bytes) / 4;
+  w.packed = allocate(panels.bytes(s, call.weights));
+  w.sums = sums_in_place(p) ? p.grad_source : allocate(w.sum_words * 4);
+  w.largest = static_cast<unsigned*>(allocate(8));
+  w.derivatives = allocate(max_uses * s.prediction_columns() * value_bytes);
+  const int64_t tiles = max_tiles(launches);
+  if (p.grad_bias != nullptr) w.bias_partial = allocate(tiles * s.out_channels * value_bytes);
+  if (p.grad_gates != nullptr) w.gate_partial = allocate(tiles * w.max_terms * value_bytes);
+  return w;
+}
+
+// Packs the weights, and clears everything that later launches add to.
+inline cudaError_t pack_and_clear(const DeformBwdParams& p, const DeformPanels& panels,
+                                  DeformMath math, const DeformBwdWorkspaces& w,
+                                  cudaStream_t stream) {
+  const DeformCall& call = *p.call;
+  const DeformShape& s = call.shape;
+  const auto zeros = [&](void* memory, int64_t values) -> DeformZeros {
+    return {memory, memory == nullptr ? 0 : values * compute_bytes(s.dtype) / 4};
+  };
+  const auto sources = static_cast<int64_t>(call.sources.size());
+  return pack_weights(s, *p.weights, panels, true, math, w.packed, nullptr,
+                      {{w.sums, w.sum_words},
+                       {w.largest, 2},
+                       zeros(p.grad_predictions, call.prediction_rows * s.prediction_columns()),
+                       zeros(p.grad_gates, s.images * sources),
+                       zeros(p.grad_bias, call.weights * s.out_channels)},
+                      stream);
+}
+
+// The parameters that all launches of the input kernel share; taps_at_once is 0 if the kernel does
+// not fit the device.
+inline DeformBwdInputParams bwd_input_params(const DeformBwdParams& p, const DeformPanels& panels,
+                                             const DeformBwdWorkspaces& w, const void* rows,
+                                             const DeviceLimits& device) {
+  const DeformShape& s = p.call->shape;
+  DeformBwdInputParams input{};
+  input.panels = panels;
+  input.taps_at_once =
+      taps_at_once([&](int taps) { return input_shared_bytes(1, s.dtype, taps); }, device);
+  input.chunks = resident_chunks(s, panels.steps, input.taps_at_once, device);
+  input.row_vectors =
+      aligned(rows) && s.out_channels / s.groups % (16 / element_bytes(s.dtype)) == 0;
+  input.source = p.source;
+  input.predictions = p.predictions;
+  input.gates = p.gates;
+  input.packed = w.packed;
+  input.rows = rows;
+  input.sums = w.sums;
+  input.largest = w.largest;
+  input.sum_bits = sum_bits(*p.call, s.groups * ceil_div(panels.steps, input.chunks));
+  input.derivatives = w.derivatives;
+  input.gate_partial = w.gate_partial;
+  input.max_terms = w.max_terms;
+  return input;
+}
+
+// Adds what the tiles of one launch left in the workspaces to the gradients of predictions, biases
+// and gates.
+inline cudaError_t gather_launch(const DeformBwdParams& p, const DeformBwdWorkspaces& w,
+                                 const DeformBwdInputParams& input, cudaStream_t stream) {
+  DeformBwdGatherParams gather{};
+  gather.launch = input.launch;
+  gather.derivatives = w.derivatives;
+  std::copy(std::begin(input.use_first), std::end(input.use_first), gather.use_first);
+  gather.bias_partial = w.bias_partial;
+  gather.gate_partial = w.gate_partial;
+  gather.max_terms = w.max_terms;
+  gather.grad_predictions = p.grad_predictions;
+  gather.grad_bias = p.grad_bias;
+  gather.grad_gates = p.grad_gates;
+  return launch_deform_bwd_gather(gather, static_cast<int32_t>(p.call->weights), stream);
+}
+
+// All launches of a call once.
+inline cudaError_t run_bwd_pass(const DeformBwdParams& p, const DeformBwdWorkspaces& w, void* rows,
+                                DeformMath math, const std::vector<DeformLaunch>& launches,
+                                DeformBwdInputParams input, Scatter scatter, cudaStream_t stream) {
+  const bool vectors = reads_vectors(p.call->shape, p.source);
+  input.scatter = scatter;
+  for (const DeformLaunch& launch : launches) {
+    input.launch = launch;
+    use_rows(launch, input.use_first);
+    DeformBwdRowsParams grads{};
+    grads.launch = launch;
+    grads.grad_out = p.grad_out;
+    grads.out_in_compute_dtype = p.out_in_compute_dtype;
+    grads.moments = p.moments;
+    grads.round_tf32 = math == DeformMath::kTf32;
+    grads.out = p.out;
+    grads.mean = p.mean;
+    grads.grad_mean = p.grad_mean;
+    grads.grad_var = p.grad_var;
+    grads.grad_up_mean = p.grad_up_mean;
+    grads.rows = rows;
+    grads.bias_partial = w.bias_partial;
+    cudaError_t error = launch_deform_bwd_rows(grads, stream);
+    if (error == cudaSuccess) error = launch_deform_bwd_input(input, math, vectors, stream);
+    if (error == cudaSuccess && scatter != Scatter::kMeasure) {
+      error = gather_launch(p, w, input, stream);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// Fills all gradients but that of the weights. Writes to `rows`, [S, C_out] of the source's type,
+// the gradient of the outputs including that of their moments. `allocate` as in run_deform_fwd.
+template <class Allocate>
+cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allow_tf32,
+                                 const DeviceLimits& device, Allocate&& allocate,
+                                 cudaStream_t stream) {
+  const DeformCall& call = *p.call;
+  const DeformShape& s = call.shape;
+  const DeformMath math = deform_math(s.dtype, allow_tf32);
+  const DeformPanels panels = backward_panels(s, kBwdCols, panel_depth(math));
+  const std::vector<DeformLaunch> launches = deform_launches(call, kBwdRows);
+  const DeformBwdWorkspaces w = allocate_bwd_workspaces(p, panels, launches, allocate);
+  const DeformBwdInputParams input = bwd_input_params(p, panels, w, rows, device);
+  if (input.taps_at_once == 0) return cudaErrorInvalidConfiguration;
+
+  const auto pass = [&](Scatter scatter) {
+    return run_bwd_pass(p, w, rows, math, launches, input, scatter, stream);
+  };
+  cudaError_t error = pack_and_clear(p, panels, math, w, stream);
+  if (error == cudaSuccess && p.deterministic) error = pass(Scatter::kMeasure);
+  if (error == cudaSuccess) error = pass(p.deterministic ? Scatter::kFixed : Scatter::kSum);
+  if (error != cudaSuccess || sums_in_place(p)) return error;
+  return launch_deform_bwd_finish({s.dtype, p.deterministic, w.sums, w.largest, input.sum_bits,
+                                   call.source_rows * s.channels, p.grad_source},
+                                  stream);
+}
+
+}  // namespace dyhead::cuda

@@ -1,0 +1,67 @@
+// From the parameters of a forward call of deform_conv to its launches: host code that asks its
+// caller for workspaces, so that the operator and the emulation's tests run the same code.
+#pragma once
+
+#include "deform_conv_run.h"
+
+namespace dyhead::cuda {
+
+// `allocate(bytes)` returns device memory, aligned to 256 bytes, that stays valid until the
+// launches have run.
+template <class Allocate>
+cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const DeviceLimits& device,
+                           Allocate&& allocate, cudaStream_t stream) {
+  const DeformCall& call = *p.call;
+  const DeformShape& s = call.shape;
+  if (call.out_rows == 0 && !p.moments) return cudaSuccess;
+  const DeformMath math = deform_math(s.dtype, allow_tf32);
+  const DeformTiling tiling = forward_tiling(call, math, reads_vectors(s, p.source), device);
+  const DeformPanels panels = forward_panels(s, tiling.cols, panel_depth(math));
+
+  DeformFwdKernelParams params{};
+  params.taps_at_once = taps_at_once(
+      [&](int taps) { return forward_shared_bytes(tiling.rows, tiling.cols, s.dtype, taps); },
+      device);
+  if (params.taps_at_once == 0) return cudaErrorInvalidConfiguration;
+  params.panels = panels;
+  params.source = p.source;
+  params.predictions = p.predictions;
+  params.gates = p.gates;
+  params.out = p.out;
+  params.out_in_compute_dtype = p.out_in_compute_dtype;
+  params.out_vectors = has_vector_outputs(s, p.out);
+  params.moments = p.moments;
+  params.mean = p.mean;
+  params.var = p.var;
+  params.up_mean = p.up_mean;
+  void* packed = allocate(panels.bytes(s, call.weights));
+  void* packed_bias = p.weights->bias.empty()
+                          ? nullptr
+                          : allocate(call.weights * s.out_channels * compute_bytes(s.dtype));
+  params.packed = packed;
+  params.packed_bias = packed_bias;
+  const std::vector<DeformLaunch> launches = deform_launches(call, tiling.rows);
+  DeformZeros arrived{}, mean{}, var{}, up_mean{};
+  if (p.moments) {
+    // Launches run one after the other, so they share the memory of their tiles.
+    params.partial = allocate(max_tiles(launches) * 3 * s.out_channels * compute_bytes(s.dtype));
+    const int64_t maps = static_cast<int64_t>(call.jobs.size()) * s.images;
+    const int64_t counters = maps * s.groups * panels.column_panels;
+    params.arrived = static_cast<unsigned*>(allocate(counters * 4));
+    arrived = {params.arrived, counters};
+    // The moments of jobs without pixels stay zero.
+    const int64_t words = maps * s.out_channels * compute_bytes(s.dtype) / 4;
+    mean = {p.mean, words};
+    var = {p.var, words};
+    up_mean = {p.up_mean, words};
+  }
+  cudaError_t error = pack_weights(s, *p.weights, panels, false, math, packed, packed_bias,
+                                   {arrived, mean, var, up_mean}, stream);
+  for (size_t i = 0; i < launches.size() && error == cudaSuccess; ++i) {
+    params.launch = launches[i];
+    error = launch_deform_fwd(params, math, tiling, stream);
+  }
+  return error;
+}
+
+}  // namespace dyhead::cuda

@@ -1,0 +1,138 @@
+// Divides a call of deform_conv into launches, tiles and panels of weights: host code.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../context.h"
+#include "deform_conv.h"
+
+namespace dyhead::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether a block may have this much dynamic shared memory beside the small static memory of the
+// kernels.
+inline bool fits(size_t shared_bytes, const DeviceLimits& device) {
+  constexpr size_t kStatic = 1024;
+  return shared_bytes + kStatic <= device.shared_bytes;
+}
+
+inline DeformTiles cut_into_tiles(const DeformJob& job, int rows) {
+  const int patch_height = rows / kPatchWidth;
+  const int64_t patches_x = ceil_div(job.out.width, kPatchWidth);
+  const int64_t patches = patches_x * ceil_div(job.out.height, patch_height);
+  const int64_t stretches = ceil_div(job.out.pixels(), rows);
+  const bool patched = patches <= stretches + stretches / 8;
+  return {0, static_cast<int32_t>(patched ? patches : stretches),
+          static_cast<int32_t>(patched ? patches_x : 0)};
+}
+
+inline int64_t count_tiles(const DeformCall& call, int rows) {
+  int64_t tiles = 0;
+  for (const DeformJob& job : call.jobs) {
+    tiles += call.shape.images * cut_into_tiles(job, rows).per_image;
+  }
+  return tiles;
+}
+
+// The tile of the forward kernel. Few output channels get narrow tiles. IEEE arithmetic is slow
+// compared with blending, so it takes 128 columns and blends again for the next 128. With 128 rows
+// each weight is used twice as often as with 64, but if tiles are few, processors are idle in the
+// last round.
+//
+// Example: one 800 x 1344 image on 132 processors. 128 rows: 281 tiles, 3 rounds (2.13 would be
+// full). 64 rows: 545 tiles, each taking 0.55 of the time, so 5 rounds cost 2.75; 64 rows win. With
+// 8 images: 18 rounds against 34 x 0.55 = 18.7, so 128 rows win.
+inline DeformTiling forward_tiling(const DeformCall& call, DeformMath math, bool vectors,
+                                   const DeviceLimits& device) {
+  constexpr double kCostOf64Rows = 0.55;
+  const int64_t outputs = call.shape.out_channels / call.shape.groups;
+  const bool tensor = math != DeformMath::kFloat32 && math != DeformMath::kFloat64;
+  if (!vectors || math == DeformMath::kFloat64 || outputs <= 32) return {128, 32, vectors};
+  if (!tensor || outputs <= 128) return {128, 128, true};
+  const auto rounds = [&](int rows) {
+    return static_cast<double>(ceil_div(count_tiles(call, rows), device.processors));
+  };
+  const bool large = fits(forward_shared_bytes(128, 256, call.shape.dtype, kMaxTapsAtOnce), device);
+  return {large && rounds(128) <= kCostOf64Rows * rounds(64) ? 128 : 64, 256, true};
+}
+
+// The max number of steps of up to max_channels channels in a group.
+inline int32_t max_channel_steps(const DeformShape& s, int32_t max_channels) {
+  int32_t max_steps = 0;
+  for (int32_t group = 0; group < s.groups; ++group) {
+    const int32_t end = static_cast<int32_t>((group + 1) * (s.channels / s.groups));
+    int32_t steps = 0;
+    for (int32_t c = end - static_cast<int32_t>(s.channels / s.groups); c < end; ++steps) {
+      c = channel_step(s, group, c, max_channels).last;
+    }
+    max_steps = std::max(max_steps, steps);
+  }
+  return max_steps;
+}
+
+// Panels of the weights for the forward: columns are output channels, the depth is input channels.
+inline DeformPanels forward_panels(const DeformShape& s, int32_t cols, int32_t depth) {
+  return {cols, static_cast<int32_t>(ceil_div(s.out_channels / s.groups, cols)),
+          max_channel_steps(s, depth), depth};
+}
+
+// Panels of the weights for the backward: columns are input channels, the depth is output channels.
+inline DeformPanels backward_panels(const DeformShape& s, int32_t cols, int32_t depth) {
+  return {cols, max_channel_steps(s, cols),
+          static_cast<int32_t>(ceil_div(s.out_channels / s.groups, depth)), depth};
+}
+
+// All launches of a call for tiles of `rows` pixels; empty if a job does not fit into one launch.
+inline std::vector<DeformLaunch> deform_launches(const DeformCall& call, int rows) {
+  std::vector<DeformLaunch> launches;
+  const auto start = [&](size_t job) {
+    DeformLaunch launch{};
+    launch.shape = call.shape;
+    launch.all_sources = static_cast<int32_t>(call.sources.size());
+    launch.first_job = static_cast<int32_t>(job);
+    return launch;
+  };
+  DeformLaunch launch = start(0);
+  // Adds a job; if it does not fit, leaves the launch as it is and returns false.
+  const auto add = [&](const DeformJob& job) {
+    DeformLaunch next = launch;
+    if (next.job_count == kMaxJobs || next.term_count + job.terms > kMaxTerms) return false;
+    DeformJob& added = next.jobs[next.job_count] = job;
+    added.first_term = next.term_count;
+    for (int32_t t = job.first_term; t < job.first_term + job.terms; ++t) {
+      const DeformTerm& term = call.terms[t];
+      int16_t source = 0;
+      while (source < next.source_count && next.sources[source].index != term.source) ++source;
+      if (source == next.source_count) {
+        if (source == kMaxSources) return false;
+        next.sources[next.source_count++] = {call.sources[term.source], term.source};
+      }
+      next.terms[next.term_count++] = {source, static_cast<int16_t>(term.weight)};
+    }
+    DeformTiles& tiles = next.tiles[next.job_count] = cut_into_tiles(job, rows);
+    tiles.first = next.tile_count;
+    next.tile_count += call.shape.images * tiles.per_image;
+    ++next.job_count;
+    launch = next;
+    return true;
+  };
+  for (size_t j = 0; j < call.jobs.size(); ++j) {
+    if (add(call.jobs[j])) continue;
+    if (launch.job_count > 0) launches.push_back(launch);
+    launch = start(j);
+    if (!add(call.jobs[j])) return {};
+  }
+  launches.push_back(launch);
+  return launches;
+}
+
+// The max number of tiles in one launch of a call.
+inline int64_t max_tiles(const std::vector<DeformLaunch>& launches) {
+  int64_t tiles = 0;
+  for (const DeformLaunch& launch : launches) tiles = std::max<int64_t>(tiles, launch.tile_count);
+  return tiles;
+}
+
+}  // namespace dyhead::cuda
