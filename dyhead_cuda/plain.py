@@ -25,15 +25,15 @@ class Kind(NamedTuple):
 
     type: type[nn.Module]
     forward: Callable[..., Any]  # the class's, in case somebody replaces it there
-    settings: tuple[tuple[str, Any], ...] = ()  # attributes that the kernels take for granted
-    parameters: tuple[str, ...] = ("weight", "bias")  # those that must be there
+    settings: dict[str, Any]  # attributes that the kernels take for granted
+    parameters: tuple[str, ...]  # those that must be there
 
 
 def kind(
     type_: type[nn.Module], parameters: tuple[str, ...] = ("weight", "bias"), **settings: Any
 ) -> Kind:
     """The kind of an unchanged module of this class."""
-    return Kind(type_, type_.forward, tuple(settings.items()), parameters)
+    return Kind(type_, type_.forward, settings, parameters)
 
 
 def hooks_everywhere() -> str | None:
@@ -69,29 +69,35 @@ def why_not_plain(module: nn.Module, expected: Kind) -> str | None:
     Parametrizations (:mod:`torch.nn.utils.parametrize`) are no reason: they act where a weight is
     read. The class that they make has ``expected`` as its only base.
     """
+    type_, forward, settings, parameters = expected
     found = type(module)
-    if found is not expected.type and not (
-        found.__bases__ == (expected.type,) and "parametrizations" in module._modules
+    if found is not type_ and not (
+        found.__bases__ == (type_,) and "parametrizations" in module._modules
     ):
-        return f"is a {found.__module__}.{found.__qualname__}, not a {expected.type.__name__}"
-    reason = why_called(module)
-    if reason is not None:
-        return reason
-    if found.forward is not expected.forward:
-        return f"has a forward that replaced the one of {expected.type.__name__}"
+        return f"is a {found.__module__}.{found.__qualname__}, not a {type_.__name__}"
     state = module.__dict__
-    for name, value in expected.settings:
-        if state[name] != value:
-            return f"has {name}={state[name]!r}, not {value!r}"
-    parameters = state["_parameters"]
-    for name in expected.parameters:
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    ):
+        return why_called(module)
+    if found.forward is not forward:
+        return f"has a forward that replaced the one of {type_.__name__}"
+    for name in settings:
+        if state[name] != settings[name]:
+            return f"has {name}={state[name]!r}, not {settings[name]!r}"
+    there = state["_parameters"]
+    for name in parameters:
         # A parametrized one is not among the parameters, and its attribute is costly to read.
-        if name in parameters and parameters[name] is None:
+        if there.get(name, there) is None:
             return f"has no {name}"
     return None
 
 
-def first_reason(parts: Iterable[tuple[str, nn.Module, Kind]]) -> str | None:
+def first_reason(parts: Iterable[tuple[str, Any, Kind]]) -> str | None:
     """The first reason among named modules, with the name, or None if all are plain."""
     for name, module, expected in parts:
         reason = why_not_plain(module, expected)
