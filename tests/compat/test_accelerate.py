@@ -299,7 +299,7 @@ def test_a_forward_without_code_counts_as_released() -> None:
 
     block = type("DyHeadBlock", (mmdet.DyHeadBlockStructure,), {"forward": Callback()})
     model = nn.Sequential(block(CHANNELS, CHANNELS))
-    assert {b.high_offset for b in fused(accelerate(model))} == {"flat"}
+    assert {b.high_offset for b in fused(accelerate(model, verify=False))} == {"flat"}
 
 
 def test_training_flag_and_groups_are_kept() -> None:
