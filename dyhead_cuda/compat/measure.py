@@ -148,17 +148,20 @@ def _run_own(twin: nn.Module, code_base: CodeBase, levels: Levels) -> Levels:
     containers: tuple[Callable[[Levels], Any], ...] = (_visual, list, _named)
     if code_base in (MMDET, ULTRALYTICS):
         containers = (list,)
+    finished: list[nn.Module] = []
+    for module in twin.modules():
+        if module is not twin:
+            module.register_forward_hook(lambda inner, *_: finished.append(inner))
     failures: list[tuple[int, str]] = []
     for container in containers:
+        finished.clear()
         try:
             return _tensors(twin(container([x.clone() for x in levels])))
         except Exception as error:
-            depth, frame = 0, error.__traceback__
-            while frame is not None:
-                depth, frame = depth + 1, frame.tb_next
-            failures.append((depth, _first_line(error)))
-    # The wrong container fails at once; what came furthest met the operator.
-    raise CannotMeasureError(f"its own forward does not run here: {max(failures)[1]}")
+            failures.append((len(finished), _first_line(error)))
+    # A wrong container fails before any layer has run; what came furthest met the operator.
+    reason = max(failures, key=lambda failure: failure[0])[1]
+    raise CannotMeasureError(f"its own forward does not run here: {reason}")
 
 
 def _error(found: Levels, expected: Levels) -> float:
