@@ -29,11 +29,20 @@ from tests.compat.test_state_dicts import (
     glip_model,
     language_model,
     microsoft_model,
+    mmdet_glip_model,
     mmdet_model,
     pyramid,
     randomised,
+    ultralytics_model,
 )
-from tests.helpers.published import glip, glip_language, microsoft, mmdet, mmdet_main
+from tests.helpers.published import (
+    glip,
+    glip_language,
+    microsoft,
+    mmdet,
+    mmdet_glip,
+    mmdet_main,
+)
 
 Levels = list[Tensor]
 
@@ -46,7 +55,9 @@ def run(model: nn.Module, levels: Levels) -> Levels:
     """All outputs of any of the models, whatever it takes and returns."""
     if isinstance(model, microsoft.DyHead):
         return list(model({f"p{i}": x for i, x in enumerate(levels)}).values())
-    if isinstance(model, glip_language.VLDyHead):
+    if isinstance(model, nn.ModuleDict):
+        return list(model["dyhead"](levels))
+    if isinstance(model, glip_language.VLDyHead | mmdet_glip.VLFusionModule):
         hidden = torch.linspace(-1, 1, 2 * 4 * 8, dtype=levels[0].dtype).view(2, 4, 8)
         out = model(levels, {"hidden": hidden})
         return [*out["visual"], out["lang"]["hidden"]]
@@ -57,13 +68,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "microsoft": microsoft_model,
     "glip": glip_model,
     "glip_language": language_model,
+    "mmdet_glip": mmdet_glip_model,
     "mmdet": mmdet_model,
     "mmdet_main": main_model,
+    "ultralytics": ultralytics_model,
 }
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 # The offset gradient of mmdet's main branch goes to the wrong places, ours to the right ones.
 TRUE_GRADIENT = {name: make for name, make in MODELS.items() if make is not main_model}
 each_true_model = pytest.mark.parametrize("make", TRUE_GRADIENT.values(), ids=TRUE_GRADIENT)
+
+
+def gradient_tolerance(make: Callable[[], nn.Module]) -> float:
+    """torch's backward of Hardsigmoid multiplies by the sixth of float32, in every dtype."""
+    return 1e-6 if make is mmdet_glip_model else 1e-8
 
 
 def fused(model: nn.Module) -> list[AcceleratedBlock]:
@@ -105,7 +123,10 @@ def test_same_numbers(make: Callable[[], nn.Module], backend: Any) -> None:
     if make not in TRUE_GRADIENT.values():
         return
     for key, gradient in gradients.items():
-        torch.testing.assert_close(fast_gradients[key], gradient, rtol=1e-8, atol=1e-9, msg=key)
+        rtol = gradient_tolerance(make)
+        torch.testing.assert_close(
+            fast_gradients[key], gradient, rtol=rtol, atol=rtol / 10, msg=key
+        )
 
 
 @each_model
@@ -135,7 +156,8 @@ def test_an_optimizer_made_before_goes_on(make: Callable[[], nn.Module]) -> None
             optimizer.step()
     expected = original.state_dict()
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-8, atol=1e-10, msg=key)
+        rtol = gradient_tolerance(make)
+        torch.testing.assert_close(value, expected[key], rtol=rtol, atol=rtol / 100, msg=key)
         if "offset" in key:
             assert not torch.equal(value, start[key]), key
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 import dyhead_cuda
 from dyhead_cuda import DyHead, compat
-from tests.helpers.published import glip, glip_language, microsoft, mmdet, mmdet_main
+from tests.helpers.published import (
+    glip,
+    glip_language,
+    microsoft,
+    mmdet,
+    mmdet_glip,
+    mmdet_main,
+    ultralytics,
+)
 
 CHANNELS = 32
 SIZES = ((8, 6), (4, 3), (2, 2))
@@ -50,9 +58,21 @@ def language_model() -> nn.Module:
     return randomised(glip_language.VLDyHead(CHANNELS, 2))
 
 
+def mmdet_glip_model() -> nn.Module:
+    return randomised(mmdet_glip.VLFusionModule(CHANNELS, 2))
+
+
+def ultralytics_model() -> nn.Module:
+    """A tower alone; the convolutions before it are not the head's."""
+    blocks = (ultralytics.DyHeadBlock(CHANNELS, zero_init_offset=False) for _ in range(2))
+    return randomised(nn.ModuleDict({"dyhead": nn.Sequential(*blocks)}))
+
+
 def run_published(model: nn.Module, levels: list[Tensor]) -> list[Tensor]:
     if isinstance(model, microsoft.DyHead):
         return list(model({f"p{i}": x for i, x in enumerate(levels)}).values())
+    if isinstance(model, nn.ModuleDict):
+        return list(model["dyhead"](levels))
     tower = model.dyhead_tower if isinstance(model, glip.DyHead) else model
     return list(tower(levels))
 
@@ -61,6 +81,7 @@ SINGLE: dict[str, tuple[Callable[[], nn.Module], Callable[..., DyHead], Callable
     "microsoft": (microsoft_model, compat.from_microsoft, compat.to_microsoft),
     "glip": (glip_model, compat.from_glip, compat.to_glip),
     "mmdet": (mmdet_model, compat.from_mmdet, compat.to_mmdet),
+    "ultralytics": (ultralytics_model, compat.from_ultralytics, compat.to_ultralytics),
 }
 each_code_base = pytest.mark.parametrize("name", SINGLE)
 
@@ -82,7 +103,7 @@ def tower_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key.startswith(("dyhead_tower.", "dyhead_blocks."))
+        if key.startswith(("dyhead_tower.", "dyhead_blocks.", "dyhead."))
     }
 
 
@@ -106,7 +127,7 @@ def test_round_trip_is_exact(name: str, dtype: torch.dtype) -> None:
 @each_code_base
 def test_head_round_trip_is_exact(name: str) -> None:
     _, from_, to = SINGLE[name]
-    head = DyHead(CHANNELS, CHANNELS, 3, deform_bias=name != "mmdet")
+    head = DyHead(CHANNELS, CHANNELS, 3, deform_bias=name not in ("mmdet", "ultralytics"))
     randomised(head, torch.float32)
     assert_same(from_(to(head)).state_dict(), head.state_dict())
 
@@ -406,7 +427,12 @@ def test_public_names() -> None:
         "from_glip",
         "from_microsoft",
         "from_mmdet",
+        "from_mmdet_glip",
+        "from_ultralytics",
+        "load_checkpoint",
         "to_glip",
         "to_microsoft",
         "to_mmdet",
+        "to_mmdet_glip",
+        "to_ultralytics",
     ]

@@ -75,8 +75,8 @@ class DyConv(nn.Module):
                 size = x.shape[-2:]
                 branches.append(F.interpolate(coarser, size, mode="bilinear", align_corners=True))
             assert self.attnconv is not None
-            gated = [self.h_sigmoid(self.attnconv(branch)) * branch for branch in branches]
-            outs.append(self.relu(torch.stack(gated).mean(0)))
+            gates = self.h_sigmoid(torch.stack([self.attnconv(branch) for branch in branches]))
+            outs.append(self.relu((gates * torch.stack(branches)).mean(0)))
         return {"visual": outs, "lang": inputs["lang"]}
 
 
