@@ -68,16 +68,17 @@ class Unknown:
 class _Call:
     """A function that a pickle may call, and do nothing else with (a function has attributes)."""
 
-    __slots__ = ("__function",)
+    __slots__ = ("function",)
+    function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_Call__function", function)
+        object.__setattr__(self, "function", function)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise pickle.UnpicklingError("the file sets an attribute of a function")
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.__function(*arguments)
+        return self.function(*arguments)
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:

@@ -63,7 +63,7 @@ def _as_mapping(value: Any) -> Mapping[str, Any] | None:
     return value if isinstance(value, Mapping) else None
 
 
-def unnest(checkpoint: Mapping[str, Any], code_base: CodeBase) -> Mapping[str, Any]:
+def unnest(checkpoint: Any, code_base: CodeBase) -> Mapping[str, Any]:
     """The mapping that holds the parameters: ``checkpoint`` or one nested inside it.
 
     Where several nested ones hold blocks, the first of :data:`NESTS` is taken, and the log says so.
