@@ -208,3 +208,22 @@ def convert_to(
                 tensors[name.ours] = torch.zeros_like(tensors[f"{branch}.norm_bias"])
             result[f"{prefix}{index}.{name.theirs}"] = name.to_theirs(tensors[name.ours]).clone()
     return result
+
+
+def rename_from(
+    state_dict: dict[str, Any], code_base: CodeBase, prefix: str, ours: str, head: DyHead
+) -> None:
+    """Rename the blocks under ``prefix`` in ``state_dict``, in place, as those of ``head``.
+
+    Args:
+        state_dict: that is about to be loaded; without blocks under ``prefix`` it is left alone.
+        code_base: whose names they have.
+        prefix: of the tower there.
+        ours: prefix of the blocks of ``head`` here.
+        head: which tells the number of blocks.
+    """
+    for index in range(len(head.blocks)):
+        for name in code_base.names:
+            value = state_dict.pop(f"{prefix}{index}.{name.theirs}", None)
+            if value is not None:
+                state_dict[f"{ours}{index}.{name.ours}"] = name.to_ours(value)

@@ -82,12 +82,16 @@ def published_high_offset(module: nn.Module) -> HighOffset:
     """What the forward of a public block computes, as far as reading it tells.
 
     mmdet's main branch (commit 15a558d and later) crops offset and mask to ``out_h``, ``out_w``;
-    every release up to 3.3.0 and the other code bases read them flat. torchvision's operator takes
-    only offsets of its own size, so that the coarser level must have been resized before. A
-    forward without readable code counts as released.
+    every release up to 3.3.0 and the other code bases read them flat. The operators of torchvision
+    and of detectron2 take only offsets of their output's size: on the first the coarser level is
+    resized before, on the second the offsets are cropped. A forward without readable code counts
+    as released.
     """
-    if any(type(inner).__name__ == _TORCHVISION for inner in module.modules()):
+    operators = {type(inner) for inner in module.modules()}
+    if any(operator.__name__ == _TORCHVISION for operator in operators):
         return "aligned"
+    if any(operator.__module__.startswith("detectron2.") for operator in operators):
+        return "crop"
     names = getattr(_code(module), "co_varnames", ())
     return "mmdet_main" if {"out_h", "out_w"} <= set(names) else "flat"
 
@@ -196,7 +200,8 @@ def _hsigmoid(module: Any, where: str) -> None:
         settings = (module.bias, module.divisor, module.min_value, module.max_value)
         _require(settings == (3, 6, 0, 1), f"{where} is HSigmoid{settings}, not (3, 6, 0, 1)")
         return
-    fits = kind == "h_sigmoid" and isinstance(module.relu, nn.ReLU6) and module.h_max == 1
+    height = getattr(module, "h_max", 1)  # some forks have it as a constant
+    fits = kind == "h_sigmoid" and isinstance(module.relu, nn.ReLU6) and height == 1
     _require(fits, f"{where} is a {kind}, not relu6(x + 3) / 6")
 
 

@@ -246,6 +246,16 @@ def test_reading_a_forward_tells_its_resizing() -> None:
         assert fast.upsample == expected
 
 
+def test_operators_that_refuse_other_sizes_tell_how_offsets_are_read() -> None:
+    assert structure.published_high_offset(fork("aligned", CHANNELS)) == "aligned"
+    block = fork("cropped", CHANNELS)
+    assert structure.published_high_offset(block) == "flat"
+    operator = type(block.get_submodule("DyConv.0.conv"))
+    renamed = type(operator.__name__, (operator,), {"__module__": "detectron2.layers.deform_conv"})
+    block.get_submodule("DyConv.0.conv").__class__ = renamed
+    assert structure.published_high_offset(block) == "crop"
+
+
 def test_the_measurement_says_how_close_it_came() -> None:
     block = fork("half_pixel", CHANNELS)
     first = measure.Variant("flat", "bilinear")

@@ -11,8 +11,23 @@ from torch import Tensor, nn
 from tests.helpers.published import dyconv, mmdet
 
 
+class h_sigmoid(nn.Module):
+    """Without the height that microsoft's has as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU6(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x + 3) / 6
+
+
 class DyReLU(dyconv.DYReLU):
     """microsoft's, under another name."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.fc[3] = h_sigmoid()
 
 
 class DyHeadBlock(mmdet.DyHeadBlock):
