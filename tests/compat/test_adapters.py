@@ -132,12 +132,12 @@ class Pyramid(Backbone):
     def output_shape(self) -> dict[str, ShapeSpec]:
         strides = (32, 16, 8)
         return {
-            f"p{5 - i}": ShapeSpec(conv.out_channels, stride)  # type: ignore[arg-type]
+            f"p{5 - i}": ShapeSpec(conv.out_channels, stride)
             for i, (conv, stride) in enumerate(zip(self.convs, strides, strict=True))
         }
 
 
-class CfgNode(dict):  # type: ignore[type-arg]
+class CfgNode(dict):
     __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__
 
