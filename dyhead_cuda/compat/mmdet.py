@@ -15,7 +15,7 @@ from typing import Any
 from mmdet.models.necks import DyHead as _DyHead
 from mmdet.registry import MODELS
 
-from dyhead_cuda.compat.accelerate import accelerate
+from dyhead_cuda.compat.accelerate import AcceleratedBlock, accelerate
 from dyhead_cuda.pyramid import HighOffset, Upsample
 
 
@@ -53,13 +53,13 @@ class FusedDyHead(_DyHead):
         accelerate(
             self, high_offset=high_offset, upsample=upsample, recompute=recompute, verify=verify
         )
-        left = [name for name, block in self.dyhead_blocks.named_children() if not _fused(block)]
+        left = [
+            name
+            for name, block in self.dyhead_blocks.named_children()
+            if not isinstance(block, AcceleratedBlock)
+        ]
         if left:
             raise RuntimeError(
                 f"expected blocks of mmdet that can be fused, blocks {', '.join(left)} were left; "
                 'the log of "dyhead_cuda" says why; use type="DyHead" to go on without'
             )
-
-
-def _fused(block: object) -> bool:
-    return type(block).__name__.startswith("Accelerated")

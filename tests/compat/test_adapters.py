@@ -121,6 +121,7 @@ class Pyramid(Backbone):
 
     def __init__(self, widths: tuple[int, ...] = (CHANNELS,) * 3) -> None:
         super().__init__()
+        self.widths = widths
         self.convs = nn.ModuleList(
             nn.Conv2d(3, width, stride, stride)
             for width, stride in zip(widths, (32, 16, 8), strict=True)
@@ -130,11 +131,7 @@ class Pyramid(Backbone):
         return {f"p{5 - i}": conv(images) for i, conv in enumerate(self.convs)}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        strides = (32, 16, 8)
-        return {
-            f"p{5 - i}": ShapeSpec(conv.out_channels, stride)
-            for i, (conv, stride) in enumerate(zip(self.convs, strides, strict=True))
-        }
+        return {f"p{5 - i}": ShapeSpec(width, 32 >> i) for i, width in enumerate(self.widths)}
 
 
 class CfgNode(dict):
