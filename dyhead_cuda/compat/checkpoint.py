@@ -8,6 +8,7 @@ without behaviour that only keeps what it is given. Nothing is imported.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import warnings
@@ -97,21 +98,73 @@ def _typed_tensor(function: Any, _type: Any, arguments: Any, _state: Any) -> Any
     return function(*arguments)
 
 
-def _array(subtype: Any, shape: Any, kind: Any) -> Any:
-    if subtype is not np.ndarray:
+def _refused(*_: Any) -> Any:
+    raise pickle.UnpicklingError("the file calls a class that it may only name")
+
+
+_NDARRAY, _TENSOR = _Call(_refused), _Call(_refused)
+
+
+class _Kind:
+    """A numpy dtype. The real one would take its fields and flags from the file, unchecked."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("the file holds an array with fields")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _dtype(name: Any, *_: Any) -> _Kind:
+    made = np.dtype(name) if isinstance(name, str) else None
+    if made is None or made.fields is not None or made.subdtype is not None:
+        raise pickle.UnpicklingError(f"the file holds an array of the type {name!r}")
+    return _Kind(made)
+
+
+def _plain(kind: Any) -> np.dtype[Any]:
+    """The dtype of numbers or text that are stored as bytes."""
+    if not isinstance(kind, _Kind) or kind.dtype.hasobject:
+        shown = kind.dtype if isinstance(kind, _Kind) else kind
+        raise pickle.UnpicklingError(f"the file holds bytes of the type {shown}")
+    return kind.dtype
+
+
+class _Array(np.ndarray):
+    """An array whose contents are checked before numpy takes them."""
+
+    def __setstate__(self, state: Any) -> None:
+        version, shape, kind, fortran, data = state
+        if isinstance(kind, _Kind) and kind.dtype == object:
+            if not isinstance(data, list) or len(data) != math.prod(shape):
+                raise pickle.UnpicklingError("the file holds an array of objects without them")
+            dtype = kind.dtype
+        else:
+            dtype, data = _plain(kind), _bytes(data)
+        super().__setstate__((version, shape, dtype, fortran, data))
+
+
+def _array(subtype: Any, *_: Any) -> _Array:
+    if subtype is not _NDARRAY:
         raise pickle.UnpicklingError(f"the file holds an array of the class {subtype}")
-    return np.empty(0, dtype="V1" if kind == b"V" else None)
+    return np.empty(0, dtype=np.uint8).view(_Array)
 
 
-def _scalar(dtype: Any, value: Any = b"") -> Any:
-    if not isinstance(dtype, np.dtype) or dtype.hasobject:
-        raise pickle.UnpicklingError(f"the file holds a scalar of the type {dtype}")
-    data = value.encode("latin1") if isinstance(value, str) else bytes(value)
-    return np.frombuffer(data, dtype, 1)[0]
+def _bytes(data: Any) -> bytes:
+    """Raw values, which Python 2 wrote as text."""
+    return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 
-def _buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:
-    return np.frombuffer(data, dtype).reshape(shape, order=order).copy()
+def _scalar(kind: Any, data: Any) -> Any:
+    return np.frombuffer(_bytes(data), _plain(kind), 1)[0]
+
+
+def _buffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> Any:
+    return np.frombuffer(data, _plain(kind)).reshape(shape, order=order).copy()
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -137,7 +190,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("collections", "deque"): deque,
         ("torch", "Size"): torch.Size,
         ("torch", "device"): torch.device,
-        ("torch", "Tensor"): Tensor,
+        ("torch", "Tensor"): _TENSOR,
         ("torch", "UntypedStorage"): torch.UntypedStorage,
         ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
         ("torch._utils", "_rebuild_tensor"): _Call(_tensor),
@@ -145,8 +198,8 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("torch._utils", "_rebuild_parameter"): _Call(_first),
         ("torch._utils", "_rebuild_parameter_with_state"): _Call(_first),
         ("torch._tensor", "_rebuild_from_type_v2"): _Call(_typed_tensor),
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): _NDARRAY,
+        ("numpy", "dtype"): _Call(_dtype),
         ("_codecs", "encode"): _Call(_encode),
     }
     for name in dir(torch):
@@ -236,14 +289,16 @@ def _is_module(value: Any) -> bool:
 
 
 def _readable(value: Any) -> Any:
-    """``value`` with a state dict in place of each module in it, at any depth of mappings."""
+    """``value`` with state dicts for modules and plain arrays, at any depth of mappings."""
     if _is_module(value):
         return _parameters(value)
     if isinstance(value, Unknown) and value.items and all(_is_pair(pair) for pair in value.items):
         value = dict(value.items)  # a mapping of an unknown class
     if isinstance(value, dict):
         return {key: _readable(inner) for key, inner in value.items()}
-    return value
+    if isinstance(value, _Array):
+        return value.view(np.ndarray)
+    return value.dtype if isinstance(value, _Kind) else value
 
 
 def _is_pair(value: Any) -> bool:

@@ -6,6 +6,7 @@ import collections
 import copyreg
 import os
 import pickle
+import re
 import sys
 import types
 import zipfile
@@ -142,16 +143,26 @@ def test_kinds_of_tensors_and_arrays(tmp_path: Path) -> None:
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "numbers": [1, 2.5, 1j, True, b"bytes", {1, 2}, frozenset([3]), slice(1, 2)],
         "number": np.float32(2.5),
+        "kind": np.dtype("<f4"),
+        "text": np.array(["a", "bc"]),
+        "objects": np.array([1, "two", None], dtype=object),
+        "big": np.arange(3, dtype=">f8"),
     }
     torch.save(value, tmp_path / "file.pth")
     found = compat.load_checkpoint(tmp_path / "file.pth")
     for key in ("half", "bfloat", "parameter", "view", "scalar", "empty"):
         assert torch.equal(found[key], value[key])
         assert type(found[key]) is torch.Tensor
-    for key in ("integers", "fortran"):
+    for key in ("integers", "fortran", "text", "objects", "big"):
+        assert type(found[key]) is np.ndarray
         np.testing.assert_array_equal(found[key], value[key])
     assert found["numbers"] == value["numbers"]
     assert found["number"] == 2.5
+    assert found["kind"] == np.dtype("<f4")
+
+
+class Subclass(np.ndarray):
+    """An array of a class of one's own."""
 
 
 class Evil:
@@ -216,9 +227,18 @@ def test_allowed_functions_take_only_what_is_meant(tmp_path: Path) -> None:
     refused = {
         "in an old way": Evil(reconstruct, dict, object, None),
         "encodes text as 'rot13'": Evil(sys.modules["_codecs"].encode, "x", "rot13"),
-        "scalar of the type object": Evil(scalar, np.dtype("O"), 1),
+        "bytes of the type object": Evil(scalar, np.dtype("O"), b"12345678"),
+        "array with fields": np.zeros(2, dtype=[("x", "f4")]),
+        "may only name": Evil(np.ndarray, (1,)),
+        "array of the class": np.ones(1).view(Subclass),
     }
     path = tmp_path / "file.pkl"
+    # An array of "objects" whose contents are bytes would be read as addresses.
+    harmless = pickle.dumps({"x": np.array([1], dtype=object)}, 2)
+    path.write_bytes(re.sub(rb"\]q.K\x01a", b"U\x08addressA", harmless))
+    assert path.read_bytes() != harmless
+    with pytest.raises(ValueError, match="array of objects without them"):
+        compat.load_checkpoint(path)
     for reason, value in refused.items():
         path.write_bytes(pickle.dumps({"x": value}, 2))
         with pytest.raises(ValueError, match=reason):
