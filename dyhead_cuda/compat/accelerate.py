@@ -205,12 +205,18 @@ class _Accelerator:
         if self.left or self.replaced:
             return
         done = sum(isinstance(m, AcceleratedBlock | DyHeadBlock) for m in model.modules())
+        others = [
+            f"{path or 'the model itself'} ({type(module).__name__})"
+            for path, module in model.named_modules()
+            if structure.has_known_name(module) and not isinstance(module, DyHeadBlock)
+        ]
         _log.log(
             logging.INFO if done else logging.WARNING,
-            "found no DyConv of DynamicHead or GLIP and no DyHeadBlock of mmdet to accelerate in "
-            "%s, %d blocks are fused already",
+            "found no DyConv of DynamicHead or GLIP and no DyHeadBlock of mmdet or a YOLO fork to "
+            "accelerate in %s, %d blocks are fused already%s",
             type(model).__name__,
             done,
+            f"; of such a name but made of other parts: {', '.join(others)}" if others else "",
         )
 
 

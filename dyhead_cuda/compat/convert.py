@@ -205,7 +205,8 @@ def convert_to(
         for name in code_base.names:
             branch, _, field = name.ours.partition(".")
             if name.ours not in tensors and field == "bias":
-                tensors[name.ours] = torch.zeros_like(tensors[f"{branch}.norm_bias"])
+                weight = tensors[f"{branch}.weight"]
+                tensors[name.ours] = weight.new_zeros(len(weight))
             result[f"{prefix}{index}.{name.theirs}"] = name.to_theirs(tensors[name.ours]).clone()
     return result
 

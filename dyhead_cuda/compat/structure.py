@@ -68,6 +68,11 @@ def _recognise(module: nn.Module) -> tuple[type | None, CodeBase | None]:
     return None, None
 
 
+def has_known_name(module: nn.Module) -> bool:
+    """Whether its class is called like a public block, whatever it is made of."""
+    return any(type(module).__name__ == name for name, _, _ in _BLOCKS)
+
+
 def code_base_of(module: nn.Module) -> CodeBase | None:
     """The code base that ``module`` is a block of, or None."""
     return _recognise(module)[1]
@@ -310,7 +315,8 @@ def _check_untouched(block: nn.Module) -> None:
     cls, _ = _recognise(block)
     _require(
         type(block).forward is vars(cls).get("forward"),
-        f"the subclass {type(block).__name__} has a forward of its own",
+        f"the subclass {type(block).__name__} has a forward of its own (a module around the block "
+        "can do the same)",
     )
     for path, module in block.named_modules():
         inner = path or "the block"
@@ -318,9 +324,15 @@ def _check_untouched(block: nn.Module) -> None:
             "forward" not in vars(module) and vars(module).get("_compiled_call_impl") is None,
             f"the forward of {inner} was replaced or compiled (call accelerate before that)",
         )
-        _require(not parametrize.is_parametrized(module), f"{inner} has parametrizations")
+        _require(
+            not parametrize.is_parametrized(module),
+            f"{inner} has parametrizations (remove_parametrizations makes it plain)",
+        )
         hooks = [name for name in _HOOKS if path and getattr(module, name, None)]
-        _require(not hooks, f"{inner} has hooks, which would no longer be called")
+        _require(
+            not hooks,
+            f"{inner} has hooks, which would no longer be called (hooks of the block itself are)",
+        )
     for path, parameter in block.named_parameters():
         _require(
             type(parameter) is nn.Parameter and parameter.dtype in _DTYPES,
@@ -368,7 +380,7 @@ def block_parameters(block: nn.Module, code_base: CodeBase) -> BlockParameters:
 
 def norm_of(block: nn.Module, code_base: CodeBase) -> nn.GroupNorm:
     """One of the three norms, which have the same settings."""
-    path = next(name.theirs for name in code_base.names if name.ours == "mid.norm_weight")
+    path = next(name.theirs for name in code_base.names if name.ours.startswith("mid.norm"))
     norm = block.get_submodule(path.rpartition(".")[0])
     assert isinstance(norm, nn.GroupNorm)
     return norm

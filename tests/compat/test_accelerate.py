@@ -418,6 +418,7 @@ def test_nothing_to_accelerate(caplog: pytest.LogCaptureFixture) -> None:
     assert accelerate(model) is model
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "found no DyConv" in caplog.text
+    assert "of such a name but made of other parts: 1 (DyConv)" in caplog.text
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
         accelerate({})  # type: ignore[type-var]
 
