@@ -65,15 +65,15 @@ class AcceleratedBlock(nn.Module):
 class AcceleratedDyConv(AcceleratedBlock):
     """The block of microsoft/DynamicHead (a dict of levels) and of GLIP (a list).
 
-    In GLIP's language-aware tower the input is {"visual": levels, "lang": anything}; "lang" is
-    passed on as it is.
+    In GLIP's language-aware tower the input is {"visual": levels, "lang": anything}; all but
+    "visual" is passed on as it is.
     """
 
     code_base = GLIP
 
     def forward(self, x: Any) -> Any:
         if isinstance(x, Mapping) and isinstance(x.get("visual"), list | tuple):
-            return {"visual": self._run(x["visual"]), "lang": x["lang"]}
+            return {**x, "visual": self._run(x["visual"])}
         levels = self._run(unpack(x))
         return levels if isinstance(x, list | tuple) else repack(x, levels)
 

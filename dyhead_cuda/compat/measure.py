@@ -98,10 +98,7 @@ def _twin(block: nn.Module, generator: torch.Generator) -> nn.Module:
     for buffer in block.buffers():
         twin = buffer.detach().clone()
         memo[id(buffer)] = twin.double() if twin.is_floating_point() else twin
-    try:
-        return copy.deepcopy(block, memo)
-    except Exception as error:
-        raise CannotMeasureError(f"it cannot be copied: {_first_line(error)}") from error
+    return copy.deepcopy(block, memo)
 
 
 def _first_line(error: BaseException) -> str:
@@ -160,8 +157,24 @@ def _run_own(twin: nn.Module, code_base: CodeBase, levels: Levels) -> Levels:
         except Exception as error:
             failures.append((len(finished), _first_line(error)))
     # A wrong container fails before any layer has run; what came furthest met the operator.
-    reason = max(failures, key=lambda failure: failure[0])[1]
+    furthest, reason = max(failures, key=lambda failure: failure[0])
+    if not furthest:
+        raise structure.UnsupportedError(
+            "its forward takes no list or dict of levels that a public block takes, and goes on "
+            f"with what it takes ({reason})"
+        )
     raise CannotMeasureError(f"its own forward does not run here: {reason}")
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Any error inside as a :class:`CannotMeasureError` that begins with ``what``."""
+    try:
+        yield
+    except (CannotMeasureError, structure.UnsupportedError):
+        raise
+    except Exception as error:
+        raise CannotMeasureError(f"{what}: {_first_line(error)}") from error
 
 
 def _error(found: Levels, expected: Levels) -> float:
@@ -172,6 +185,21 @@ def _error(found: Levels, expected: Levels) -> float:
     got = torch.cat([x.double().flatten() for x in found])
     error = float((got - wanted).norm() / wanted.norm())
     return float("inf") if math.isnan(error) else error
+
+
+def _own(
+    twin: nn.Module, code_base: CodeBase, channels: int, generator: torch.Generator
+) -> tuple[Levels, Levels]:
+    """A random pyramid that the block's own forward takes, and what it gives for it."""
+    device = next(twin.parameters()).device
+    for sizes in _PYRAMIDS:
+        levels = [_random((_IMAGES, channels, *size), generator, device) for size in sizes]
+        try:
+            return levels, _run_own(twin, code_base, levels)
+        except CannotMeasureError:
+            if sizes is _PYRAMIDS[-1]:
+                raise
+    raise AssertionError  # the last pyramid has returned or raised
 
 
 def measure(block: nn.Module, code_base: CodeBase, candidates: Sequence[Variant]) -> Measurement:
@@ -187,24 +215,18 @@ def measure(block: nn.Module, code_base: CodeBase, candidates: Sequence[Variant]
 
     Raises:
         CannotMeasureError: the block cannot be copied or run here, with the reason.
+        structure.UnsupportedError: its forward takes something else than levels.
     """
     device = next(block.parameters()).device
     if device.type == "meta":
         raise CannotMeasureError("its parameters are on the meta device")
-    generator = torch.Generator().manual_seed(0)
-    with _undisturbed(device):
-        twin = _twin(block, generator)
+    with _undisturbed(device), _explained("the fused block does not run here in float64"):
+        with _explained("it cannot be copied in float64"):
+            generator = torch.Generator().manual_seed(0)
+            twin = _twin(block, generator)
         parameters = structure.block_parameters(twin, code_base)
-        channels, norm = parameters.mid.weight.shape[1], structure.norm_of(twin, code_base)
-        for sizes in _PYRAMIDS:
-            levels = [_random((_IMAGES, channels, *size), generator, device) for size in sizes]
-            try:
-                expected = _run_own(twin, code_base, levels)
-                break
-            except CannotMeasureError:
-                if sizes is _PYRAMIDS[-1]:
-                    raise
-        tried: list[Measurement] = []
+        levels, expected = _own(twin, code_base, parameters.mid.weight.shape[1], generator)
+        norm, tried = structure.norm_of(twin, code_base), []
         for variant in candidates:
             ours = functional.pyramid_block(
                 levels,

@@ -17,7 +17,7 @@ from dyhead_cuda.compat import measure, structure
 from dyhead_cuda.compat.accelerate import AcceleratedBlock
 from dyhead_cuda.compat.names import GLIP
 from tests.compat.test_state_dicts import CHANNELS, glip_model, pyramid, randomised
-from tests.helpers.published import glip, mmdet, mmdet_main
+from tests.helpers.published import glip, glip_language, mmdet, mmdet_main
 from tests.helpers.published.forks import fork
 
 
@@ -123,7 +123,35 @@ def test_a_block_that_cannot_be_copied_is_not_verified(caplog: pytest.LogCapture
     block.handle = open  # type: ignore[assignment]
     block.cache = torch.ones(2, requires_grad=True) * 2  # deepcopy refuses what has a history
     assert isinstance(accelerate(nn.Sequential(block))[0], AcceleratedBlock)
-    assert "not verified: it cannot be copied: RuntimeError" in caplog.text
+    assert "not verified: it cannot be copied in float64: RuntimeError" in caplog.text
+
+
+def test_a_forward_that_takes_something_else_stays(caplog: pytest.LogCaptureFixture) -> None:
+    def forward(self: Any, *x: Tensor) -> list[Tensor]:
+        return [self.run_level(list(x), level) for level in range(len(x))]
+
+    block = type("DyConv", (glip.DyConvStructure,), {"forward": forward})(CHANNELS, CHANNELS)
+    assert accelerate(nn.Sequential(block))[0] is block
+    assert "its forward takes no list or dict of levels that a public block takes" in caplog.text
+
+
+def test_where_the_fused_block_cannot_run_it_is_not_verified(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no float64 here")
+
+    monkeypatch.setattr(measure.functional, "pyramid_block", broken)
+    accelerate(nn.Sequential(glip.DyConv(CHANNELS, CHANNELS)))
+    assert "not verified: the fused block does not run here in float64: Runt" in caplog.text
+
+
+def test_what_stands_beside_the_levels_is_passed_on() -> None:
+    block = accelerate(randomised(glip_language.DyConv(CHANNELS, CHANNELS)))
+    mask = object()
+    out = block({"visual": pyramid(), "lang": None, "masks": mask})
+    assert list(out) == ["visual", "lang", "masks"]
+    assert out["masks"] is mask
 
 
 def test_verification_can_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
