@@ -8,6 +8,7 @@ import inspect
 import pytest
 
 from dyhead_cuda import compat
+from dyhead_cuda.detection import atss_from_mmdet
 
 
 @pytest.mark.parametrize("name", compat.__all__)
@@ -25,3 +26,7 @@ def test_docstring_is_complete_and_its_example_runs(name: str) -> None:
     assert test.examples
     results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
     assert results.failed == 0
+
+
+def test_the_detector_of_mmdet_says_how_its_labels_count() -> None:
+    assert "labels are 1-based" in (inspect.getdoc(atss_from_mmdet) or "")
