@@ -312,7 +312,7 @@ class FwdTile {
           at.index < 0
               ? F(0)
               : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height, job.up_mode) *
-                    upsampled_mean_weight<F>(at.x, job.out.width, job.up_width);
+                    upsampled_mean_weight<F>(at.x, job.out.width, job.up_width, job.up_mode);
     }
     __syncthreads();
     const bool writes = product_.lane() < Product::kFirstXor;
