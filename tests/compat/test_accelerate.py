@@ -35,6 +35,7 @@ from tests.helpers.published_models import (
     language_model,
     main_model,
     microsoft_model,
+    mmdet_glip_model,
     mmdet_model,
     pyramid,
     randomised,
