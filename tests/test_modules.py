@@ -295,7 +295,7 @@ def test_meta_device(name: str) -> None:
 def test_repr_tells_the_settings() -> None:
     head = repr(DyHead(4, 8, 2, num_groups=2, high_offset="crop"))
     assert "DyHeadBlock(" in head
-    assert "4, 8, high_offset='crop', num_groups=2" in head
+    assert "4, 8, high_offset='crop', upsample='bilinear', num_groups=2" in head
     assert "8, activation='hsigmoid'" in head
     convolution = ModulatedDeformConv2d(4, 6, 3, stride=2, padding=1, deform_groups=2, bias=False)
     assert "4, 6, kernel_size=(3, 3), stride=2, padding=1" in repr(convolution)
