@@ -10,14 +10,19 @@ from dyhead_cuda.modules import (
     ModulatedDeformConv2d,
     UnifiedDyHead,
 )
+from dyhead_cuda.pyramid import BlockParameters, BranchParameters, HighOffset, Upsample
 from dyhead_cuda.version import __version__
 
 __all__ = [
+    "BlockParameters",
+    "BranchParameters",
     "DyHead",
     "DyHeadBlock",
     "DynamicReLU",
+    "HighOffset",
     "ModulatedDeformConv2d",
     "UnifiedDyHead",
+    "Upsample",
     "__version__",
     "accelerate",
     "backend",

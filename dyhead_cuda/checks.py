@@ -5,9 +5,10 @@ A message says what was expected, what came, and how to fix it where that is not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dyhead_cuda.pyramid import (
@@ -21,11 +22,29 @@ from dyhead_cuda.pyramid import (
 ACTIVATIONS = ("hsigmoid", "sigmoid")
 RESIZE_MODES = ("bilinear", "nearest", "max")
 TARGETS = ("all", "median")
+MEMORY_FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last)
 
 
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+def one_of(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raise unless ``value`` is one of the allowed names."""
+    if value not in tuple(allowed):
         raise ValueError(f"expected {name} to be one of {tuple(allowed)}, got {value!r}")
+
+
+def names(name: str, values: Collection[str], allowed: Sequence[str]) -> None:
+    """Raise unless ``values`` is a collection of allowed names."""
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise ValueError(
+            f"expected {name} as a list or tuple of names out of {tuple(allowed)}, got {values!r}"
+        )
+    for value in values:
+        one_of(name, value, allowed)
+
+
+def memory_format(value: torch.memory_format) -> None:
+    """Raise unless ``value`` is a memory format that results can have."""
+    if value not in MEMORY_FORMATS:
+        raise ValueError(f"expected memory_format to be one of {MEMORY_FORMATS}, got {value!r}")
 
 
 def positive(**sizes: int) -> None:

@@ -8,22 +8,28 @@ does; arguments have been checked by the caller.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from dyhead_cuda import checks
+from dyhead_cuda.numerics import (
+    Targets,
+    is_channels_last,
+    no_autocast,
+    output_format,
+    resize,
+    target_levels,
+)
 from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.fuse_branches import fuse_branches
 from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, Size, UpsampleMode, stack_maps
-from dyhead_cuda.ops.pack_levels import pack_levels
+from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
 from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, Upsample, halved
-from dyhead_cuda.reference import median_level
-from dyhead_cuda.reference.operators import no_autocast
-from dyhead_cuda.reference.published import resize
+from dyhead_cuda.recompute import recomputed
 
 LOW, MID, HIGH = 0, 1, 2
 
@@ -47,32 +53,25 @@ def pack(levels: Sequence[Tensor]) -> Tensor:
 
     One channels_last level is such a matrix already, and is not copied.
     """
-    if len(levels) == 1 and levels[0].is_contiguous(memory_format=torch.channels_last):
+    if len(levels) == 1 and is_channels_last(levels[0]):
         return levels[0].permute(0, 2, 3, 1).reshape(-1, levels[0].shape[1])
     return pack_levels(levels)
 
 
-def shared_rows(levels: Sequence[Tensor]) -> Tensor | None:
-    """The matrix of rows that ``levels`` already are: what :func:`unpack_rows` made them of.
+def levels_of_rows(
+    rows: Tensor, sizes: Sequence[Size], images: int, memory_format: torch.memory_format
+) -> list[Tensor]:
+    """Levels [N, C, H_l, W_l] in a memory format, each a tensor with memory of its own.
 
-    Without gradients, blocks in a row then hand their rows on without a copy. With gradients they
-    do not: a hook on a level, or its ``retain_grad``, would miss what does not flow through it.
+    A view of the rows would keep the whole pyramid alive, and autograd refuses in-place operations
+    on one of several views. The rows of a single level may be taken as they are.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return None
-    base = levels[0]._base
-    if base is None or base.requires_grad or base.dim() != 2 or not base.is_contiguous():
-        return None
-    channels = levels[0].shape[1]
-    start = base.storage_offset()
-    for x in levels:
-        strides = (x.shape[2] * x.shape[3] * channels, 1, x.shape[3] * channels, channels)
-        moved = x.storage_offset() != start or x.stride() != strides
-        if x._base is not base or x.requires_grad or moved:
-            return None
-        start += x.numel()
-    rows = (start - base.storage_offset()) // max(channels, 1)
-    return base if base.shape == (rows, channels) and base.dtype == levels[0].dtype else None
+    if memory_format == torch.contiguous_format:
+        return list(unpack_levels(rows, stack_maps(list(sizes), images), images))
+    if len(sizes) == 1:
+        ((height, width),) = sizes
+        return [rows.view(images, height, width, rows.shape[1]).permute(0, 3, 1, 2)]
+    return [level.clone() for level in unpack_rows(rows, sizes, images)]
 
 
 def unpack_rows(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor]:
@@ -187,53 +186,76 @@ def with_resized(rows: Tensor, plan: BlockPlan, images: int) -> Tensor:
     return torch.cat([rows, pack(extra)])
 
 
-def pyramid_block(
-    features: Sequence[Tensor],
+def block_rows(
+    rows: Tensor,
     parameters: BlockParameters,
+    sizes: tuple[Size, ...],
+    images: int,
     *,
     high_offset: HighOffset,
     upsample: Upsample,
     num_groups: int,
     eps: float,
+) -> Tensor:
+    """One published block from rows [R, C_in] to rows [R, C_out] of levels of the same sizes."""
+    plan = block_plan(sizes, images, high_offset, upsample)
+    p = parameters
+    if plan.resized:
+        rows = with_resized(rows, plan, images)
+    predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
+    branches = (p.low, p.mid, p.high)
+    y, mean, var, up_mean = deform_conv(
+        rows,
+        predictions,
+        [b.weight for b in branches],
+        plan.deform,
+        [b.bias for b in branches if b.bias is not None],
+        moments=True,
+    )
+    del rows, predictions  # without gradients nobody needs them: the last pass then fits there
+    coefficients = block_coefficients(
+        mean,
+        var,
+        up_mean,
+        [b.norm_weight for b in branches],
+        [b.norm_bias for b in branches],
+        p.gate_weight,
+        p.gate_bias,
+        *p.task,
+        plan.job_levels,
+        plan.job_branches,
+        num_groups=num_groups,
+        eps=eps,
+    )
+    return fuse_branches(y, *coefficients, images, plan.branches, plan.levels, plan.up_mode)
+
+
+def pyramid_blocks(
+    features: Sequence[Tensor],
+    blocks: Sequence[BlockParameters],
+    *,
+    high_offset: HighOffset,
+    upsample: Upsample,
+    num_groups: int,
+    eps: float,
+    recompute: bool,
+    memory_format: torch.memory_format,
 ) -> list[Tensor]:
-    """One published block; see :func:`dyhead_cuda.reference.pyramid_block`."""
+    """Published blocks in turn; see :func:`dyhead_cuda.functional.pyramid_blocks`.
+
+    The levels become rows once, and levels again at the end: between blocks nothing is copied.
+    """
     images = features[0].shape[0]
     sizes = tuple((x.shape[2], x.shape[3]) for x in features)
-    plan = block_plan(sizes, images, high_offset, upsample)
+    run = partial(
+        block_rows, high_offset=high_offset, upsample=upsample, num_groups=num_groups, eps=eps
+    )
     with no_autocast(features[0]):
-        rows = shared_rows(features)
-        if rows is None:
-            rows = pack(features)
-        p = parameters
-        if plan.resized:
-            rows = with_resized(rows, plan, images)
-        predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
-        branches = (p.low, p.mid, p.high)
-        y, mean, var, up_mean = deform_conv(
-            rows,
-            predictions,
-            [b.weight for b in branches],
-            plan.deform,
-            [b.bias for b in branches if b.bias is not None],
-            moments=True,
-        )
-        del rows, predictions  # without gradients nobody needs them: the last pass then fits there
-        coefficients = block_coefficients(
-            mean,
-            var,
-            up_mean,
-            [b.norm_weight for b in branches],
-            [b.norm_bias for b in branches],
-            p.gate_weight,
-            p.gate_bias,
-            *p.task,
-            plan.job_levels,
-            plan.job_branches,
-            num_groups=num_groups,
-            eps=eps,
-        )
-        out = fuse_branches(y, *coefficients, images, plan.branches, plan.levels, plan.up_mode)
-        return unpack_rows(out, sizes, images)
+        rows = pack(features)
+        for parameters in blocks:
+            arguments = rows, parameters, sizes, images
+            rows = recomputed(run, *arguments) if recompute else run(*arguments)
+        return levels_of_rows(rows, sizes, images, memory_format)
 
 
 def modulated_deform_conv2d(
@@ -264,7 +286,8 @@ def modulated_deform_conv2d(
     predictions = pack([torch.cat([offset, mask.to(offset.dtype)], dim=1)])
     biases = [] if bias is None else [bias]
     y, *_ = deform_conv(pack([input]), predictions, [weight], plan, biases)
-    return unpack_rows(y, [geometry.output], n)[0]
+    memory_format = output_format([input], torch.preserve_format)
+    return levels_of_rows(y, [geometry.output], n, memory_format)[0]
 
 
 def spatial_attention(
@@ -272,13 +295,13 @@ def spatial_attention(
     weight: Tensor,
     offset_weight: Tensor,
     offset_bias: Tensor,
-    targets: str,
+    targets: Targets,
     gates: Tensor | None,
 ) -> Tensor:
     """See :func:`dyhead_cuda.reference.spatial_attention`: the gates fold into the sampling."""
     n, levels, channels, height, width = features.shape
     dtype = compute_dtype(features.dtype)
-    chosen = [median_level(levels)] if targets == "median" else list(range(levels))
+    chosen = target_levels(targets, levels)
     with no_autocast(features):
         rows = features.permute(1, 0, 3, 4, 2).reshape(-1, channels)
         maps = stack_maps([(height, width)] * levels, n)

@@ -23,8 +23,8 @@ BLOCK_SHAPES = {
         for name, shape in {
             "weight": (256, 256, 3, 3),
             "bias": (256,),
-            "norm_weight": (256,),
-            "norm_bias": (256,),
+            "norm.weight": (256,),
+            "norm.bias": (256,),
         }.items()
     },
     "scale_gate.weight": (1, 256),
@@ -67,8 +67,8 @@ def test_published_initialisation(init: Any) -> None:
     for branch in ("low", "mid", "high"):
         assert_uniform(p[f"{branch}.weight"], 1 / math.sqrt(9 * 256))
         assert (p[f"{branch}.bias"] == 0).all()
-        assert (p[f"{branch}.norm_weight"] == 1).all()
-        assert (p[f"{branch}.norm_bias"] == 0).all()
+        assert (p[f"{branch}.norm.weight"] == 1).all()
+        assert (p[f"{branch}.norm.bias"] == 0).all()
     assert not torch.equal(p["low.weight"], p["mid.weight"])
     assert_normal(p["scale_gate.weight"])
     assert (p["scale_gate.bias"] == 0).all()

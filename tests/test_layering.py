@@ -19,6 +19,7 @@ ROOMS = (
     ("__init__",),  # the public names, as `from dyhead_cuda import DyHead` finds them
     ("compat", "inspect"),  # public code bases' models and checkpoints; what a head attends to
     ("modules",),  # the public modules
+    ("unfused",),  # the head module by module, where inner modules must be called
     ("functional",),  # the public operators: checks, then a backend
     ("fused", "reference"),  # the head on compiled operators; the same in plain PyTorch
     ("ops",),  # the compiled operators
@@ -27,6 +28,7 @@ ROOMS = (
 NEUTRAL = (
     *("library", "backends", "sources", "version", "info"),  # what is installed, and what runs
     *("pyramid", "numerics", "checks", "recompute"),  # what is computed: types, formulas, checks
+    "plain",  # whether a module is as its class made it
 )
 # Nothing in the package imports them.
 OUTSIDE = ("benchmarks", "examples", "tests")

@@ -140,7 +140,7 @@ def _check_representable(head: DyHead, code_base: CodeBase, any_groups: bool) ->
     """Raise unless the public code, with its fixed settings, computes what ``head`` computes."""
     for index, block in enumerate(head.blocks):
         assert isinstance(block, DyHeadBlock)
-        hidden = block.dynamic_relu.fc1.out_features
+        hidden = block.hidden
         settings: list[tuple[str, object, tuple[object, ...]]] = [
             ("high_offset", block.high_offset, code_base.high_offsets),
             ("upsample", block.upsample, ("bilinear",)),

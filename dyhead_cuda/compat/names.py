@@ -51,8 +51,8 @@ def _branch(ours: str, theirs: str, norm: str, bias: bool) -> tuple[Name, ...]:
     return (
         Name(f"{ours}.weight", f"{theirs}.conv.weight"),
         *((Name(f"{ours}.bias", f"{theirs}.conv.bias"),) if bias else ()),
-        Name(f"{ours}.norm_weight", f"{theirs}.{norm}.weight"),
-        Name(f"{ours}.norm_bias", f"{theirs}.{norm}.bias"),
+        Name(f"{ours}.norm.weight", f"{theirs}.{norm}.weight"),
+        Name(f"{ours}.norm.bias", f"{theirs}.{norm}.bias"),
     )
 
 

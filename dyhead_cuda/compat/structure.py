@@ -359,8 +359,8 @@ def block_parameters(block: nn.Module, code_base: CodeBase) -> BlockParameters:
         return BranchParameters(
             found[f"{name}.weight"],
             found.get(f"{name}.bias"),
-            found[f"{name}.norm_weight"],
-            found[f"{name}.norm_bias"],
+            found[f"{name}.norm.weight"],
+            found[f"{name}.norm.bias"],
         )
 
     return BlockParameters(

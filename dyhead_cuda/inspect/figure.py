@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from PIL import Image
 from torch import Tensor
 
-from dyhead_cuda.inspect.record import BRANCHES, LevelTrace
+from dyhead_cuda.inspect.record import BRANCHES, LevelRecord
 from dyhead_cuda.pyramid import TAPS
 
 FINEST_STRIDE = 8  # of P3, in pixels of the photograph
@@ -45,7 +45,7 @@ STYLE: Any = {
 
 
 def draw(
-    photograph: Image.Image, blocks: Sequence[Sequence[LevelTrace]], path: Path, caption: str
+    photograph: Image.Image, blocks: Sequence[Sequence[LevelRecord]], path: Path, caption: str
 ) -> None:
     """Writes the picture.
 
@@ -157,7 +157,7 @@ def _draw_photograph(
 def _draw_samples(
     figure: SubFigure,
     photograph: Image.Image,
-    blocks: Sequence[Sequence[LevelTrace]],
+    blocks: Sequence[Sequence[LevelRecord]],
     points: Sequence[tuple[int, int]],
 ) -> None:
     _explain(
@@ -177,7 +177,7 @@ def _draw_samples(
             axes.set_title(f"{i + 1}, block {block + 1}")
 
 
-def _draw_taps(axes: Axes, level: LevelTrace, point: tuple[int, int]) -> None:
+def _draw_taps(axes: Axes, level: LevelRecord, point: tuple[int, int]) -> None:
     stride = FINEST_STRIDE
     # Pixel i of a level is centred on pixel i * stride: all convolutions pad symmetrically.
     column, row = (round(v / stride) for v in point)
@@ -206,7 +206,7 @@ def _draw_taps(axes: Axes, level: LevelTrace, point: tuple[int, int]) -> None:
 
 
 def _draw_energies(
-    figure: SubFigure, photograph: Image.Image, levels: Sequence[LevelTrace]
+    figure: SubFigure, photograph: Image.Image, levels: Sequence[LevelRecord]
 ) -> None:
     _explain(
         figure,
@@ -256,7 +256,7 @@ def energy_at_pixels(energy: Tensor, stride: int, image: tuple[int, int]) -> np.
     return values / median if median > 0 else np.ones_like(values)
 
 
-def _draw_gates(figure: SubFigure, blocks: Sequence[Sequence[LevelTrace]]) -> None:
+def _draw_gates(figure: SubFigure, blocks: Sequence[Sequence[LevelRecord]]) -> None:
     _explain(
         figure,
         "Scale attention: the gate of each branch, by level and block",
@@ -288,7 +288,7 @@ def write_values(axes: Axes, values: np.ndarray, middle: float) -> None:
             axes.text(j, i, text, ha="center", va="center", fontsize=10, color=colour)
 
 
-def _draw_slopes(figure: SubFigure, blocks: Sequence[Sequence[LevelTrace]]) -> None:
+def _draw_slopes(figure: SubFigure, blocks: Sequence[Sequence[LevelRecord]]) -> None:
     _explain(
         figure,
         f"Task attention: the two slopes of every channel, block {len(blocks)}",

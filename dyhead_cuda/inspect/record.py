@@ -1,4 +1,13 @@
-"""What a block of the published head decides on its way: gates, offsets, modulation, switches."""
+"""What a block of the published head decides on its way: gates, offsets, modulation, switches.
+
+Example:
+    >>> import torch, dyhead_cuda
+    >>> from dyhead_cuda.inspect import record
+    >>> head = dyhead_cuda.DyHead(16, 16, num_blocks=2)
+    >>> blocks = record.record(head, [torch.randn(1, 16, side, side) for side in (8, 4)])
+    >>> len(blocks), sorted(blocks[0][0].gates), blocks[0][0].offset.shape
+    (2, ['high', 'mid'], torch.Size([9, 2, 8, 8]))
+"""
 
 from __future__ import annotations
 
@@ -11,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyhead_cuda import reference
+from dyhead_cuda import checks, reference
 from dyhead_cuda.modules import DyHead, DyHeadBlock
 from dyhead_cuda.pyramid import (
+    HIGH_OFFSETS,
     OFFSET_CHANNELS,
     TAPS,
+    UPSAMPLES,
     BlockParameters,
     Features,
     HighOffset,
+    Upsample,
     halved,
     unpack,
 )
@@ -28,26 +40,44 @@ BRANCHES = ("low", "mid", "high")
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One block on the reference, with what is between its attentions. Levels finest first."""
+    """One block on the reference, with what is between its attentions. Levels finest first.
 
-    inputs: list[Tensor]  # [N, C_in, H_l, W_l]
-    gates: list[dict[str, Tensor]]  # per level: branch name to [N]
-    combined: list[Tensor]  # after spatial and scale attention, [N, C, H_l, W_l]
-    outputs: list[Tensor]  # after the dynamic ReLU, in the dtype of the inputs
+    Args:
+        inputs: levels [N, C_in, H_l, W_l], in the dtype that is computed in.
+        gates: per level, branch name to the gate of each image, [N].
+        combined: after spatial and scale attention, [N, C, H_l, W_l].
+        outputs: after the dynamic ReLU, [N, C, H_l, W_l], in the dtype of the features.
+    """
+
+    inputs: list[Tensor]
+    gates: list[dict[str, Tensor]]
+    combined: list[Tensor]
+    outputs: list[Tensor]
 
 
 @dataclass(frozen=True)
-class LevelTrace:
-    """What a block does at one level of the first image of a batch."""
+class LevelRecord:
+    """What a block does at one level of the first image of a batch, as tensors on the CPU.
 
-    gates: dict[str, float]  # branch name to its scale-aware gate, 0 to 1
-    offset: Tensor  # [9, 2, H, W], dy before dx, in pixels of this level
-    modulation: Tensor  # [9, H, W], 0 to 1
-    coefficients: Tensor  # [4, C]: a1, b1, a2 and b2 of max(a1 x + b1, a2 x + b2)
-    share: Tensor  # [C]: of the pixels, those for which a1 x + b1 is the larger of the two
-    energy_input: Tensor  # [H, W]: L2 norm over the channels of what comes in,
-    energy_combined: Tensor  # ... after spatial and scale attention,
-    energy_output: Tensor  # ... and after the dynamic ReLU
+    Args:
+        gates: branch name to its scale-aware gate, 0 to 1.
+        offset: [9, 2, H, W], dy before dx, in pixels of this level.
+        modulation: [9, H, W], 0 to 1.
+        coefficients: [4, C]: a1, b1, a2 and b2 of max(a1 x + b1, a2 x + b2).
+        share: [C], of the pixels, those for which a1 x + b1 is the larger of the two, 0 to 1.
+        energy_input: [H, W] float32, the L2 norm over the channels of what comes in.
+        energy_combined: the same after spatial and scale attention.
+        energy_output: the same after the dynamic ReLU.
+    """
+
+    gates: dict[str, float]
+    offset: Tensor
+    modulation: Tensor
+    coefficients: Tensor
+    share: Tensor
+    energy_input: Tensor
+    energy_combined: Tensor
+    energy_output: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,16 +86,23 @@ class Samples:
 
     The branch is there, up to its normalisation, the sum over P of weight . W[tap] . value, with
     the 3x3 convolution's W and the bilinearly interpolated value at the position.
+
+    Args:
+        level: the one that is read.
+        taps: [P], 0 to 8, row by row.
+        grid: [P, 2] float64, y and x before the offset, in pixels of the level that is read.
+        positions: [P, 2] float64, y and x after it.
+        weights: [P] float64, the modulation, and for "high" its share in the upsampled pixel.
     """
 
-    level: int  # the one that is read
-    taps: Tensor  # [P], 0 to 8, row by row
-    grid: Tensor  # [P, 2] float64: y and x before the offset, in pixels of the level that is read
-    positions: Tensor  # [P, 2] float64: y and x after it
-    weights: Tensor  # [P] float64: the modulation, and for "high" its share in the upsampled pixel
+    level: int
+    taps: Tensor
+    grid: Tensor
+    positions: Tensor
+    weights: Tensor
 
 
-def trace(head: DyHead, features: Features) -> list[list[LevelTrace]]:
+def record(head: DyHead, features: Features) -> list[list[LevelRecord]]:
     """What every block of a head does with the first image of a batch.
 
     Args:
@@ -74,6 +111,17 @@ def trace(head: DyHead, features: Features) -> list[list[LevelTrace]]:
 
     Returns:
         Per block, per level: what :func:`describe` returns.
+
+    Raises:
+        ValueError: features that do not fit; a block that is not what its parameters say, because
+            of hooks or adapters on its inner modules.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> head = dyhead_cuda.DyHead(16, 16, num_blocks=1)
+        >>> ((level,),) = record(head, [torch.randn(1, 16, 8, 8)])
+        >>> level.coefficients.shape
+        torch.Size([4, 16])
     """
     levels = [x[:1] for x in unpack(features)]
     blocks = []
@@ -86,7 +134,19 @@ def trace(head: DyHead, features: Features) -> list[list[LevelTrace]]:
 
 
 def blocks_of(head: DyHead) -> list[DyHeadBlock]:
-    """The blocks, first to last."""
+    """The blocks of a head.
+
+    Args:
+        head: any.
+
+    Returns:
+        The blocks, first to last.
+
+    Example:
+        >>> import dyhead_cuda
+        >>> len(blocks_of(dyhead_cuda.DyHead(16, 16, num_blocks=2)))
+        2
+    """
     return cast(list[DyHeadBlock], list(head.blocks))
 
 
@@ -96,7 +156,26 @@ def run_block(block: DyHeadBlock, features: Sequence[Tensor]) -> BlockRun:
     Args:
         block: the block; float16 and bfloat16 compute in float32, as everywhere.
         features: levels [N, C_in, H_l, W_l], finest first.
+
+    Returns:
+        What is between its attentions.
+
+    Raises:
+        ValueError: the block is not what its parameters say, because of hooks or adapters on its
+            inner modules.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> run = run_block(dyhead_cuda.DyHeadBlock(8, 16), [torch.randn(2, 8, 6, 6)])
+        >>> run.combined[0].shape, run.gates[0]["mid"].shape
+        (torch.Size([2, 16, 6, 6]), torch.Size([2]))
     """
+    reason = block.unfused_reason()
+    if reason is not None:
+        raise ValueError(
+            "expected a block that its parameters describe: what is recorded is computed from "
+            f"them, and in this one {reason}; remove that, or record the block before it is added"
+        )
     dtype = features[0].dtype
     if dtype in (torch.float16, torch.bfloat16):
         block = copy.deepcopy(block).float()
@@ -107,6 +186,7 @@ def run_block(block: DyHeadBlock, features: Sequence[Tensor]) -> BlockRun:
         inputs,
         parameters,
         high_offset=block.high_offset,
+        upsample=block.upsample,
         num_groups=block.num_groups,
         eps=block.eps,
     ):
@@ -121,8 +201,23 @@ def run_block(block: DyHeadBlock, features: Sequence[Tensor]) -> BlockRun:
     return BlockRun(inputs, gates, combined, outputs)
 
 
-def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelTrace]:
-    """What the block did in ``run``, level by level, as tensors on the CPU."""
+def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelRecord]:
+    """What a block did, level by level, as tensors on the CPU.
+
+    Args:
+        block: the block.
+        run: what :func:`run_block` returned for it.
+
+    Returns:
+        A record of each level, finest first.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> block = dyhead_cuda.DyHeadBlock(8, 16)
+        >>> (level,) = describe(block, run_block(block, [torch.randn(2, 8, 6, 6)]))
+        >>> level.modulation.shape
+        torch.Size([9, 6, 6])
+    """
     compute = run.inputs[0].dtype
     parameters = block.parameters_tuple()
     weight, bias = parameters.offset_weight.to(compute), parameters.offset_bias.to(compute)
@@ -133,7 +228,7 @@ def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelTrace]:
         offset_mask = F.conv2d(x[:1], weight, bias, padding=1)[0]
         coefficients = _coefficients(parameters, combined[0])
         levels.append(
-            LevelTrace(
+            LevelRecord(
                 gates={name: float(gate[0]) for name, gate in gates.items()},
                 offset=offset_mask[:OFFSET_CHANNELS].unflatten(0, (TAPS, 2)).cpu(),
                 modulation=offset_mask[OFFSET_CHANNELS:].sigmoid().cpu(),
@@ -166,22 +261,45 @@ def _share_of_first(coefficients: Tensor, x: Tensor) -> Tensor:
 
 
 def samples(
-    levels: Sequence[LevelTrace], level: int, row: int, column: int, high_offset: HighOffset
+    levels: Sequence[LevelRecord],
+    level: int,
+    row: int,
+    column: int,
+    high_offset: HighOffset,
+    upsample: Upsample = "bilinear",
 ) -> dict[str, Samples]:
     """Where the branches of one block read for the pixel (row, column) of a level.
 
     Args:
         levels: all levels of one block, as :func:`describe` returns them.
-        level, row, column: the pixel.
+        level: which of them.
+        row: of the pixel.
+        column: of the pixel.
         high_offset: the block's; see :func:`dyhead_cuda.reference.pyramid_block`.
+        upsample: the block's, "bilinear" or, unless "aligned", "nearest".
 
     Returns:
         Branch name to 9 samples; the branch on the coarser level has up to 36 unless "aligned": it
-        is computed there and upsampled, so that up to four of its pixels make one.
+        is computed there and upsampled, so that up to four of its pixels make one (one, for
+        "nearest").
 
     Raises:
-        ValueError: no such level or pixel.
+        ValueError: no such level or pixel, an unknown name, "aligned" with "nearest".
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> head = dyhead_cuda.DyHead(16, 16, num_blocks=1)
+        >>> (levels,) = record(head, [torch.randn(1, 16, side, side) for side in (8, 4)])
+        >>> samples(levels, 0, 3, 5, "flat")["mid"].positions.shape
+        torch.Size([9, 2])
     """
+    checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
+    checks.one_of("upsample", upsample, UPSAMPLES)
+    if high_offset == "aligned" and upsample == "nearest":
+        raise ValueError(
+            'expected upsample="bilinear" with high_offset="aligned": a sample between two pixels '
+            "of a level that was resized by repeating them is at no one place of it"
+        )
     if not 0 <= level < len(levels):
         raise ValueError(f"expected a level from 0 to {len(levels) - 1}, got {level}")
     here = levels[level]
@@ -203,11 +321,13 @@ def samples(
         if high_offset == "aligned":
             found["high"] = _read(level + 1, (row, column), *own, (height, width), coarser)
         else:
-            found["high"] = _read_upsampled(level + 1, here, row, column, coarser, high_offset)
+            found["high"] = _read_upsampled(
+                level + 1, here, (row, column), coarser, high_offset, upsample
+            )
     return found
 
 
-def _size(level: LevelTrace) -> tuple[int, int]:
+def _size(level: LevelRecord) -> tuple[int, int]:
     height, width = level.modulation.shape[-2:]
     return height, width
 
@@ -237,11 +357,11 @@ def _read(
 
 def _read_upsampled(
     level: int,
-    finer: LevelTrace,
-    row: int,
-    column: int,
+    finer: LevelRecord,
+    pixel: tuple[int, int],
     size: tuple[int, int],
     high_offset: HighOffset,
+    upsample: Upsample,
 ) -> Samples:
     """The taps of those up to four pixels of the coarser level that are blended into one."""
     predictions = finer.offset.flatten(0, 1)[None], finer.modulation[None]
@@ -249,8 +369,10 @@ def _read_upsampled(
     offset, mask = offset[0].unflatten(0, (TAPS, 2)), mask[0]
     finer_size = _size(finer)
     corners = [
-        _corners(index * _ratio(small, large), small)
-        for index, small, large in zip((row, column), size, finer_size, strict=True)
+        [(index * small // large, 1.0)]
+        if upsample == "nearest"
+        else _corners(index * _ratio(small, large), small)
+        for index, small, large in zip(pixel, size, finer_size, strict=True)
     ]
     parts = [
         (share_y * share_x, _read(level, (y, x), offset[:, :, y, x], mask[:, y, x], size, size))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import forbid_second_derivative
+from dyhead_cuda.ops.transforms import call, register_autograd
 
 
 def block_coefficients(
@@ -58,7 +59,8 @@ def block_coefficients(
     Source: the published block (microsoft/DynamicHead, ``dyhead/dyhead.py``), rearranged; see
     ``csrc/common/block_coefficients.h``.
     """
-    scale, shift, coefficients, _, _ = torch.ops.dyhead.block_coefficients_fwd(
+    scale, shift, coefficients, _, _ = call(
+        "block_coefficients_fwd",
         mean.contiguous(),
         var.contiguous(),
         up_mean.contiguous(),
@@ -160,22 +162,21 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         mean.new_zeros(shape) if g is None else g.contiguous()
         for g, shape in zip(grads[:3], ctx.shapes, strict=True)
     ]
-    grad_mean, grad_var, grad_up_mean, grad_weights, grad_biases, *others = (
-        torch.ops.dyhead.block_coefficients_bwd(
-            *dense,
-            mean,
-            up_mean,
-            norms,
-            layers,
-            norm_weights,
-            norm_biases,
-            gate_weight,
-            fc1_weight,
-            fc2_weight,
-            ctx.job_levels,
-            ctx.job_branches,
-            ctx.num_groups,
-        )
+    grad_mean, grad_var, grad_up_mean, grad_weights, grad_biases, *others = call(
+        "block_coefficients_bwd",
+        *dense,
+        mean,
+        up_mean,
+        norms,
+        layers,
+        norm_weights,
+        norm_biases,
+        gate_weight,
+        fc1_weight,
+        fc2_weight,
+        ctx.job_levels,
+        ctx.job_branches,
+        ctx.num_groups,
     )
     used = set(ctx.job_branches)  # what no job has gets no gradient, as if it were not there
 
@@ -196,7 +197,5 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 if library.loaded("cpu"):
     torch.library.register_fake("dyhead::block_coefficients_fwd", _fake_fwd)
     torch.library.register_fake("dyhead::block_coefficients_bwd", _fake_bwd)
-    torch.library.register_autograd(
-        "dyhead::block_coefficients_fwd", _backward, setup_context=_setup_context
-    )
+    register_autograd("block_coefficients_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("block_coefficients_bwd")

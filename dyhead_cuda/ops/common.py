@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyhead_cuda.ops.transforms import register_autograd
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Accumulation type of the kernels: float64 for float64, float32 for everything else."""
@@ -22,7 +24,7 @@ def forbid_second_derivative(name: str) -> None:
             'dyhead_cuda.backend("reference") for second derivatives'
         )
 
-    torch.library.register_autograd(f"dyhead::{name}", raise_error)
+    register_autograd(name, raise_error)
 
 
 @torch.compiler.assume_constant_result

@@ -16,6 +16,7 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative, tf32_allowed
 from dyhead_cuda.ops.jobs import GEOMETRY_FIELDS, JOB_FIELDS, MAP_FIELDS, Plan
+from dyhead_cuda.ops.transforms import call, register_autograd
 
 _IMAGES = GEOMETRY_FIELDS.index("images")
 _OUT_HEIGHT, _OUT_WIDTH = JOB_FIELDS.index("out_height"), JOB_FIELDS.index("out_width")
@@ -52,7 +53,8 @@ def deform_conv(
     kinds = {w.dtype for w in (*weights, *bias)}
     # The CUDA kernels read half-precision weights as they are, beside half-precision rows.
     kept = source.is_cuda and kinds == {source.dtype}
-    return torch.ops.dyhead.deform_conv_fwd(
+    return call(
+        "deform_conv_fwd",
         source.contiguous(),
         predictions.to(dtype).contiguous(),
         [(w if kept else w.to(dtype)).contiguous() for w in weights],
@@ -146,21 +148,20 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
     moments: list[Tensor | None] = [None, None, None]
     if out is not None and any(g is not None for g in grads):
         moments = [torch.zeros_like(mean) if g is None else g.contiguous() for g in grads]
-    grad_source, grad_predictions, grad_weights, grad_bias, grad_gates = (
-        torch.ops.dyhead.deform_conv_bwd(
-            grad_out,
-            *moments,
-            source,
-            predictions,
-            weights,
-            gates,
-            grad_out if out is None else out,
-            mean,
-            *ctx.tables,
-            ctx.biases > 0,
-            ctx.allow_tf32,
-            torch.are_deterministic_algorithms_enabled(),
-        )
+    grad_source, grad_predictions, grad_weights, grad_bias, grad_gates = call(
+        "deform_conv_bwd",
+        grad_out,
+        *moments,
+        source,
+        predictions,
+        weights,
+        gates,
+        grad_out if out is None else out,
+        mean,
+        *ctx.tables,
+        ctx.biases > 0,
+        ctx.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return (
         grad_source,
@@ -175,7 +176,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
 if library.loaded("cpu"):
     torch.library.register_fake("dyhead::deform_conv_fwd", _fake_fwd)
     torch.library.register_fake("dyhead::deform_conv_bwd", _fake_bwd)
-    torch.library.register_autograd(
-        "dyhead::deform_conv_fwd", _backward, setup_context=_setup_context
-    )
+    register_autograd("deform_conv_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("deform_conv_bwd")

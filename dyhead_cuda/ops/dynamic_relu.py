@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyhead_cuda import library
+from dyhead_cuda import checks, library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
+from dyhead_cuda.ops.transforms import call, register_autograd
 
 
 def dynamic_relu(
@@ -28,8 +29,10 @@ def dynamic_relu(
     The parameters may be of any floating type: they are converted to the accumulation type, so that
     their gradients come back in the type they have.
     """
+    checks.one_of("activation", activation, checks.ACTIVATIONS)
     dtype = compute_dtype(rows.dtype)
-    out, _, _, _ = torch.ops.dyhead.dynamic_relu_fwd(
+    out, _, _, _ = call(
+        "dynamic_relu_fwd",
         rows.contiguous(),
         fc1_weight.to(dtype).contiguous(),
         fc1_bias.to(dtype).contiguous(),
@@ -80,7 +83,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     rows, mean, hidden, logits, fc1_weight, fc2_weight = ctx.saved_tensors
-    grad_rows, grad_logits, grad_hidden = torch.ops.dyhead.dynamic_relu_bwd(
+    grad_rows, grad_logits, grad_hidden = call(
+        "dynamic_relu_bwd",
         grad_out.to(rows.dtype).contiguous(),
         rows,
         hidden,
@@ -89,13 +93,12 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
         fc2_weight,
         ctx.hard_sigmoid,
     )
-    needed = ctx.needs_input_grad
     return (
         grad_rows,
-        grad_hidden.t() @ mean if needed[1] else None,
-        grad_hidden.sum(0) if needed[2] else None,
-        grad_logits.t() @ hidden if needed[3] else None,
-        grad_logits.sum(0) if needed[4] else None,
+        grad_hidden.t() @ mean,
+        grad_hidden.sum(0),
+        grad_logits.t() @ hidden,
+        grad_logits.sum(0),
         None,
     )
 
@@ -103,7 +106,5 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
 if library.loaded("cpu"):
     torch.library.register_fake("dyhead::dynamic_relu_fwd", _fake_fwd)
     torch.library.register_fake("dyhead::dynamic_relu_bwd", _fake_bwd)
-    torch.library.register_autograd(
-        "dyhead::dynamic_relu_fwd", _backward, setup_context=_setup_context
-    )
+    register_autograd("dynamic_relu_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("dynamic_relu_bwd")

@@ -16,6 +16,7 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
 from dyhead_cuda.ops.jobs import LEVEL_FIELDS, Map, UpsampleMode, level_numbers
+from dyhead_cuda.ops.transforms import call, register_autograd
 
 _HEIGHT, _WIDTH = LEVEL_FIELDS.index("height"), LEVEL_FIELDS.index("width")
 
@@ -48,7 +49,8 @@ def fuse_branches(
         Rows [R, C] of all levels, of y's type.
     """
     dtype = compute_dtype(y.dtype)
-    return torch.ops.dyhead.fuse_branches_fwd(
+    return call(
+        "fuse_branches_fwd",
         y.contiguous(),
         scale.to(dtype).contiguous(),
         shift.to(dtype).contiguous(),
@@ -107,8 +109,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    grads = torch.ops.dyhead.fuse_branches_bwd(
-        grad_out.to(tensors[0].dtype).contiguous(), *tensors, ctx.images, ctx.maps, ctx.levels
+    grads = call(
+        "fuse_branches_bwd",
+        grad_out.to(tensors[0].dtype).contiguous(),
+        *tensors,
+        ctx.images,
+        ctx.maps,
+        ctx.levels,
     )
     return (*grads, None, None, None)
 
@@ -116,7 +123,5 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 if library.loaded("cpu"):
     torch.library.register_fake("dyhead::fuse_branches_fwd", _fake_fwd)
     torch.library.register_fake("dyhead::fuse_branches_bwd", _fake_bwd)
-    torch.library.register_autograd(
-        "dyhead::fuse_branches_fwd", _backward, setup_context=_setup_context
-    )
+    register_autograd("fuse_branches_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("fuse_branches_bwd")

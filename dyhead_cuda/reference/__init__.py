@@ -6,24 +6,23 @@ compute in float32 and round once at the end), is differentiable twice and can b
 re-implementations in mmdet and GLIP.
 """
 
-from dyhead_cuda.reference.operators import (
+from dyhead_cuda.numerics import (
     Activation,
-    dynamic_relu,
+    ResizeMode,
+    Targets,
+    UnifiedParameters,
+    high_offset_and_mask,
     hsigmoid,
-    modulated_deform_conv2d,
+    median_level,
 )
+from dyhead_cuda.reference.operators import dynamic_relu, modulated_deform_conv2d
 from dyhead_cuda.reference.published import (
     branch_gate,
     branch_maps,
     combine_branches,
-    high_offset_and_mask,
     pyramid_block,
 )
 from dyhead_cuda.reference.unified import (
-    ResizeMode,
-    Targets,
-    UnifiedParameters,
-    median_level,
     scale_attention,
     scale_gates,
     spatial_attention,

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dyhead_cuda import checks
+from dyhead_cuda.numerics import Activation, hsigmoid, no_autocast, to_compute
 from dyhead_cuda.pyramid import OFFSET_CHANNELS
-
-Activation = Literal["hsigmoid", "sigmoid"]
-
-
-def hsigmoid(x: Tensor) -> Tensor:
-    """relu6(x + 3) / 6, the gate of the published code."""
-    return F.relu6(x + 3) / 6
-
-
-def to_compute(x: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A judge chooses its own precision, also inside a user's autocast region."""
-    if x.device.type == "meta":
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _bilinear_sample(rows: Tensor, height: int, width: int, y: Tensor, x: Tensor) -> Tensor:

@@ -9,65 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyhead_cuda import checks
+from dyhead_cuda.numerics import (
+    finer_for_low,
+    high_offset_and_mask,
+    hsigmoid,
+    no_autocast,
+    resize,
+    to_compute,
+)
 from dyhead_cuda.pyramid import (
+    HIGH_OFFSETS,
     UPSAMPLES,
     BlockParameters,
     BranchParameters,
     HighOffset,
     Upsample,
-    halved,
 )
-from dyhead_cuda.reference.operators import (
-    dynamic_relu,
-    hsigmoid,
-    modulated_deform_conv2d,
-    no_autocast,
-    offset_and_mask,
-    to_compute,
-)
-
-
-def _flat_prefix(t: Tensor, size: tuple[int, int]) -> Tensor:
-    """The first K * h * w values of each image's [K, H, W], read as [K, h, w]."""
-    n, k = t.shape[:2]
-    return t.flatten(1)[:, : k * size[0] * size[1]].reshape(n, k, *size)
-
-
-def high_offset_and_mask(
-    offset: Tensor, mask: Tensor, size: tuple[int, int], high_offset: HighOffset
-) -> tuple[Tensor, Tensor]:
-    """What the ``high`` branch on a level of ``size`` reads of the finer level's predictions.
-
-    Args:
-        offset, mask: [N, 18, H, W] and [N, 9, H, W], predicted at the finer level.
-        size: (h, w) of the coarser level, at most (H, W).
-        high_offset: "flat" (released checkpoints), "crop", or "mmdet_main" (offset flat, mask
-            cropped); "aligned" does not read predictions at another resolution.
-
-    Returns:
-        offset [N, 18, h, w] and mask [N, 9, h, w].
-    """
-    cropped = (..., slice(size[0]), slice(size[1]))
-    return (
-        offset[cropped] if high_offset == "crop" else _flat_prefix(offset, size),
-        _flat_prefix(mask, size) if high_offset == "flat" else mask[cropped],
-    )
-
-
-def resize(x: Tensor, size: Sequence[int], mode: Upsample) -> Tensor:
-    """A map of another size: bilinear with align_corners=True, or nearest as torch has it."""
-    checks.one_of("upsample", mode, UPSAMPLES)
-    if 0 in x.shape or 0 in size:
-        return x.new_zeros(*x.shape[:2], *size)
-    corners = True if mode == "bilinear" else None
-    return F.interpolate(x, tuple(size), mode=mode, align_corners=corners)
-
-
-def finer_for_low(finer: Tensor, size: Sequence[int]) -> Tensor:
-    """The finer level as ``low`` reads it: resized only where half of it is not ``size``."""
-    if halved(finer.shape) == tuple(size):
-        return finer
-    return resize(finer, (2 * size[0], 2 * size[1]), "bilinear")
+from dyhead_cuda.reference.operators import dynamic_relu, modulated_deform_conv2d, offset_and_mask
 
 
 def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -87,6 +45,8 @@ def branch_maps(
     eps: float = 1e-5,
 ) -> list[dict[str, Tensor]]:
     """Normalised branches of every level, "mid" first: each [N, C_out, H_l, W_l], before gating."""
+    checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
+    checks.one_of("upsample", upsample, UPSAMPLES)
     maps = []
     for level, x in enumerate(features):
         size = x.shape[-2:]

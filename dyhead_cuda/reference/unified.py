@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dyhead_cuda import checks
-from dyhead_cuda.reference.operators import (
+from dyhead_cuda.numerics import (
     Activation,
-    dynamic_relu,
-    modulated_deform_conv2d,
+    ResizeMode,
+    Targets,
+    UnifiedParameters,
+    median_level,
     no_autocast,
-    offset_and_mask,
+    target_levels,
     to_compute,
 )
-
-Targets = Literal["all", "median"]
-ResizeMode = Literal["bilinear", "nearest", "max"]
-
-
-class UnifiedParameters(NamedTuple):
-    """All parameters of one block of the paper's form."""
-
-    scale_weight: Tensor  # [L, L]
-    scale_bias: Tensor  # [L]
-    offset_weight: Tensor  # [27, C, 3, 3]
-    offset_bias: Tensor  # [27]
-    spatial_weight: Tensor  # [L, C_out, C, 3, 3]
-    fc1_weight: Tensor  # [C_out // r, C_out]
-    fc1_bias: Tensor  # [C_out // r]
-    fc2_weight: Tensor  # [4 * C_out, C_out // r]
-    fc2_bias: Tensor  # [4 * C_out]
-
-
-def median_level(levels: int) -> int:
-    """Index of the level that a pyramid is resized to; the coarser middle one of an even number."""
-    return levels // 2
+from dyhead_cuda.reference.operators import dynamic_relu, modulated_deform_conv2d, offset_and_mask
 
 
 def stack_pyramid(
@@ -130,7 +110,7 @@ def spatial_attention(
     """
     checks.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
     levels = features.shape[1]
-    chosen = [median_level(levels)] if targets == "median" else range(levels)
+    chosen = target_levels(targets, levels)
     dtype, features = features.dtype, to_compute(features)
     if gates is not None:
         features = features * gates.to(features.dtype).view(*gates.shape, 1, 1, 1)

@@ -43,7 +43,7 @@ def randomise(module: nn.Module, seed: int = 3) -> None:
             noise = torch.randn(p.shape, generator=source, dtype=torch.float64)
             fan_in = max(1, p[0].numel()) if p.dim() > 1 else 4
             # Around one: the norm's weight, and the bias that keeps the gate's ReLU alive.
-            around = 1.0 if name.endswith(("norm_weight", "scale_gate.bias")) else 0.0
+            around = 1.0 if name.endswith(("norm.weight", "scale_gate.bias")) else 0.0
             p.copy_(noise / math.sqrt(fan_in) + around)
 
 

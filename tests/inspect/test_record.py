@@ -13,7 +13,7 @@ from dyhead_cuda import backend, reference
 from dyhead_cuda.inspect import record
 from dyhead_cuda.inspect.record import Samples
 from dyhead_cuda.modules import ATTENTIONS, DyHead, DyHeadBlock
-from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset, halved
+from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset, Upsample, halved
 
 
 def _features(channels: int, dtype: torch.dtype) -> list[Tensor]:
@@ -29,7 +29,7 @@ def _block(head: DyHead) -> DyHeadBlock:
 
 @pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_traced_block_is_the_reference(high_offset: HighOffset, dtype: torch.dtype) -> None:
+def test_the_recorded_block_is_the_reference(high_offset: HighOffset, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     head = DyHead(24, 32, 1, high_offset=high_offset, deform_bias=False).to(dtype)
     features = _features(24, dtype)
@@ -41,7 +41,7 @@ def test_the_traced_block_is_the_reference(high_offset: HighOffset, dtype: torch
         assert torch.equal(ours, theirs)
 
 
-def test_the_trace_tells_what_the_block_did() -> None:
+def test_the_record_tells_what_the_block_did() -> None:
     torch.manual_seed(1)
     head = DyHead(32, 32, 1).double()
     block = _block(head)
@@ -90,9 +90,9 @@ def _head(high_offset: HighOffset, blocks: int = 1, **options: Any) -> DyHead:
     head = DyHead(8, 8, blocks, high_offset=high_offset, num_groups=2, **options).double()
     with torch.no_grad():
         for block in record.blocks_of(head):
-            for layer, gain in ((block.offset_conv, 4), (block.scale_gate, 30)):
-                layer.weight.mul_(gain)
-            block.dynamic_relu.fc2.weight.mul_(8)
+            gains = {"offset_conv.weight": 4, "scale_gate.weight": 30, "dynamic_relu.fc2.weight": 8}
+            for name, parameter in block.named_parameters():
+                parameter.mul_(gains.get(name, 1))
     return head
 
 
@@ -108,7 +108,7 @@ def test_gates_and_coefficients_make_the_outputs_of_every_block(
 ) -> None:
     head = _head(high_offset, 2, attentions=[a for a in ATTENTIONS if a != left_out])
     features = _pyramid(SIZES)
-    for block, levels in zip(record.blocks_of(head), record.trace(head, features), strict=True):
+    for block, levels in zip(record.blocks_of(head), record.record(head, features), strict=True):
         with torch.no_grad(), backend("reference"):
             outputs = block(features)
             maps = reference.branch_maps(
@@ -128,26 +128,38 @@ def test_gates_and_coefficients_make_the_outputs_of_every_block(
 
 
 @pytest.mark.parametrize(
-    ("high_offset", "sizes"), [*((h, SIZES) for h in HIGH_OFFSETS), ("aligned", ODD_SIZES)]
+    ("high_offset", "sizes", "upsample"),
+    [
+        *((high_offset, SIZES, "bilinear") for high_offset in HIGH_OFFSETS),
+        ("aligned", ODD_SIZES, "bilinear"),
+        *((high_offset, SIZES, "nearest") for high_offset in ("flat", "crop")),
+    ],
 )
-def test_samples_make_every_branch(high_offset: HighOffset, sizes: list[tuple[int, int]]) -> None:
+def test_samples_make_every_branch(
+    high_offset: HighOffset, sizes: list[tuple[int, int]], upsample: Upsample
+) -> None:
     """What is read at the samples is the branch before its normalisation.
 
     That is one affine function for each channel, the same for all pixels of the level.
     """
-    (block,) = record.blocks_of(_head(high_offset))
+    (block,) = record.blocks_of(_head(high_offset, upsample=upsample))
     features = _pyramid(sizes)
     with torch.no_grad():
-        levels = record.describe(block, record.run_block(block, features))
+        run = record.run_block(block, features)
+        for ours, theirs in zip(run.outputs, block(features), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+        levels = record.describe(block, run)
         parameters = block.parameters_tuple()
-        maps = reference.branch_maps(features, parameters, high_offset=high_offset, num_groups=2)
+        maps = reference.branch_maps(
+            features, parameters, high_offset=high_offset, upsample=upsample, num_groups=2
+        )
     for index, branches in enumerate(maps[:3]):
         height, width = sizes[index]
         for name, branch in branches.items():
             weight, bias = getattr(parameters, name)[:2]
             assert weight is not None
             pixels = [(y, x) for y in range(height) for x in range(width)]
-            found = [record.samples(levels, index, *p, high_offset)[name] for p in pixels]
+            found = [record.samples(levels, index, *p, high_offset, upsample)[name] for p in pixels]
             read = _read_size(sizes, index, name) if high_offset == "aligned" else None
             sums = [_weighted_sum(features, s, weight.detach(), read) for s in found]
             ours = torch.stack(sums, dim=1) + bias.detach()[:, None]
@@ -186,7 +198,7 @@ def _weighted_sum(
 
 def test_without_spatial_attention_the_samples_are_the_regular_grid() -> None:
     features = _pyramid(SIZES)
-    (levels,) = record.trace(_head("crop", attentions=["scale", "task"]), features)
+    (levels,) = record.record(_head("crop", attentions=["scale", "task"]), features)
     found = record.samples(levels, 1, 3, 5, "crop")
     assert list(found) == ["mid", "low", "high"]
     assert [found[name].level for name in found] == [1, 0, 2]
@@ -202,7 +214,7 @@ def test_without_spatial_attention_the_samples_are_the_regular_grid() -> None:
 
 def test_samples_outside_the_level_weigh_nothing() -> None:
     features = _pyramid(SIZES)
-    (levels,) = record.trace(_head("flat", attentions=["task"]), features)
+    (levels,) = record.record(_head("flat", attentions=["task"]), features)
     corner = record.samples(levels, 0, 0, 0, "flat")["mid"]
     assert corner.weights.tolist() == [0.0] * 4 + [1.0] * 2 + [0.0] + [1.0] * 2
 
@@ -216,6 +228,17 @@ def test_samples_outside_the_level_weigh_nothing() -> None:
     ],
 )
 def test_pixels_that_there_are_not(level: int, row: int, column: int, message: str) -> None:
-    (levels,) = record.trace(_head("flat"), _pyramid(SIZES))
+    (levels,) = record.record(_head("flat"), _pyramid(SIZES))
     with pytest.raises(ValueError, match=message):
         record.samples(levels, level, row, column, "flat")
+
+
+def test_what_cannot_be_recorded() -> None:
+    head, features = _head("aligned"), _pyramid(SIZES)
+    (levels,) = record.record(head, features)
+    with pytest.raises(ValueError, match='expected upsample="bilinear" with high_offset="aligned"'):
+        record.samples(levels, 0, 0, 0, "aligned", "nearest")
+    (block,) = record.blocks_of(head)
+    block.dynamic_relu.fc2.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"in this one dynamic_relu\.fc2 has hooks.*remove that"):
+        record.record(head, features)

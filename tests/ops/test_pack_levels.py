@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyhead_cuda import fused, library
-from dyhead_cuda.ops.pack_levels import pack_levels
+from dyhead_cuda.ops.jobs import Map, stack_maps
+from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
 from tests.helpers.compare import TOLERANCE, leaf
 from tests.helpers.devices import each_device, each_device_sanitized
 from tests.helpers.inputs import halving_sizes, random_pyramid
@@ -112,11 +113,19 @@ def test_threads_give_the_same_bits(threads: None) -> None:
         assert torch.equal(pack_levels(levels), expected_rows(levels))
 
 
-def test_a_second_derivative_raises() -> None:
-    x = leaf(torch.randn(1, 2, 3, 4))
-    (grad,) = torch.autograd.grad((pack_levels([x, x]) ** 2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="not differentiable again"):
-        grad.sum().backward()
+def test_both_are_linear_so_that_second_derivatives_are_right() -> None:
+    sizes = [(3, 4), (2, 2)]
+    levels = [leaf(x) for x in random_pyramid(2, 3, sizes)]
+    assert torch.autograd.gradgradcheck(lambda *x: pack_levels(x) ** 2, levels)
+    rows = leaf(pack_levels(levels).detach())
+    maps = stack_maps(sizes, 2)
+    for chosen in (maps, maps[1:], maps[::-1]):
+
+        def squares(rows: Tensor, chosen: list[Map] = chosen) -> list[Tensor]:
+            return [x**2 for x in unpack_levels(rows, chosen, 2)]
+
+        assert torch.autograd.gradcheck(squares, rows)
+        assert torch.autograd.gradgradcheck(squares, rows)
 
 
 def test_bad_levels_raise() -> None:

@@ -47,13 +47,15 @@ def run_block(
     kinds = [dtype] * 3 + [parameter_dtype or dtype] * (len(exact) - 3)
     inputs = [leaf(t, kind) for t, kind in zip(exact, kinds, strict=True)]
     with Emulated(simt) as emulated:
-        actual = fused.pyramid_block(
+        actual = fused.pyramid_blocks(
             inputs[:3],
-            rebuild_parameters(like, inputs[3:]),
+            [rebuild_parameters(like, inputs[3:])],
             high_offset=high_offset,
             upsample=upsample,
             num_groups=4,
             eps=1e-5,
+            recompute=False,
+            memory_format=torch.contiguous_format,
         )
         assert emulated.calls == [f"{name}_fwd" for name in PER_BLOCK]
         grads = gradients(actual, inputs, dtype)

@@ -18,7 +18,7 @@ from torchvision.ops import nms
 from dyhead_cuda.inspect import record
 from dyhead_cuda.inspect.record import BRANCHES
 from dyhead_cuda.modules import DyHead, DynamicReLU
-from dyhead_cuda.pyramid import HighOffset, repack, unpack
+from dyhead_cuda.pyramid import HighOffset, Upsample, repack, unpack
 
 SAME_OBJECT = 0.5  # intersection over union
 
@@ -69,10 +69,11 @@ class Observation:
 
     Attributes:
         boxes, scores, labels: the detections [m, 4] xyxy in the image, [m], [m], best first.
-        blocks: per block, per level: a :class:`~dyhead_cuda.inspect.record.LevelTrace`.
+        blocks: per block, per level: a :class:`~dyhead_cuda.inspect.record.LevelRecord`.
         attentions: those that are in use, of "scale", "spatial" and "task".
         task_elsewhere: whether the detector has its task attention after the RoI pooling.
         high_offset: the head's.
+        upsample: the head's.
         frame: the coordinates.
     """
 
@@ -92,10 +93,11 @@ class Observation:
         self._maps = list(maps)
         self.boxes, self.scores = boxes.detach().cpu(), scores.detach().cpu()
         self.labels = detections["labels"][order].cpu()
-        self.blocks = record.trace(head, list(inputs))
+        self.blocks = record.record(head, list(inputs))
         first = record.blocks_of(head)[0]
         self.attentions = first.attentions
         self.high_offset: HighOffset = first.high_offset
+        self.upsample: Upsample = first.upsample
         own = set(head.modules())
         self.task_elsewhere = any(
             isinstance(module, DynamicReLU) and module not in own for module in model.modules()
@@ -154,7 +156,9 @@ class Observation:
     def samples(self, block: int, point: Point) -> dict[str, record.Samples]:
         """Where the branches of a block read for a point; see :func:`record.samples`."""
         row, column = self.frame.to_level(point.level, point.x, point.y)
-        return record.samples(self.blocks[block], point.level, row, column, self.high_offset)
+        return record.samples(
+            self.blocks[block], point.level, row, column, self.high_offset, self.upsample
+        )
 
 
 def head_of(model: nn.Module) -> DyHead:
@@ -239,7 +243,7 @@ def to_dict(observation: Observation, points: Sequence[Point]) -> dict[str, Any]
     }
 
 
-def _level_numbers(level: record.LevelTrace) -> dict[str, Any]:
+def _level_numbers(level: record.LevelRecord) -> dict[str, Any]:
     energy = level.energy_output
     return {
         "gates": {name: round(gate, 6) for name, gate in level.gates.items()},

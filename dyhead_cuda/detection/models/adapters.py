@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from dyhead_cuda.reference.operators import to_compute
+from dyhead_cuda.numerics import to_compute
 
 Target = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)

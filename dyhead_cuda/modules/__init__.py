@@ -1,0 +1,26 @@
+"""Dynamic Head as modules: the published head on a pyramid, and the paper's head on one tensor."""
+
+from dyhead_cuda.modules.layers import DynamicReLU, LeftOut, ModulatedDeformConv2d
+from dyhead_cuda.modules.published import (
+    ATTENTIONS,
+    Attention,
+    DeformBranch,
+    DyHead,
+    DyHeadBlock,
+    Init,
+)
+from dyhead_cuda.modules.unified import UnifiedDyHead, UnifiedDyHeadBlock
+
+__all__ = [
+    "ATTENTIONS",
+    "Attention",
+    "DeformBranch",
+    "DyHead",
+    "DyHeadBlock",
+    "DynamicReLU",
+    "Init",
+    "LeftOut",
+    "ModulatedDeformConv2d",
+    "UnifiedDyHead",
+    "UnifiedDyHeadBlock",
+]

@@ -1,0 +1,197 @@
+"""The layers that both forms of the head are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dyhead_cuda import checks, functional, plain, unfused
+from dyhead_cuda.numerics import Activation
+
+CONV3X3 = plain.kind(
+    nn.Conv2d,
+    kernel_size=(3, 3),
+    stride=(1, 1),
+    padding=(1, 1),
+    dilation=(1, 1),
+    groups=1,
+    padding_mode="zeros",
+)
+LINEAR = plain.kind(nn.Linear)
+
+
+def reset_deform_weight(weight: Tensor) -> None:
+    """Uniform in +-1 / sqrt(fan_in), as the published operator."""
+    bound = 1 / math.sqrt(weight[0].numel())
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def dtype_of(module: nn.Module, features: Tensor) -> torch.dtype:
+    """The type that the layers inside ``module`` compute in: that of its first parameter."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return features.dtype
+
+
+class ModulatedDeformConv2d(nn.Module):
+    """Modulated deformable convolution whose offsets and mask are given at each call.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: an int or (kh, kw).
+        stride: an int or (vertical, horizontal), in pixels.
+        padding: likewise.
+        dilation: likewise.
+        groups: as for :class:`torch.nn.Conv2d`.
+        deform_groups: groups of input channels with offsets of their own.
+        bias: whether to add a learned bias.
+
+    Raises:
+        ValueError: channels that the groups do not divide, sizes below 1.
+
+    Source: arXiv 1811.11168, equation 1.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> conv = dyhead_cuda.ModulatedDeformConv2d(8, 16, 3, padding=1)
+        >>> x, offset = torch.randn(2, 8, 10, 12), torch.randn(2, 18, 10, 12)
+        >>> conv(x, offset, torch.rand(2, 9, 10, 12)).shape
+        torch.Size([2, 16, 10, 12])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        checks.positive(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+            deform_groups=deform_groups,
+        )
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if value % groups:
+                raise ValueError(f"expected {name} divisible by {groups} groups, got {value}")
+        if in_channels % deform_groups:
+            raise ValueError(
+                f"expected in_channels divisible by {deform_groups} deformable groups, "
+                f"got {in_channels}"
+            )
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.groups, self.deform_groups = groups, deform_groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *kernel))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights uniform in +-1 / sqrt(fan_in) and a zero bias, as the published operator."""
+        reset_deform_weight(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sample ``x`` at the 3x3 (or other) taps plus their offsets, and convolve.
+
+        Args:
+            x: [N, C_in, H, W], of float64, float32, float16 or bfloat16.
+            offset: [N, 2 * deform_groups * K, H_out, W_out] in pixels of ``x``, dy before dx for
+                each of the K taps; of any floating type.
+            mask: [N, deform_groups * K, H_out, W_out], after its sigmoid, or None for ones.
+
+        Returns:
+            [N, C_out, H_out, W_out] in the dtype and memory format of ``x``.
+
+        Raises:
+            ValueError: shapes, devices or types that do not fit.
+        """
+        return functional.modulated_deform_conv2d(
+            x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, deform_groups={self.deform_groups}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class DynamicReLU(nn.Module):
+    """Task-aware attention: max(a1 . x + b1, a2 . x + b2) with coefficients predicted from x.
+
+    Args:
+        channels: C of the input [N, C, ...].
+        reduction: the hidden layer has max(1, C // reduction) values.
+        activation: "hsigmoid" (the published code) or "sigmoid" (the paper).
+
+    Raises:
+        ValueError: sizes below 1, an unknown activation.
+
+    Source: arXiv 2003.10027 as used in arXiv 2106.08322, section 3.2.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> dyhead_cuda.DynamicReLU(8)(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    def __init__(
+        self, channels: int, reduction: int = 4, activation: Activation = "hsigmoid"
+    ) -> None:
+        super().__init__()
+        checks.positive(channels=channels, reduction=reduction)
+        checks.one_of("activation", activation, checks.ACTIVATIONS)
+        self.channels, self.activation = channels, activation
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, 4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """max(a1 . x + b1, a2 . x + b2), one kernel unless ``fc1`` or ``fc2`` must be called.
+
+        Args:
+            x: [N, C, ...] of float64, float32, float16 or bfloat16.
+
+        Returns:
+            As ``x``.
+
+        Raises:
+            ValueError: another number of channels, or of another device.
+        """
+        parts = (("fc1", self.fc1, LINEAR), ("fc2", self.fc2, LINEAR))
+        reason = plain.hooks_everywhere() or plain.first_reason(parts)
+        if reason is not None:
+            plain.say_once(self, "A DynamicReLU", reason)
+            dtype = dtype_of(self, x)
+            return unfused.dynamic_relu(x, self.fc1, self.fc2, self.activation, dtype)
+        return functional.dynamic_relu(
+            x,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, activation={self.activation!r}"
+
+
+class LeftOut(nn.Module):
+    """The place of an attention that a block was built without: no parameters, never called."""

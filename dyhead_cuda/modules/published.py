@@ -1,0 +1,496 @@
+"""The published head: a stack of blocks on a pyramid of feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyhead_cuda import checks, functional, plain, unfused
+from dyhead_cuda.modules.layers import (
+    CONV3X3,
+    LINEAR,
+    DynamicReLU,
+    LeftOut,
+    dtype_of,
+    reset_deform_weight,
+)
+from dyhead_cuda.numerics import hsigmoid, output_format
+from dyhead_cuda.pyramid import (
+    HIGH_OFFSETS,
+    OFFSET_CHANNELS,
+    TAPS,
+    UPSAMPLES,
+    BlockParameters,
+    BranchParameters,
+    Features,
+    HighOffset,
+    Upsample,
+    repack,
+    unpack,
+)
+
+Init = Literal["microsoft", "mmdet"]
+Attention = Literal["scale", "spatial", "task"]
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+
+NORM = plain.kind(nn.GroupNorm)
+RELU = plain.kind(DynamicReLU, (), activation="hsigmoid")
+
+PRESERVE = torch.preserve_format
+_SATURATED = 40.0  # whose sigmoid is 1 in every type, exactly
+
+
+def _normal(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.normal_(layer.weight, 0, 0.01)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class DeformBranch(nn.Module):
+    """One branch of a block: a 3x3 modulated deformable convolution and its group normalisation.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out, divisible by ``num_groups``.
+        bias: whether the convolution has one.
+        num_groups: of the normalisation.
+        eps: of the normalisation.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyhead.py``, ``Conv3x3Norm``.
+
+    Example:
+        >>> import torch
+        >>> from dyhead_cuda.modules import DeformBranch
+        >>> branch = DeformBranch(8, 16, bias=True, num_groups=4)
+        >>> offset, mask = torch.zeros(1, 18, 3, 3), torch.ones(1, 9, 3, 3)
+        >>> branch(torch.randn(1, 8, 6, 6), offset, mask, stride=2).shape
+        torch.Size([1, 16, 3, 3])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool,
+        num_groups: int = 16,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.norm = nn.GroupNorm(num_groups, out_channels, eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights uniform in +-1 / sqrt(9 * C_in), a zero bias; the norm has its own method."""
+        reset_deform_weight(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def parameters_tuple(self) -> BranchParameters:
+        """The parameters as :func:`dyhead_cuda.functional.pyramid_block` takes them."""
+        return BranchParameters(self.weight, self.bias, self.norm.weight, self.norm.bias)
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor, stride: int = 1) -> Tensor:
+        """Convolve and normalise. A fused block reads the parameters and does not call this.
+
+        Args:
+            x: [N, C_in, H, W], of the parameters' dtype.
+            offset: [N, 18, H_out, W_out] in pixels of ``x``, dy before dx for each tap.
+            mask: [N, 9, H_out, W_out], after its sigmoid.
+            stride: 1 or 2.
+
+        Returns:
+            [N, C_out, H_out, W_out].
+
+        Raises:
+            ValueError: shapes, devices or types that do not fit.
+        """
+        y = functional.modulated_deform_conv2d(
+            x, offset, self.weight, self.bias, stride, 1, 1, mask
+        )
+        if y.numel() == 0:
+            return y
+        if y.numel() == y.shape[1] == self.norm.num_groups:
+            # One value per group: nn.GroupNorm refuses a single image of these.
+            return self.norm(torch.cat([y, y]))[:1]
+        return self.norm(y)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("weight", "bias"):  # until version 0.1 they were parameters of the branch
+            old = f"{prefix}norm_{name}"
+            if old in state_dict:
+                state_dict[f"{prefix}norm.{name}"] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+BRANCH = plain.kind(DeformBranch, ("weight",))
+
+
+class DyHeadBlock(nn.Module):
+    """One block of the published head.
+
+    Args:
+        in_channels: C_in, of the levels that come in.
+        out_channels: C_out, of the results.
+        high_offset: see :class:`DyHead`, as for all that follow.
+        upsample: how the branch on the coarser level comes to the level's size.
+        deform_bias: a bias on the deformable convolutions.
+        num_groups: groups of the normalisations, which divide ``out_channels``.
+        reduction: of the dynamic ReLU's hidden layer.
+        init: "microsoft" or "mmdet".
+        eps: of the normalisations.
+        recompute: keep less for the backward and compute it again there.
+        attentions: those in use.
+        memory_format: of the results.
+
+    Raises:
+        ValueError: sizes that do not fit, unknown names.
+
+    Source: arXiv 2106.08322; microsoft/DynamicHead, ``dyhead/dyhead.py``, ``DyConv``.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> block = dyhead_cuda.DyHeadBlock(8, 16)
+        >>> levels = {"p3": torch.randn(1, 8, 12, 16), "p4": torch.randn(1, 8, 6, 8)}
+        >>> {name: tuple(x.shape) for name, x in block(levels).items()}
+        {'p3': (1, 16, 12, 16), 'p4': (1, 16, 6, 8)}
+    """
+
+    label = "A DyHeadBlock"  # what the log calls it
+
+    def __init__(
+        self,
+        in_channels: int = 256,
+        out_channels: int = 256,
+        *,
+        high_offset: HighOffset = "flat",
+        upsample: Upsample = "bilinear",
+        deform_bias: bool = True,
+        num_groups: int = 16,
+        reduction: int = 4,
+        init: Init = "microsoft",
+        eps: float = 1e-5,
+        recompute: bool = False,
+        attentions: Collection[Attention] = ATTENTIONS,
+        memory_format: torch.memory_format = PRESERVE,
+    ) -> None:
+        super().__init__()
+        checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
+        checks.one_of("upsample", upsample, UPSAMPLES)
+        checks.names("attentions", attentions, ATTENTIONS)
+        checks.one_of("init", init, get_args(Init))
+        checks.memory_format(memory_format)
+        checks.positive(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_groups=num_groups,
+            reduction=reduction,
+        )
+        if out_channels % num_groups:
+            raise ValueError(
+                f"expected out_channels divisible by num_groups, got {out_channels} channels and "
+                f"{num_groups} groups"
+            )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.high_offset, self.upsample = high_offset, upsample
+        self.num_groups, self.eps = num_groups, eps
+        self.recompute, self.memory_format = recompute, memory_format
+        self.deform_bias = deform_bias
+        self.attentions = tuple(name for name in ATTENTIONS if name in attentions)
+        self.hidden = max(1, out_channels // reduction)
+        self.offset_conv = nn.Conv2d(in_channels, 3 * TAPS, 3, padding=1)
+        branch = in_channels, out_channels, deform_bias, num_groups, eps
+        self.low, self.mid, self.high = (DeformBranch(*branch) for _ in range(3))
+        self.scale_gate = nn.Linear(out_channels, 1)
+        self.dynamic_relu = DynamicReLU(out_channels, reduction)
+        _normal(self.scale_gate)
+        if init == "mmdet":
+            for parameter in self.offset_conv.parameters():
+                nn.init.zeros_(parameter)
+            _normal(self.dynamic_relu.fc1)
+            _normal(self.dynamic_relu.fc2)
+        for attention, name in (
+            ("scale", "scale_gate"),
+            ("spatial", "offset_conv"),
+            ("task", "dynamic_relu"),
+        ):
+            if attention not in self.attentions:
+                setattr(self, name, LeftOut())
+
+    def parameters_tuple(self) -> BlockParameters:
+        """The parameters as :func:`dyhead_cuda.functional.pyramid_block` takes them.
+
+        An attention that is left out has constants there, which make it the identity.
+        """
+        low, mid, high = (b.parameters_tuple() for b in (self.low, self.mid, self.high))
+        weight = mid.weight
+        offset: tuple[Tensor, Tensor]
+        gate: tuple[Tensor, Tensor]
+        task: tuple[Tensor, Tensor, Tensor, Tensor]
+        if "spatial" in self.attentions:
+            offset = self.offset_conv.weight, cast(Tensor, self.offset_conv.bias)
+        else:
+            offset = weight.new_zeros(3 * TAPS, self.in_channels, 3, 3), weight.new_zeros(3 * TAPS)
+            offset[1][OFFSET_CHANNELS:] = _SATURATED  # the mask is 1
+        if "scale" in self.attentions:
+            gate = self.scale_gate.weight[0], self.scale_gate.bias
+        else:
+            gate = weight.new_zeros(self.out_channels), weight.new_full((1,), 3.0)  # hsigmoid is 1
+        if "task" in self.attentions:
+            fc1, fc2 = self.dynamic_relu.fc1, self.dynamic_relu.fc2
+            task = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        else:
+            channels, hidden = self.out_channels, self.hidden
+            task = (
+                weight.new_zeros(hidden, channels),
+                weight.new_zeros(hidden),
+                weight.new_zeros(4 * channels, hidden),
+                weight.new_zeros(4 * channels),
+            )
+            task[3][2 * channels : 3 * channels] = 3.0  # a1 = a2 = 1, b1 = b2 = 0
+        return BlockParameters(*offset, low, mid, high, *gate, *task)
+
+    def _inner_modules(self) -> Iterator[tuple[str, nn.Module, plain.Kind]]:
+        """What is inside, with its name and what it must be for the block to be fused."""
+        norm = NORM._replace(settings=(("num_groups", self.num_groups), ("eps", self.eps)))
+        modules: dict[str, Any] = self._modules
+        for name in ("low", "mid", "high"):
+            yield name, modules[name], BRANCH
+            yield name + ".norm", modules[name]._modules["norm"], norm
+        if "spatial" in self.attentions:
+            yield "offset_conv", modules["offset_conv"], CONV3X3
+        if "scale" in self.attentions:
+            yield "scale_gate", modules["scale_gate"], LINEAR
+        if "task" in self.attentions:
+            relu = modules["dynamic_relu"]
+            yield "dynamic_relu", relu, RELU
+            yield "dynamic_relu.fc1", relu._modules["fc1"], LINEAR
+            yield "dynamic_relu.fc2", relu._modules["fc2"], LINEAR
+
+    def unfused_reason(self) -> str | None:
+        """Why the inner modules must be called instead of their parameters read, or None."""
+        reason = plain.hooks_everywhere() or plain.first_reason(self._inner_modules())
+        if reason is not None:
+            return reason
+        biases = [b._parameters.get("bias", b) for b in (self.low, self.mid, self.high)]
+        if any((bias is None) != (biases[0] is None) for bias in biases):
+            return "some of its branches have a bias and some have none"
+        return None
+
+    def forward(self, features: Features) -> Features:
+        """One block.
+
+        Args:
+            features: list, tuple or dict of levels [N, C_in, H_l, W_l], finest first, of one
+                floating type; each level is half of the finer one, rounded up, except for
+                "aligned".
+
+        Returns:
+            The same kind of container with levels [N, C_out, H_l, W_l] in the dtype of the
+            features, each with memory of its own.
+
+        Raises:
+            ValueError: sizes, channels, dtypes or devices that do not fit.
+            TypeError: features that are no such container.
+        """
+        reason, levels = self.unfused_reason(), unpack(features)
+        if reason is None:
+            return repack(features, run_fused([self], levels, self.memory_format))
+        plain.say_once(self, self.label, reason)
+        return repack(features, self._unfused(levels))
+
+    def _unfused(self, levels: list[Tensor]) -> list[Tensor]:
+        checks.pyramid(levels, self.in_channels, self.high_offset)
+        parts = unfused.BlockParts(
+            self.offset_conv if "spatial" in self.attentions else None,
+            self.low,
+            self.mid,
+            self.high,
+            self._gate,
+            self.dynamic_relu if "task" in self.attentions else torch.clone,
+        )
+        outs = unfused.pyramid_block(
+            levels,
+            parts,
+            high_offset=self.high_offset,
+            upsample=self.upsample,
+            dtype=dtype_of(self, levels[0]),
+        )
+        memory_format = output_format(levels, self.memory_format)
+        return [x.contiguous(memory_format=memory_format) for x in outs]
+
+    def _gate(self, y: Tensor) -> Tensor:
+        """The scale gate of a branch [N, C, H, W], as [N, 1, 1, 1]."""
+        if "scale" not in self.attentions:
+            return y.new_ones(1)
+        return hsigmoid(F.relu(self.scale_gate(y.flatten(2).mean(2))))[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, high_offset={self.high_offset!r}, "
+            f"upsample={self.upsample!r}, num_groups={self.num_groups}, "
+            f"deform_bias={self.deform_bias}, eps={self.eps}, recompute={self.recompute}, "
+            f"attentions={self.attentions}, memory_format={self.memory_format}"
+        )
+
+
+def run_fused(
+    blocks: Sequence[DyHeadBlock], levels: Sequence[Tensor], memory_format: torch.memory_format
+) -> list[Tensor]:
+    """Blocks of the same settings in turn, on their parameters; nothing is called."""
+    first = blocks[0]
+    return functional.pyramid_blocks(
+        levels,
+        [block.parameters_tuple() for block in blocks],
+        high_offset=first.high_offset,
+        upsample=first.upsample,
+        num_groups=first.num_groups,
+        eps=first.eps,
+        recompute=first.recompute,
+        memory_format=memory_format,
+    )
+
+
+def fused_settings(block: nn.Module) -> tuple[Any, ...] | None:
+    """What blocks must have in common to run as one; None if the block must be called.
+
+    A call does more than the parameters say where the block has hooks, another class or forward,
+    where it was compiled, or where an inner module is not plain.
+    """
+    if (
+        type(block) is not DyHeadBlock
+        or plain.why_called(block) is not None
+        or block._compiled_call_impl is not None
+        or block.unfused_reason() is not None
+    ):
+        return None
+    return block.high_offset, block.upsample, block.num_groups, block.eps, block.recompute
+
+
+class DyHead(nn.Module):
+    """The published Dynamic Head: a stack of blocks on a pyramid of feature maps.
+
+    Args:
+        in_channels: channels of the pyramid.
+        out_channels: channels of the result and of all blocks but the first one's input.
+        num_blocks: 6 in the paper.
+        high_offset: which offsets the branch on the coarser level reads: "flat" (every released
+            checkpoint), "crop", "mmdet_main" or "aligned" (the paper's formula, any sizes); see
+            :func:`dyhead_cuda.reference.pyramid_block`.
+        upsample: how that branch comes to the level's size: "bilinear" (published) or "nearest"
+            (public forks that resize by ``F.interpolate``'s default).
+        deform_bias: a bias on the deformable convolutions (microsoft and GLIP have one, mmdet not).
+        num_groups: groups of the group normalisation; out_channels must be divisible by it.
+        reduction: of the dynamic ReLU's hidden layer.
+        init: "microsoft" or "mmdet", the initialisation of that code base: deformable weights
+            uniform in +-1 / sqrt(9 * C_in), scale gate N(0, 0.01); offset convolution and dynamic
+            ReLU PyTorch's default, or zero and N(0, 0.01).
+        eps: of the group normalisation.
+        recompute: keep for the backward only what goes into and comes out of each block, not what
+            is between (predictions and branches, about three times as much), and compute that
+            again there. Costs one more forward; results and gradients are the same bits. It is an
+            attribute of every block and can be changed at any time.
+        attentions: those in use. One that is left out is the identity and has no parameters:
+            without "scale" the gates are 1, without "spatial" the offsets 0 and the mask 1 (plain
+            3x3 convolutions of three levels), without "task" there is no dynamic ReLU. Detectors
+            of two stages leave out the last before the RoI pooling.
+        memory_format: of the results, torch.contiguous_format or torch.channels_last;
+            torch.preserve_format is that of the features, as for convolutions.
+
+    Raises:
+        ValueError: sizes that do not fit, unknown names.
+
+    Source: arXiv 2106.08322; microsoft/DynamicHead; mmdet ``necks/dyhead.py``.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> head = dyhead_cuda.DyHead(in_channels=8, out_channels=16, num_blocks=2)
+        >>> levels = [torch.randn(1, 8, side, side) for side in (16, 8, 4)]
+        >>> [tuple(x.shape) for x in head(levels)]
+        [(1, 16, 16, 16), (1, 16, 8, 8), (1, 16, 4, 4)]
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 256,
+        out_channels: int = 256,
+        num_blocks: int = 6,
+        *,
+        high_offset: HighOffset = "flat",
+        upsample: Upsample = "bilinear",
+        deform_bias: bool = True,
+        num_groups: int = 16,
+        reduction: int = 4,
+        init: Init = "microsoft",
+        eps: float = 1e-5,
+        recompute: bool = False,
+        attentions: Collection[Attention] = ATTENTIONS,
+        memory_format: torch.memory_format = PRESERVE,
+    ) -> None:
+        super().__init__()
+        checks.positive(num_blocks=num_blocks)
+        checks.memory_format(memory_format)
+        self.memory_format = memory_format
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.blocks = nn.ModuleList(
+            DyHeadBlock(
+                out_channels if i else in_channels,
+                out_channels,
+                high_offset=high_offset,
+                upsample=upsample,
+                deform_bias=deform_bias,
+                num_groups=num_groups,
+                reduction=reduction,
+                init=init,
+                eps=eps,
+                recompute=recompute,
+                attentions=attentions,
+            )
+            for i in range(num_blocks)
+        )
+        for i, block in enumerate(self.blocks):
+            cast(DyHeadBlock, block).label = f"Block {i} of a DyHead"
+
+    def forward(self, features: Features) -> Features:
+        """All blocks in turn; those whose calls nobody would notice run as one.
+
+        Args:
+            features: list, tuple or dict of levels [N, C_in, H_l, W_l], finest first, of float64,
+                float32, float16 or bfloat16; each level is half of the finer one, rounded up,
+                except for "aligned".
+
+        Returns:
+            The same kind of container with levels [N, C_out, H_l, W_l] in the dtype of the
+            features, each with memory of its own.
+
+        Raises:
+            ValueError: sizes, channels, dtypes or devices that do not fit.
+            TypeError: features that are no such container.
+        """
+        together: list[DyHeadBlock] = []
+        settings: tuple[Any, ...] | None = None
+        for block in self.blocks:
+            found = fused_settings(block)
+            if together and found != settings:
+                features = repack(features, run_fused(together, unpack(features), PRESERVE))
+                together = []
+            if found is None:
+                features = block(features)
+            else:
+                together.append(cast(DyHeadBlock, block))
+                settings = found
+        if together:
+            levels = run_fused(together, unpack(features), self.memory_format)
+        elif self.memory_format == PRESERVE:
+            return features
+        else:
+            levels = [x.contiguous(memory_format=self.memory_format) for x in unpack(features)]
+        return repack(features, levels)
+
+    def extra_repr(self) -> str:
+        return f"memory_format={self.memory_format}"

@@ -1,0 +1,200 @@
+"""Definitions that the reference and the compiled path share: names, resizing, small formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyhead_cuda import checks
+from dyhead_cuda.pyramid import UPSAMPLES, HighOffset, Upsample, halved
+
+Activation = Literal["hsigmoid", "sigmoid"]
+Targets = Literal["all", "median"]
+ResizeMode = Literal["bilinear", "nearest", "max"]
+
+
+class UnifiedParameters(NamedTuple):
+    """All parameters of one block of the paper's form, as tensors of any floating type.
+
+    Args:
+        scale_weight, scale_bias: [L, L] and [L], the linear map over the level means.
+        offset_weight, offset_bias: [27, C, 3, 3] and [27]: 18 offsets (dy, dx per tap, in pixels),
+            then 9 mask logits.
+        spatial_weight: [L, C_out, C, 3, 3], a 3x3 convolution for each level that is read.
+        fc1_weight, fc1_bias: [C_out // r, C_out] and [C_out // r], of the dynamic ReLU.
+        fc2_weight, fc2_bias: [4 * C_out, C_out // r] and [4 * C_out].
+
+    Example:
+        >>> import dyhead_cuda
+        >>> block = dyhead_cuda.UnifiedDyHead(levels=3, channels=8, num_blocks=1).blocks[0]
+        >>> block.parameters_tuple().spatial_weight.shape
+        torch.Size([3, 8, 8, 3, 3])
+    """
+
+    scale_weight: Tensor
+    scale_bias: Tensor
+    offset_weight: Tensor
+    offset_bias: Tensor
+    spatial_weight: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+def hsigmoid(x: Tensor) -> Tensor:
+    """The hard sigmoid of the published code's gates: relu6(x + 3) / 6.
+
+    Args:
+        x: of any shape and floating type.
+
+    Returns:
+        As ``x``, with values from 0 to 1.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyrelu.py``.
+
+    Example:
+        >>> import torch
+        >>> hsigmoid(torch.tensor([-4.0, 0.0, 3.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return F.relu6(x + 3) / 6
+
+
+def to_compute(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off on the device of ``x``: the head chooses its own precision."""
+    if x.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def resize(x: Tensor, size: Sequence[int], mode: Upsample) -> Tensor:
+    """A map of another size: bilinear with align_corners=True, or nearest as torch has it.
+
+    Args:
+        x: [N, C, h, w].
+        size: (H, W).
+        mode: "bilinear" or "nearest".
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    checks.one_of("upsample", mode, UPSAMPLES)
+    if 0 in x.shape or 0 in size:
+        return x.new_zeros(*x.shape[:2], *size)
+    corners = True if mode == "bilinear" else None
+    return F.interpolate(x, tuple(size), mode=mode, align_corners=corners)
+
+
+def finer_for_low(finer: Tensor, size: Sequence[int]) -> Tensor:
+    """The finer level as ``low`` reads it: resized only where half of it is not ``size``."""
+    if halved(finer.shape) == tuple(size):
+        return finer
+    return resize(finer, (2 * size[0], 2 * size[1]), "bilinear")
+
+
+def _flat_prefix(t: Tensor, size: tuple[int, int]) -> Tensor:
+    """The first K * h * w values of each image's [K, H, W], read as [K, h, w]."""
+    n, k = t.shape[:2]
+    return t.flatten(1)[:, : k * size[0] * size[1]].reshape(n, k, *size)
+
+
+def _crop(t: Tensor, size: tuple[int, int]) -> Tensor:
+    return t[..., : size[0], : size[1]]
+
+
+# How the high branch reads offset and mask, by the name of the variant. "aligned" resizes the
+# coarser level instead, and reads the predictions as they are.
+READ_RULES = {
+    "flat": (_flat_prefix, _flat_prefix),
+    "crop": (_crop, _crop),
+    "mmdet_main": (_flat_prefix, _crop),
+}
+
+
+def high_offset_and_mask(
+    offset: Tensor, mask: Tensor, size: tuple[int, int], high_offset: HighOffset
+) -> tuple[Tensor, Tensor]:
+    """What the ``high`` branch on a level of ``size`` reads of the finer level's predictions.
+
+    Args:
+        offset, mask: [N, 18, H, W] and [N, 9, H, W], predicted at the finer level.
+        size: (h, w) of the coarser level, at most (H, W).
+        high_offset: "flat" (released checkpoints), "crop", or "mmdet_main" (offset flat, mask
+            cropped); "aligned" does not read predictions at another resolution.
+
+    Returns:
+        offset [N, 18, h, w] and mask [N, 9, h, w].
+    """
+    checks.one_of("high_offset", high_offset, READ_RULES)
+    offset_rule, mask_rule = READ_RULES[high_offset]
+    return offset_rule(offset, size), mask_rule(mask, size)
+
+
+def median_level(levels: int) -> int:
+    """Index of the level that a pyramid is resized to; the coarser middle one of an even number.
+
+    Args:
+        levels: how many there are.
+
+    Returns:
+        The index, counted from the finest level.
+
+    Example:
+        >>> median_level(5)
+        2
+    """
+    return levels // 2
+
+
+def target_levels(targets: Targets, levels: int) -> list[int]:
+    """The levels that the spatial attention computes: all, or the median one.
+
+    Raises:
+        ValueError: unknown targets.
+    """
+    checks.one_of("targets", targets, checks.TARGETS)
+    return [median_level(levels)] if targets == "median" else list(range(levels))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x [N, C, H, W] is dense with its channels innermost. vmap cannot tell: False."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def output_format(
+    inputs: Sequence[Tensor], memory_format: torch.memory_format
+) -> torch.memory_format:
+    """The memory format of results: the one asked for, or that of the inputs, as convolutions do.
+
+    Args:
+        inputs: maps [N, C, H, W] of one pyramid.
+        memory_format: torch.contiguous_format, torch.channels_last, or torch.preserve_format, which
+            is channels_last where all inputs are (and not contiguous as well), else contiguous.
+
+    Raises:
+        ValueError: another memory format.
+    """
+    checks.memory_format(memory_format)
+    if memory_format != torch.preserve_format:
+        return memory_format
+    if all(x.is_contiguous() for x in inputs):
+        return torch.contiguous_format
+    if all(is_channels_last(x) for x in inputs):
+        return torch.channels_last
+    return torch.contiguous_format

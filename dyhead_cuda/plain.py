@@ -1,0 +1,118 @@
+"""Whether a module is as its class made it, so that its parameters alone say what it computes.
+
+The fused kernels read the parameters of the modules inside a block and never call those modules.
+Hooks, adapters, pruning and quantisation act when a module is called, so a block whose inner
+modules have any of these must call them; see :mod:`dyhead_cuda.unfused`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+_log = logging.getLogger("dyhead_cuda")
+_said: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what the log has about a module
+
+
+class Kind(NamedTuple):
+    """What a module must be for the kernels to read its parameters."""
+
+    type: type[nn.Module]
+    forward: Callable[..., Any]  # the class's, in case somebody replaces it there
+    settings: tuple[tuple[str, Any], ...] = ()  # attributes that the kernels take for granted
+    parameters: tuple[str, ...] = ("weight", "bias")  # those that must be there
+
+
+def kind(
+    type_: type[nn.Module], parameters: tuple[str, ...] = ("weight", "bias"), **settings: Any
+) -> Kind:
+    """The kind of an unchanged module of this class."""
+    return Kind(type_, type_.forward, tuple(settings.items()), parameters)
+
+
+def hooks_everywhere() -> str | None:
+    """The reason to call every module: hooks for all modules of the process, or None."""
+    if (
+        torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_pre_hooks
+        or torch_module._global_backward_hooks
+    ):
+        return "hooks are registered for all modules of the process"
+    return None
+
+
+def why_called(module: nn.Module) -> str | None:
+    """What makes calling ``module`` differ from calling its class's forward, or None."""
+    state = module.__dict__
+    if (
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+    ):
+        return "has hooks (pruning and the old weight_norm and spectral_norm are hooks, too)"
+    if "forward" in state:
+        return "has a forward of its own"
+    return None
+
+
+def why_not_plain(module: nn.Module, expected: Kind) -> str | None:
+    """Why the kernels may not read the parameters of ``module`` instead of calling it, or None.
+
+    Parametrizations (:mod:`torch.nn.utils.parametrize`) are no reason: they act where a weight is
+    read. The class that they make has ``expected`` as its only base.
+    """
+    found = type(module)
+    if found is not expected.type and not (
+        found.__bases__ == (expected.type,) and "parametrizations" in module._modules
+    ):
+        return f"is a {found.__module__}.{found.__qualname__}, not a {expected.type.__name__}"
+    reason = why_called(module)
+    if reason is not None:
+        return reason
+    if found.forward is not expected.forward:
+        return f"has a forward that replaced the one of {expected.type.__name__}"
+    state = module.__dict__
+    for name, value in expected.settings:
+        if state[name] != value:
+            return f"has {name}={state[name]!r}, not {value!r}"
+    parameters = state["_parameters"]
+    for name in expected.parameters:
+        # A parametrized one is not among the parameters, and its attribute is costly to read.
+        if name in parameters and parameters[name] is None:
+            return f"has no {name}"
+    return None
+
+
+def first_reason(parts: Iterable[tuple[str, nn.Module, Kind]]) -> str | None:
+    """The first reason among named modules, with the name, or None if all are plain."""
+    for name, module, expected in parts:
+        reason = why_not_plain(module, expected)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def say_once(module: nn.Module, label: str, reason: str) -> None:
+    """Log that a module is not fused, once for each reason.
+
+    Args:
+        module: which it is.
+        label: what the log calls it.
+        reason: why.
+    """
+    if torch.compiler.is_compiling() or _said.get(module) == reason:
+        return
+    _said[module] = reason
+    _log.warning(
+        "%s is not fused and runs module by module, with the same numbers but slower: %s",
+        label,
+        reason,
+    )
