@@ -62,7 +62,10 @@ def offset_and_mask(
         images, _, height, width = x.shape
         offset = x.new_zeros(images, OFFSET_CHANNELS, height, width)
         return offset, x.new_ones(images, TAPS, height, width)
-    predictions = offset_conv(x)
+    if x.numel() == 0:
+        predictions = x.new_zeros(x.shape[0], OFFSET_CHANNELS + TAPS, *x.shape[2:])
+    else:
+        predictions = offset_conv(x)
     return predictions[:, :OFFSET_CHANNELS], predictions[:, OFFSET_CHANNELS:].sigmoid()
 
 

@@ -151,6 +151,8 @@ class DynamicReLU(nn.Module):
         torch.Size([2, 8, 5, 5])
     """
 
+    label: str | None = "A DynamicReLU"  # what the log calls it; None: a block speaks for it
+
     def __init__(
         self, channels: int, reduction: int = 4, activation: Activation = "hsigmoid"
     ) -> None:
@@ -177,7 +179,8 @@ class DynamicReLU(nn.Module):
         parts = (("fc1", self.fc1, LINEAR), ("fc2", self.fc2, LINEAR))
         reason = plain.hooks_everywhere() or plain.first_reason(parts)
         if reason is not None:
-            plain.say_once(self, "A DynamicReLU", reason)
+            if self.label is not None:
+                plain.say_once(self, self.label, reason)
             dtype = dtype_of(self, x)
             return unfused.dynamic_relu(x, self.fc1, self.fc2, self.activation, dtype)
         return functional.dynamic_relu(

@@ -208,6 +208,7 @@ class DyHeadBlock(nn.Module):
         self.low, self.mid, self.high = (DeformBranch(*branch) for _ in range(3))
         self.scale_gate = nn.Linear(out_channels, 1)
         self.dynamic_relu = DynamicReLU(out_channels, reduction)
+        self.dynamic_relu.label = None
         _normal(self.scale_gate)
         if init == "mmdet":
             for parameter in self.offset_conv.parameters():

@@ -62,6 +62,7 @@ class UnifiedDyHeadBlock(nn.Module):
         self.offset_conv = nn.Conv2d(channels, 3 * TAPS, 3, padding=1)
         self.spatial_weight = nn.Parameter(torch.empty(levels, channels, channels, 3, 3))
         self.dynamic_relu = DynamicReLU(channels, reduction, "sigmoid")
+        self.dynamic_relu.label = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
