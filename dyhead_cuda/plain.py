@@ -100,19 +100,19 @@ def first_reason(parts: Iterable[tuple[str, nn.Module, Kind]]) -> str | None:
     return None
 
 
-def say_once(module: nn.Module, label: str, reason: str) -> None:
+_MODULE_BY_MODULE = "runs module by module, with the same numbers but slower"
+
+
+def say_once(module: nn.Module, label: str, reason: str, instead: str = _MODULE_BY_MODULE) -> None:
     """Log that a module is not fused, once for each reason.
 
     Args:
         module: which it is.
         label: what the log calls it.
         reason: why.
+        instead: what it does.
     """
     if torch.compiler.is_compiling() or _said.get(module) == reason:
         return
     _said[module] = reason
-    _log.warning(
-        "%s is not fused and runs module by module, with the same numbers but slower: %s",
-        label,
-        reason,
-    )
+    _log.warning("%s is not fused and %s: %s", label, instead, reason)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
-from dyhead_cuda import checks, functional
-from dyhead_cuda.compat import structure
+from dyhead_cuda import checks, functional, plain
+from dyhead_cuda.compat import inner, structure
 from dyhead_cuda.compat.measure import LIMIT, CannotMeasureError, Variant, measure, variants
 from dyhead_cuda.compat.names import GLIP, MMDET, MMDET_GLIP, ULTRALYTICS, CodeBase
 from dyhead_cuda.modules import DyHeadBlock
@@ -22,11 +23,12 @@ _log = logging.getLogger("dyhead_cuda")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class AcceleratedBlock(nn.Module):
+class AcceleratedBlock(nn.Module, ABC):
     """A public block with its own submodules, parameters and hooks, and a fused forward.
 
     It adopts the attributes of ``block``, so parameters stay the same objects and state-dict keys
-    the same names; only what ``forward`` computes with them is this package's.
+    the same names; only what ``forward`` computes with them is this package's. Where an inner
+    module was changed since, the forward of the block's own class runs, which calls it.
     """
 
     code_base: ClassVar[CodeBase]
@@ -39,6 +41,23 @@ class AcceleratedBlock(nn.Module):
         self.__dict__.update(block.__dict__)
         self.high_offset, self.upsample = variant
         self.recompute = recompute
+        self._own_class = type(block)
+        self._inner = inner.inner_modules(block)
+
+    def forward(self, x: Any) -> Any:
+        """What the public block computes, from and to what it takes and returns."""
+        reason = inner.why_changed(self, self._inner)
+        if reason is None:
+            return self._fused(x)
+        name = self._own_class.__name__
+        plain.say_once(self, f"an accelerated {name}", reason, "runs its own forward, slower")
+        own = object.__new__(self._own_class)
+        object.__setattr__(own, "__dict__", self.__dict__)  # the same modules and parameters
+        return own.forward(x)
+
+    @abstractmethod
+    def _fused(self, x: Any) -> Any:
+        """The same, from parameters alone."""
 
     def _run(self, levels: Sequence[Tensor]) -> list[Tensor]:
         norm = structure.norm_of(self, self.code_base)
@@ -71,7 +90,7 @@ class AcceleratedDyConv(AcceleratedBlock):
 
     code_base = GLIP
 
-    def forward(self, x: Any) -> Any:
+    def _fused(self, x: Any) -> Any:
         if isinstance(x, Mapping) and isinstance(x.get("visual"), list | tuple):
             return {**x, "visual": self._run(x["visual"])}
         levels = self._run(unpack(x))
@@ -89,7 +108,7 @@ class AcceleratedDyHeadBlock(AcceleratedBlock):
 
     code_base = MMDET
 
-    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+    def _fused(self, x: Sequence[Tensor]) -> list[Tensor]:
         return self._run(list(x))
 
 
