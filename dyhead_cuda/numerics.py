@@ -22,12 +22,15 @@ class UnifiedParameters(NamedTuple):
     """All parameters of one block of the paper's form, as tensors of any floating type.
 
     Args:
-        scale_weight, scale_bias: [L, L] and [L], the linear map over the level means.
-        offset_weight, offset_bias: [27, C, 3, 3] and [27]: 18 offsets (dy, dx per tap, in pixels),
-            then 9 mask logits.
+        scale_weight: [L, L], of the linear map over the level means.
+        scale_bias: [L].
+        offset_weight: [27, C, 3, 3]: 18 offsets (dy, dx per tap, in pixels), then 9 mask logits.
+        offset_bias: [27].
         spatial_weight: [L, C_out, C, 3, 3], a 3x3 convolution for each level that is read.
-        fc1_weight, fc1_bias: [C_out // r, C_out] and [C_out // r], of the dynamic ReLU.
-        fc2_weight, fc2_bias: [4 * C_out, C_out // r] and [4 * C_out].
+        fc1_weight: [C_out // r, C_out], of the dynamic ReLU.
+        fc1_bias: [C_out // r].
+        fc2_weight: [4 * C_out, C_out // r].
+        fc2_bias: [4 * C_out].
 
     Example:
         >>> import dyhead_cuda
@@ -131,13 +134,26 @@ def high_offset_and_mask(
     """What the ``high`` branch on a level of ``size`` reads of the finer level's predictions.
 
     Args:
-        offset, mask: [N, 18, H, W] and [N, 9, H, W], predicted at the finer level.
+        offset: [N, 18, H, W] in pixels, predicted at the finer level.
+        mask: [N, 9, H, W], likewise.
         size: (h, w) of the coarser level, at most (H, W).
         high_offset: "flat" (released checkpoints), "crop", or "mmdet_main" (offset flat, mask
             cropped); "aligned" does not read predictions at another resolution.
 
     Returns:
         offset [N, 18, h, w] and mask [N, 9, h, w].
+
+    Raises:
+        ValueError: another name.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyhead.py``; mmdet, ``necks/dyhead.py``.
+
+    Example:
+        >>> import torch
+        >>> offset, mask = torch.randn(1, 18, 8, 8), torch.rand(1, 9, 8, 8)
+        >>> read, _ = high_offset_and_mask(offset, mask, (4, 4), "crop")
+        >>> torch.equal(read, offset[:, :, :4, :4])
+        True
     """
     checks.one_of("high_offset", high_offset, READ_RULES)
     offset_rule, mask_rule = READ_RULES[high_offset]

@@ -21,12 +21,24 @@ Features = TypeVar("Features", list[Tensor], tuple[Tensor, ...], dict[str, Tenso
 
 
 class BranchParameters(NamedTuple):
-    """One deformable branch: a 3x3 modulated deformable convolution and its group normalisation."""
+    """One deformable branch: a 3x3 modulated deformable convolution and its group normalisation.
 
-    weight: Tensor  # [C_out, C_in, 3, 3]
-    bias: Tensor | None  # [C_out]
-    norm_weight: Tensor  # [C_out]
-    norm_bias: Tensor  # [C_out]
+    Args:
+        weight: [C_out, C_in, 3, 3], of any floating type, as all of them.
+        bias: [C_out] or None.
+        norm_weight: [C_out].
+        norm_bias: [C_out].
+
+    Example:
+        >>> from dyhead_cuda.modules import DeformBranch
+        >>> DeformBranch(8, 16, bias=False).parameters_tuple().weight.shape
+        torch.Size([16, 8, 3, 3])
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor
 
     def to(self, dtype: torch.dtype) -> BranchParameters:
         """All of them in one type; what has it already is not copied."""
@@ -37,19 +49,40 @@ class BranchParameters(NamedTuple):
 
 
 class BlockParameters(NamedTuple):
-    """All parameters of one published block, in the order in which the block uses them."""
+    """All parameters of one published block, in the order in which the block uses them.
 
-    offset_weight: Tensor  # [27, C_in, 3, 3]: 18 offsets (dy, dx per tap), then 9 mask logits
-    offset_bias: Tensor  # [27]
-    low: BranchParameters  # reads the finer level l - 1 with stride 2
-    mid: BranchParameters  # reads level l
-    high: BranchParameters  # reads the coarser level l + 1, then upsampled
-    gate_weight: Tensor  # [C_out]
-    gate_bias: Tensor  # [1]
-    fc1_weight: Tensor  # [C_out // reduction, C_out]
-    fc1_bias: Tensor  # [C_out // reduction]
-    fc2_weight: Tensor  # [4 * C_out, C_out // reduction]
-    fc2_bias: Tensor  # [4 * C_out]
+    Args:
+        offset_weight: [27, C_in, 3, 3]: 18 offsets (dy, dx per tap, in pixels), then 9 mask logits;
+            of any floating type, as all of them.
+        offset_bias: [27].
+        low: the branch that reads the finer level l - 1 with stride 2.
+        mid: the branch that reads level l.
+        high: the branch that reads the coarser level l + 1 and is then upsampled.
+        gate_weight: [C_out], of the scale gate.
+        gate_bias: [1].
+        fc1_weight: [C_out // reduction, C_out], of the dynamic ReLU.
+        fc1_bias: [C_out // reduction].
+        fc2_weight: [4 * C_out, C_out // reduction].
+        fc2_bias: [4 * C_out].
+
+    Example:
+        >>> import dyhead_cuda
+        >>> parameters = dyhead_cuda.DyHeadBlock(8, 16).parameters_tuple()
+        >>> parameters.offset_weight.shape, parameters.mid.weight.shape
+        (torch.Size([27, 8, 3, 3]), torch.Size([16, 8, 3, 3]))
+    """
+
+    offset_weight: Tensor
+    offset_bias: Tensor
+    low: BranchParameters
+    mid: BranchParameters
+    high: BranchParameters
+    gate_weight: Tensor
+    gate_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
 
     @property
     def task(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
@@ -183,3 +185,63 @@ def test_both_libraries_have_all_operators(device: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dyhead::{name}", device.upper()), (
             name
         )
+
+
+def test_threads_that_overlap_keep_their_own_backends() -> None:
+    entered, left = threading.Barrier(2), threading.Barrier(2)
+    seen: dict[str, list[str]] = {}
+
+    def first() -> None:
+        with backend("reference"):
+            entered.wait()  # both are inside
+            seen["first"] = [backends.current()]
+        left.wait()  # the first has left, the second is inside
+        seen["first"].append(backends.current())
+
+    def second() -> None:
+        before = backends.current()
+        with backend("cpu"):
+            entered.wait()
+            left.wait()
+            seen["second"] = [before, backends.current()]
+        seen["second"].append(backends.current())
+
+    with backend("reference"):
+        threads = [threading.Thread(target=function) for function in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert backends.current() == "reference"
+    assert seen == {"first": ["reference", "auto"], "second": ["auto", "cpu", "auto"]}
+    assert backends.current() == "auto"
+
+
+def test_tasks_that_overlap_keep_their_own_backends() -> None:
+    async def task(name: Backend, turns: int) -> list[str]:
+        found = []
+        with backend(name):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                found.append(backends.current())
+        return [*found, backends.current()]
+
+    async def both() -> tuple[list[str], list[str]]:
+        with backend("cpu"):
+            return await asyncio.gather(task("reference", 2), task("auto", 4))
+
+    assert asyncio.run(both()) == (["reference"] * 2 + ["cpu"], ["auto"] * 4 + ["cpu"])
+    assert backends.current() == "auto"
+
+
+@pytest.mark.skipif(not library.loaded("cpu"), reason="the CPU library is not loaded")
+def test_compiled_code_follows_the_backend() -> None:
+    relu, x = DynamicReLU(8), torch.randn(2, 8, 3, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(relu, fullgraph=True, backend="eager")
+    calls = []
+    for name in ("auto", "reference", "cpu", "reference", "auto"):
+        with backend(name), Spy() as spy, torch.no_grad():
+            compiled(x)
+        calls.append(spy.calls)
+    assert calls == [1, 0, 1, 0, 1]

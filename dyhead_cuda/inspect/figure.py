@@ -47,7 +47,7 @@ STYLE: Any = {
 def draw(
     photograph: Image.Image, blocks: Sequence[Sequence[LevelRecord]], path: Path, caption: str
 ) -> None:
-    """Writes the picture.
+    """Write the picture: the photograph, where the head looks on it, and its three attentions.
 
     Args:
         photograph: RGB, as the backbone saw it (without the padding).
@@ -55,6 +55,16 @@ def draw(
             :func:`dyhead_cuda.inspect.record.describe` returned.
         path: the PNG to write.
         caption: the headline.
+
+    Example:
+        >>> import tempfile, torch, dyhead_cuda
+        >>> from dyhead_cuda.inspect import record
+        >>> head = dyhead_cuda.DyHead(16, 16, num_blocks=1)
+        >>> levels = [torch.randn(1, 16, side, side) for side in (16, 8, 4)]
+        >>> path = Path(tempfile.mkdtemp(), "head.png")
+        >>> draw(Image.new("RGB", (128, 128)), record.record(head, levels), path, "A new head")
+        >>> path.stat().st_size > 0
+        True
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(18, 14), layout="constrained")
@@ -91,6 +101,15 @@ def interest_points(image: Image.Image, count: int, margin: int) -> list[tuple[i
         image: the photograph.
         count: how many places to find.
         margin: pixels to keep from the border, where there is room for that.
+
+    Returns:
+        The places, from left to right.
+
+    Example:
+        >>> image = Image.new("L", (64, 64))
+        >>> image.paste(255, (30, 30, 40, 40))
+        >>> len(interest_points(image, 2, 4))
+        2
     """
     grey = np.asarray(image.convert("L"), dtype=np.float64)
     rows, columns = np.gradient(grey)
@@ -121,7 +140,17 @@ def _box_mean(values: np.ndarray, radius: int) -> np.ndarray:
 
 
 def bare(axes: Axes) -> None:
-    """No ticks."""
+    """Take the ticks away.
+
+    Args:
+        axes: changed in place.
+
+    Example:
+        >>> axes = Figure().subplots()
+        >>> bare(axes)
+        >>> len(axes.get_xticks())
+        0
+    """
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -233,7 +262,19 @@ def _draw_energies(
 
 
 def mark_energies(bar: Colorbar) -> None:
-    """Plain numbers beside a colour bar of energies."""
+    """Write plain numbers beside a colour bar of energies.
+
+    Args:
+        bar: changed in place.
+
+    Example:
+        >>> figure = Figure()
+        >>> image = figure.subplots().imshow([[1.0]], norm=LogNorm(*ENERGY_RANGE))
+        >>> bar = figure.colorbar(image)
+        >>> mark_energies(bar)
+        >>> list(bar.get_ticks()) == list(ENERGY_TICKS)
+        True
+    """
     bar.set_ticks(ENERGY_TICKS, labels=[f"{t:g}" for t in ENERGY_TICKS])
     bar.minorticks_off()
 
@@ -242,9 +283,17 @@ def energy_at_pixels(energy: Tensor, stride: int, image: tuple[int, int]) -> np.
     """A level's energy at the pixels of what the backbone read, relative to its median there.
 
     Args:
-        energy: [H, W].
-        stride: of the level.
+        energy: [H, W] of any floating type, the L2 norm over the channels.
+        stride: of the level, in pixels.
         image: (width, height) in pixels, without the padding.
+
+    Returns:
+        [height, width] float64; ones where the median is zero.
+
+    Example:
+        >>> import torch
+        >>> energy_at_pixels(torch.ones(2, 3), 8, (20, 12)).shape
+        (12, 20)
     """
     height, width = energy.shape
     # With align_corners the pixels i * stride keep their values; beyond the last the edge repeats.
@@ -280,7 +329,19 @@ def _draw_gates(figure: SubFigure, blocks: Sequence[Sequence[LevelRecord]]) -> N
 
 
 def write_values(axes: Axes, values: np.ndarray, middle: float) -> None:
-    """Writes the numbers of a cividis heat map [rows, columns] into it; none for NaN."""
+    """Write the numbers of a cividis heat map into it; none for NaN.
+
+    Args:
+        axes: changed in place.
+        values: [rows, columns], as they were drawn.
+        middle: numbers below it are white, the others black.
+
+    Example:
+        >>> axes = Figure().subplots()
+        >>> write_values(axes, np.array([[0.5, np.nan]]), 0.6)
+        >>> [text.get_text() for text in axes.texts]
+        ['.50']
+    """
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             colour = "white" if value < middle else "black"

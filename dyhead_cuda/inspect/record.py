@@ -229,7 +229,7 @@ def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelRecord]:
         coefficients = _coefficients(parameters, combined[0])
         levels.append(
             LevelRecord(
-                gates={name: float(gate[0]) for name, gate in gates.items()},
+                gates={name: float(gate[0].detach()) for name, gate in gates.items()},
                 offset=offset_mask[:OFFSET_CHANNELS].unflatten(0, (TAPS, 2)).cpu(),
                 modulation=offset_mask[OFFSET_CHANNELS:].sigmoid().cpu(),
                 coefficients=coefficients.cpu(),

@@ -67,12 +67,14 @@ def modulated_deform_conv2d(
     out(p) = sum_k w_k . input(p * stride - padding + k * dilation + offset_k(p)) * mask_k(p).
 
     Args:
-        input: [N, C_in, H, W].
+        input: [N, C_in, H, W] of any floating type, as all arguments.
         offset: [N, 2 * D * K, H_out, W_out] in pixels of the input, dy before dx for each of the K
             taps of each of the D deformable groups.
         weight: [C_out, C_in / groups, kh, kw]; the number of groups follows from its shape.
         bias: [C_out] or None.
-        stride, padding, dilation: an int or (vertical, horizontal).
+        stride: an int or (vertical, horizontal), in pixels.
+        padding: likewise.
+        dilation: likewise.
         mask: [N, D * K, H_out, W_out], the modulation (after its sigmoid), or None for ones.
 
     Returns:
@@ -84,6 +86,12 @@ def modulated_deform_conv2d(
         ValueError: shapes that do not fit, with the expected shape.
 
     Source: arXiv 1811.11168, equation 1.
+
+    Example:
+        >>> import torch
+        >>> x, weight = torch.randn(2, 8, 10, 12), torch.randn(16, 8, 3, 3)
+        >>> modulated_deform_conv2d(x, torch.randn(2, 18, 10, 12), weight, padding=1).shape
+        torch.Size([2, 16, 10, 12])
     """
     geometry = checks.deform_conv_geometry(
         input, offset, weight, bias, stride, padding, dilation, mask
@@ -132,9 +140,11 @@ def dynamic_relu(
     each; a1 = 1 + t, a2 = t, b1 and b2 = t / 2. The mean is over all positions of an image.
 
     Args:
-        x: [N, C, ...]; any number of trailing dimensions, none included.
-        fc1_weight, fc1_bias: [C // r, C], [C // r].
-        fc2_weight, fc2_bias: [4 * C, C // r], [4 * C].
+        x: [N, C, ...] of any floating type; any number of trailing dimensions, none included.
+        fc1_weight: [C // r, C], of any floating type, as all that follow.
+        fc1_bias: [C // r].
+        fc2_weight: [4 * C, C // r].
+        fc2_bias: [4 * C].
         activation: s, "hsigmoid" (relu6(x + 3) / 6: the published code) or "sigmoid" (logistic).
 
     Returns:
@@ -144,6 +154,12 @@ def dynamic_relu(
         ValueError: shapes that do not fit, an unknown activation.
 
     Source: arXiv 2003.10027; the paper, section 3.2, "task-aware attention".
+
+    Example:
+        >>> import torch
+        >>> layers = torch.randn(2, 8), torch.zeros(2), torch.randn(32, 2), torch.zeros(32)
+        >>> dynamic_relu(torch.randn(1, 8, 5, 5), *layers).shape
+        torch.Size([1, 8, 5, 5])
     """
     checks.dynamic_relu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     value = to_compute(x)

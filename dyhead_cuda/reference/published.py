@@ -44,7 +44,32 @@ def branch_maps(
     num_groups: int = 16,
     eps: float = 1e-5,
 ) -> list[dict[str, Tensor]]:
-    """Normalised branches of every level, "mid" first: each [N, C_out, H_l, W_l], before gating."""
+    """The branches of every level after their normalisation, before gates and average.
+
+    Args:
+        features: levels [N, C_in, H_l, W_l] of float32 or float64, finest first.
+        parameters: see :class:`~dyhead_cuda.BlockParameters`; of the dtype of the features.
+        high_offset: as for :func:`pyramid_block`.
+        upsample: as for :func:`pyramid_block`.
+        num_groups: of the group normalisation.
+        eps: of the group normalisation.
+
+    Returns:
+        Per level, branch name ("mid", then "low" and "high" where there are such levels) to
+        [N, C_out, H_l, W_l].
+
+    Raises:
+        ValueError: an unknown ``high_offset`` or ``upsample``.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyhead.py``.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> parameters = dyhead_cuda.DyHeadBlock(8, 16).parameters_tuple()
+        >>> levels = [torch.randn(1, 8, side, side) for side in (8, 4)]
+        >>> [list(branches) for branches in branch_maps(levels, parameters)]
+        [['mid', 'high'], ['mid', 'low']]
+    """
     checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
     checks.one_of("upsample", upsample, UPSAMPLES)
     maps = []
@@ -77,7 +102,23 @@ def branch_maps(
 
 
 def branch_gate(branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Scale-aware gate hsigmoid(relu(w . mean(branch) + bias)) of [N, C, H, W], as [N]."""
+    """Scale-aware gate of a branch: hsigmoid(relu(w . mean(branch) + bias)).
+
+    Args:
+        branch: [N, C, H, W] of any floating type.
+        weight: w, [C], of the dtype of the branch.
+        bias: [1].
+
+    Returns:
+        [N], from 0.5 to 1.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyhead.py``, ``AttnConv``.
+
+    Example:
+        >>> import torch
+        >>> branch_gate(torch.ones(2, 8, 4, 4), torch.full((8,), 0.25), torch.tensor([1.0]))
+        tensor([1., 1.])
+    """
     return hsigmoid(F.relu(branch.flatten(2).mean(2) @ weight + bias))
 
 
@@ -92,8 +133,28 @@ def combine_branches(
 ) -> list[Tensor]:
     """Scale- and spatial-aware attention: the gated, averaged branches before the dynamic ReLU.
 
-    The arguments and the result are those of :func:`pyramid_block`, except that float16 and
-    bfloat16 features give float32 results.
+    Args:
+        features: levels, as for :func:`pyramid_block`.
+        parameters: see :class:`~dyhead_cuda.BlockParameters`; of any floating type.
+        high_offset: as for :func:`pyramid_block`.
+        upsample: as for :func:`pyramid_block`.
+        num_groups: of the group normalisation.
+        eps: of the group normalisation.
+
+    Returns:
+        list of [N, C_out, H_l, W_l], float64 for float64 features and float32 for all others.
+
+    Raises:
+        ValueError: a pyramid or parameters that do not fit, with what was expected.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyhead.py``.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> parameters = dyhead_cuda.DyHeadBlock(8, 16).parameters_tuple()
+        >>> levels = [torch.randn(1, 8, side, side) for side in (8, 4)]
+        >>> [tuple(x.shape) for x in combine_branches(levels, parameters)]
+        [(1, 16, 8, 8), (1, 16, 4, 4)]
     """
     in_channels, _ = checks.block_parameters(parameters, num_groups, features)
     checks.pyramid(features, in_channels, high_offset)
@@ -129,8 +190,9 @@ def pyramid_block(
     and a scale-aware gate; their average; dynamic ReLU.
 
     Args:
-        features: levels [N, C_in, H_l, W_l]; each level is half of the finer one, rounded up.
-        parameters: see :class:`~dyhead_cuda.pyramid.BlockParameters`.
+        features: levels [N, C_in, H_l, W_l] of one floating type; each level is half of the finer
+            one, rounded up.
+        parameters: see :class:`~dyhead_cuda.BlockParameters`; of any floating type.
         high_offset: how the ``high`` branch on level l + 1 gets the offsets and mask predicted at
             level l. "flat": the first K * h * w values of each image's contiguous [K, H, W], which
             is what every released checkpoint was trained with; "crop": [:h, :w]; "mmdet_main":
@@ -141,7 +203,8 @@ def pyramid_block(
         upsample: how the ``high`` branch, or for "aligned" the coarser level before it, comes to
             level l's size. "bilinear": with align_corners=True, as published; "nearest": as
             ``F.interpolate(x, size)`` does by default, which many public forks call.
-        num_groups, eps: of the group normalisation.
+        num_groups: of the group normalisation.
+        eps: of the group normalisation.
 
     Returns:
         list of [N, C_out, H_l, W_l] in the dtype of the features.
@@ -150,6 +213,13 @@ def pyramid_block(
         ValueError: a pyramid or parameters that do not fit, with what was expected.
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``; mmdet, ``necks/dyhead.py``.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> parameters = dyhead_cuda.DyHeadBlock(8, 16).parameters_tuple()
+        >>> levels = [torch.randn(1, 8, side, side) for side in (8, 4)]
+        >>> [tuple(x.shape) for x in pyramid_block(levels, parameters, high_offset="crop")]
+        [(1, 16, 8, 8), (1, 16, 4, 4)]
     """
     return [
         dynamic_relu(x, *parameters.task).to(features[0].dtype)

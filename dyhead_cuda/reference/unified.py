@@ -28,15 +28,23 @@ def stack_pyramid(
     """Resize a pyramid to its median level and stack it as [N, L, C, H, W].
 
     Args:
-        features: L levels [N, C, H_l, W_l], finest first.
+        features: L levels [N, C, H_l, W_l] of one floating type, finest first.
         mode: "bilinear" (align_corners=False), "nearest", or "max" (adaptive max pooling where a
             level shrinks, nearest where it grows).
-        size: (H, W) to resize to instead of the median level's.
+        size: (H, W) in pixels to resize to instead of the median level's.
+
+    Returns:
+        [N, L, C, H, W] in the dtype of the features.
 
     Raises:
         ValueError: no level, an unknown mode, or levels that differ in batch or channels.
 
     Source: the paper, section 3.1.
+
+    Example:
+        >>> import torch
+        >>> stack_pyramid([torch.randn(1, 8, side, side) for side in (16, 8, 4)]).shape
+        torch.Size([1, 3, 8, 8, 8])
     """
     checks.stackable(features, mode)
     if size is None:
@@ -58,10 +66,25 @@ def stack_pyramid(
 
 
 def scale_gates(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """pi_L: gate_l = max(0, min(1, (f(mean_{S,C} F)_l + 1) / 2)), [N, L, C, H, W] -> [N, L].
+    """The gates of the scale attention pi_L: gate_l = max(0, min(1, (f(mean_{S,C} F)_l + 1) / 2)).
 
-    ``weight`` [L, L] and ``bias`` [L] are the linear map f over the level means.
+    Args:
+        features: F, [N, L, C, H, W] of any floating type.
+        weight: [L, L], of the linear map f over the level means; of any floating type.
+        bias: [L], likewise.
+
+    Returns:
+        [N, L], float64 for float64 features and float32 for all others.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
     Source: the paper, equation 3.
+
+    Example:
+        >>> import torch
+        >>> scale_gates(torch.zeros(1, 3, 8, 4, 4), torch.eye(3), torch.zeros(3))
+        tensor([[0.5000, 0.5000, 0.5000]])
     """
     checks.scale_attention(features, weight, bias)
     means = to_compute(features).flatten(2).mean(2)
@@ -70,7 +93,27 @@ def scale_gates(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def scale_attention(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """pi_L(F) . F: every level of [N, L, C, H, W] times its gate (see :func:`scale_gates`)."""
+    """pi_L(F) . F: every level times its gate.
+
+    Args:
+        features: F, [N, L, C, H, W] of any floating type.
+        weight: [L, L], see :func:`scale_gates`.
+        bias: [L], likewise.
+
+    Returns:
+        As ``features``.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: the paper, equation 3.
+
+    Example:
+        >>> import torch
+        >>> f = torch.ones(1, 3, 8, 4, 4)
+        >>> scale_attention(f, torch.zeros(3, 3), torch.zeros(3)).unique()
+        tensor([0.5000])
+    """
     gates = scale_gates(features, weight, bias)
     gated = to_compute(features) * gates.view(*gates.shape, 1, 1, 1)
     return gated.to(features.dtype)
@@ -91,10 +134,10 @@ def spatial_attention(
     modulation dm (a sigmoid) predicted from level t by one 3x3 convolution.
 
     Args:
-        features: F, [N, L, C, H, W].
-        weight: w, [L, C_out, C, 3, 3].
-        offset_weight, offset_bias: [27, C, 3, 3] and [27]: 18 offsets (dy, dx per tap, in pixels),
-            then 9 mask logits.
+        features: F, [N, L, C, H, W] of any floating type.
+        weight: w, [L, C_out, C, 3, 3], of any floating type, as all that follow.
+        offset_weight: [27, C, 3, 3]: 18 offsets (dy, dx per tap, in pixels), then 9 mask logits.
+        offset_bias: [27].
         targets: "median" is the formula as printed, t = the median level only; "all" takes the sum
             for every level t with offsets of its own, so that blocks can be stacked.
         gates: [N, L] or None: use gate_l . F(l) in place of F(l), the product that the paper's
@@ -107,6 +150,12 @@ def spatial_attention(
         ValueError: shapes that do not fit, unknown targets.
 
     Source: the paper, equation 4.
+
+    Example:
+        >>> import torch
+        >>> f, weight = torch.randn(1, 3, 8, 6, 7), torch.randn(3, 8, 8, 3, 3)
+        >>> spatial_attention(f, weight, torch.zeros(27, 8, 3, 3), torch.zeros(27)).shape
+        torch.Size([1, 3, 8, 6, 7])
     """
     checks.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
     levels = features.shape[1]
@@ -139,10 +188,29 @@ def task_attention(
     *,
     activation: Activation = "sigmoid",
 ) -> Tensor:
-    """pi_C(F) . F: dynamic ReLU of [N, L, C, H, W] with the average over L x S.
+    """pi_C(F) . F: the dynamic ReLU with the average over levels and space.
 
-    The arguments after ``features`` are those of :func:`dynamic_relu`; the paper's shifted sigmoid
-    is the logistic one. Source: the paper, equation 5.
+    Args:
+        features: F, [N, L, C, H, W] of any floating type.
+        fc1_weight: [C // r, C], see :func:`dynamic_relu`.
+        fc1_bias: [C // r].
+        fc2_weight: [4 * C, C // r].
+        fc2_bias: [4 * C].
+        activation: "sigmoid" (the paper's shifted sigmoid is the logistic one) or "hsigmoid".
+
+    Returns:
+        As ``features``.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation.
+
+    Source: the paper, equation 5.
+
+    Example:
+        >>> import torch
+        >>> layers = torch.randn(2, 8), torch.zeros(2), torch.randn(32, 2), torch.zeros(32)
+        >>> task_attention(torch.randn(1, 3, 8, 4, 4), *layers).shape
+        torch.Size([1, 3, 8, 4, 4])
     """
     checks.unified_features(features)
     by_channel = features.transpose(1, 2)
@@ -158,14 +226,23 @@ def unified_block(
     """W(F) = pi_C(pi_S(pi_L(F) . F) . F) . F, one block of the paper's form.
 
     Args:
-        features: [N, L, C, H, W].
-        parameters: see :class:`UnifiedParameters`.
+        features: F, [N, L, C, H, W] of any floating type.
+        parameters: see :class:`UnifiedParameters`; of any floating type.
         targets: as for :func:`spatial_attention`; only "all" can be stacked.
 
     Returns:
         [N, L, C_out, H, W], or [N, 1, C_out, H, W] for targets "median".
 
+    Raises:
+        ValueError: shapes that do not fit, unknown targets.
+
     Source: the paper, equation 2.
+
+    Example:
+        >>> import torch, dyhead_cuda
+        >>> block = dyhead_cuda.UnifiedDyHead(levels=3, channels=8, num_blocks=1).blocks[0]
+        >>> unified_block(torch.randn(1, 3, 8, 6, 7), block.parameters_tuple()).shape
+        torch.Size([1, 3, 8, 6, 7])
     """
     p = parameters
     gates = scale_gates(features, p.scale_weight, p.scale_bias)
