@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from dyhead_cuda.backends import current
+
 _log = logging.getLogger("dyhead_cuda")
 _said: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what the log has about a module
 
@@ -106,19 +108,19 @@ def first_reason(parts: Iterable[tuple[str, Any, Kind]]) -> str | None:
     return None
 
 
-def say_once(module: nn.Module, label: str, reason: str) -> None:
-    """Log that a module is not fused, once for each reason.
+_MODULE_BY_MODULE = "runs module by module, with the same numbers but slower"
+
+
+def say_once(module: nn.Module, label: str, reason: str, instead: str = _MODULE_BY_MODULE) -> None:
+    """Log that a module is not fused, once for each reason; the reference fuses nothing.
 
     Args:
         module: which it is.
         label: what the log calls it.
         reason: why.
+        instead: what it does.
     """
-    if torch.compiler.is_compiling() or _said.get(module) == reason:
+    if torch.compiler.is_compiling() or current() == "reference" or _said.get(module) == reason:
         return
     _said[module] = reason
-    _log.warning(
-        "%s is not fused and runs module by module, with the same numbers but slower: %s",
-        label,
-        reason,
-    )
+    _log.warning("%s is not fused and %s: %s", label, instead, reason)

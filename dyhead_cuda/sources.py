@@ -11,7 +11,7 @@ from pathlib import Path
 
 # What each library is built of, below the root of a checkout.
 PARTS = {
-    "cpu": ("CMakeLists.txt", "cmake", "csrc/ops.cpp", "csrc/common", "csrc/host", "csrc/cpu"),
+    "cpu": ("CMakeLists.txt", "cmake", "csrc/common", "csrc/host", "csrc/cpu"),
     "cuda": ("CMakeLists.txt", "cmake", "csrc/common", "csrc/host", "csrc/cuda"),
 }
 

@@ -14,7 +14,8 @@ PACKAGE = "dyhead_cuda"
 # From top to bottom. A room may import itself, the rooms on lines below its own, and the neutral
 # modules. Rooms on one line do not import each other.
 ROOMS = (
-    ("commands", "__main__"),  # python -m dyhead_cuda
+    ("__main__",),  # python -m dyhead_cuda
+    ("commands",),  # what it runs
     ("detection",),  # detectors, data, training, evaluation, pictures
     ("__init__",),  # the public names, as `from dyhead_cuda import DyHead` finds them
     ("compat", "inspect"),  # public code bases' models and checkpoints; what a head attends to

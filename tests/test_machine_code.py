@@ -127,8 +127,8 @@ def test_vector_kernels_access_16_bytes(kernels: dict[str, str]) -> None:
     assert seen == {
         (kernel, storage, vector)
         for kernel in VECTOR_KERNELS
-        for storage, most in VECTOR_OF_TYPE.items()
-        for vector in (1, most)
+        for storage, widest in VECTOR_OF_TYPE.items()
+        for vector in (1, widest)
     }
 
 

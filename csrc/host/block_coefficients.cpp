@@ -183,6 +183,26 @@ BlockCoefficientsBwdResult block_coefficients_bwd(
 }  // namespace
 }  // namespace dyhead
 
+DYHEAD_SCHEMAS(m) {
+  // From the moments of a block's branches to what fuse_branches takes
+  // (csrc/common/block_coefficients.h). Parameters of any floating type, everything else in the
+  // compute type. Returns scale, shift and coefficients, and for the backward norms [J, N, 2 G + 1]
+  // and layers [L, N, 5 C + H].
+  m.def(
+      "block_coefficients_fwd(Tensor mean, Tensor var, Tensor up_mean, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, Tensor gate_weight, Tensor gate_bias, Tensor fc1_weight, "
+      "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, int[] job_levels, int[] job_branches, "
+      "int num_groups, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Returns the gradients of mean, var, up_mean, of all norm_weights and norm_biases, stacked, and
+  // of the other parameters in the order above, all in the compute type.
+  m.def(
+      "block_coefficients_bwd(Tensor grad_scale, Tensor grad_shift, Tensor grad_coefficients, "
+      "Tensor mean, Tensor up_mean, Tensor norms, Tensor layers, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, Tensor gate_weight, Tensor fc1_weight, Tensor fc2_weight, "
+      "int[] job_levels, int[] job_branches, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
 DYHEAD_REGISTER(m) {
   m.impl("block_coefficients_fwd", TORCH_BOX(&dyhead::block_coefficients_fwd));
   m.impl("block_coefficients_bwd", TORCH_BOX(&dyhead::block_coefficients_bwd));

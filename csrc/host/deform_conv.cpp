@@ -319,6 +319,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
 }  // namespace
 }  // namespace dyhead
 
+DYHEAD_SCHEMAS(m) {
+  // Any list of deformable jobs (csrc/common/deform_jobs.h). Returns the output rows and, where
+  // `moments` is set, mean, biased variance and upsampled mean per job, image and channel. The rows
+  // have the source's type, or the compute type where `out_in_compute_dtype` is set.
+  m.def(
+      "deform_conv_fwd(Tensor source, Tensor predictions, Tensor[] weights, Tensor[] bias, "
+      "Tensor? gates, int[] geometry, int[] sources, int[] terms, int[] jobs, bool mask_logits, "
+      "bool out_in_compute_dtype, bool moments, bool allow_tf32) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+  // Returns the gradients of source, predictions, weights, bias and gates; those of weights and
+  // bias are stacked and of the compute type, the last two are empty where they do not exist.
+  m.def(
+      "deform_conv_bwd(Tensor grad_out, Tensor? grad_mean, Tensor? grad_var, "
+      "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor[] weights, Tensor? gates, "
+      "Tensor out, Tensor mean, int[] geometry, int[] sources, int[] terms, int[] jobs, "
+      "bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32, bool "
+      "deterministic) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
 DYHEAD_REGISTER(m) {
   m.impl("deform_conv_fwd", TORCH_BOX(&dyhead::deform_conv_fwd));
   m.impl("deform_conv_bwd", TORCH_BOX(&dyhead::deform_conv_bwd));

@@ -1,6 +1,7 @@
 // The device that a library is for. The .cpp files of this folder are compiled into both libraries:
 // each checks an operator's arguments, allocates its results, calls the kernels (run_<operator>,
-// which csrc/cpu and csrc/cuda define alike) and registers the operator.
+// which csrc/cpu and csrc/cuda define alike) and registers the operator. The schemas, which are the
+// same for every device, are the CPU library's; it is loaded first.
 #pragma once
 
 #include "tensors.h"
@@ -16,6 +17,8 @@
 
 #include "../cuda/context.h"
 
+#define DYHEAD_SCHEMAS(m) \
+  [[maybe_unused]] static void schemas(torch::stable::detail::StableLibrary& m)
 #define DYHEAD_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(dyhead, CUDA, m)
 
 namespace dyhead {
@@ -71,6 +74,7 @@ class Call final : public Context {
 
 #include "../cpu/context.h"
 
+#define DYHEAD_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(dyhead, m)
 #define DYHEAD_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(dyhead, CPU, m)
 
 namespace dyhead {

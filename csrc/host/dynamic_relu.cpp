@@ -74,6 +74,19 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_relu_bwd(const Tensor& grad_out, cons
 }  // namespace
 }  // namespace dyhead
 
+DYHEAD_SCHEMAS(m) {
+  // rows [N, P, C]; parameters in the compute type. Returns out, mean [N, C], hidden [N, H] and
+  // logits [N, 4 C].
+  m.def(
+      "dynamic_relu_fwd(Tensor rows, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+      "Tensor fc2_bias, bool hard_sigmoid) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Returns the gradients of rows, of the logits [N, 4 C] and of the hidden layer before its ReLU
+  // [N, H]; those of the parameters are products of these with what the forward returned.
+  m.def(
+      "dynamic_relu_bwd(Tensor grad_out, Tensor rows, Tensor hidden, Tensor logits, "
+      "Tensor fc1_weight, Tensor fc2_weight, bool hard_sigmoid) -> (Tensor, Tensor, Tensor)");
+}
+
 DYHEAD_REGISTER(m) {
   m.impl("dynamic_relu_fwd", TORCH_BOX(&dyhead::dynamic_relu_fwd));
   m.impl("dynamic_relu_bwd", TORCH_BOX(&dyhead::dynamic_relu_bwd));

@@ -113,6 +113,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd(
 }  // namespace
 }  // namespace dyhead
 
+DYHEAD_SCHEMAS(m) {
+  // Upsampled branches, scaled and added, through the dynamic ReLU (csrc/common/fuse_branches.h).
+  m.def(
+      "fuse_branches_fwd(Tensor y, Tensor scale, Tensor shift, Tensor coefficients, int images, "
+      "int[] maps, int[] levels) -> Tensor");
+  // Returns the gradients of y, scale, shift and coefficients.
+  m.def(
+      "fuse_branches_bwd(Tensor grad_out, Tensor y, Tensor scale, Tensor shift, "
+      "Tensor coefficients, int images, int[] maps, int[] levels) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+}
+
 DYHEAD_REGISTER(m) {
   m.impl("fuse_branches_fwd", TORCH_BOX(&dyhead::fuse_branches_fwd));
   m.impl("fuse_branches_bwd", TORCH_BOX(&dyhead::fuse_branches_bwd));

@@ -77,6 +77,13 @@ std::vector<Tensor> unpack_levels(const Tensor& rows, int64_t images, const IntL
 }  // namespace
 }  // namespace dyhead
 
+DYHEAD_SCHEMAS(m) {
+  // Levels [N, C, H, W], each contiguous or channels_last, as rows [R, C], one after the other.
+  m.def("pack_levels(Tensor[] levels) -> Tensor");
+  // Contiguous levels from their rows: first row, height and width of each.
+  m.def("unpack_levels(Tensor rows, int images, int[] maps) -> Tensor[]");
+}
+
 DYHEAD_REGISTER(m) {
   m.impl("pack_levels", TORCH_BOX(&dyhead::pack_levels));
   m.impl("unpack_levels", TORCH_BOX(&dyhead::unpack_levels));

@@ -35,6 +35,7 @@ class CodeBase(NamedTuple):
     names: tuple[Name, ...]
     high_offsets: tuple[str, ...]  # what its forward computes
     adjacent_blocks: bool  # whether a tower holds nothing but blocks
+    foreign: tuple[str, ...] = ()  # names that a block of another code base has instead
 
     @property
     def roots(self) -> frozenset[str]:
@@ -62,33 +63,61 @@ def _layer(ours: str, theirs: str, pointwise: bool = False) -> tuple[Name, Name]
     )
 
 
-_DYCONV = (
-    *_branch("high", "DyConv.0", "bn", bias=True),
-    *_branch("mid", "DyConv.1", "bn", bias=True),
-    *_branch("low", "DyConv.2", "bn", bias=True),
-    *_layer("scale_gate", "AttnConv.1", pointwise=True),
-    *_layer("dynamic_relu.fc1", "relu.fc.0"),
-    *_layer("dynamic_relu.fc2", "relu.fc.2"),
-    *_layer("offset_conv", "offset"),
-)
+def _dyconv(branches: str, gate: str) -> tuple[Name, ...]:
+    """The names in a DyConv whose branches and scale gate are called ``branches`` and ``gate``."""
+    return (
+        *_branch("high", f"{branches}.0", "bn", bias=True),
+        *_branch("mid", f"{branches}.1", "bn", bias=True),
+        *_branch("low", f"{branches}.2", "bn", bias=True),
+        *_layer("scale_gate", f"{gate}.1", pointwise=True),
+        *_layer("dynamic_relu.fc1", "relu.fc.0"),
+        *_layer("dynamic_relu.fc2", "relu.fc.2"),
+        *_layer("offset_conv", "offset"),
+    )
+
+
+def _dyhead_block(fc1: str, fc2: str, pointwise: bool) -> tuple[Name, ...]:
+    """The names in a DyHeadBlock, whose two layers of the dynamic ReLU differ between packages."""
+    return (
+        *_branch("high", "spatial_conv_high", "norm", bias=False),
+        *_branch("mid", "spatial_conv_mid", "norm", bias=False),
+        *_branch("low", "spatial_conv_low", "norm", bias=False),
+        *_layer("offset_conv", "spatial_conv_offset"),
+        *_layer("scale_gate", "scale_attn_module.1", pointwise=True),
+        *_layer("dynamic_relu.fc1", f"task_attn_module.{fc1}", pointwise),
+        *_layer("dynamic_relu.fc2", f"task_attn_module.{fc2}", pointwise),
+    )
+
+
+_DYCONV = _dyconv("DyConv", "AttnConv")
 
 MICROSOFT = CodeBase("microsoft/DynamicHead", "microsoft", _DYCONV, ("flat",), True)
 
 # GLIP's language-aware tower holds fusion and language layers between the blocks.
 GLIP = CodeBase("GLIP", "glip", _DYCONV, ("flat",), False)
 
+# The head "ATSSVLFusionHead" of mmdet 3: GLIP with names of its own.
+MMDET_GLIP = CodeBase(
+    "mmdet's GLIP", "mmdet_glip", _dyconv("dyconvs", "attnconv"), ("flat",), False
+)
+
 MMDET = CodeBase(
     "mmdet",
     "mmdet",
-    (
-        *_branch("high", "spatial_conv_high", "norm", bias=False),
-        *_branch("mid", "spatial_conv_mid", "norm", bias=False),
-        *_branch("low", "spatial_conv_low", "norm", bias=False),
-        *_layer("offset_conv", "spatial_conv_offset"),
-        *_layer("scale_gate", "scale_attn_module.1", pointwise=True),
-        *_layer("dynamic_relu.fc1", "task_attn_module.conv1.conv", pointwise=True),
-        *_layer("dynamic_relu.fc2", "task_attn_module.conv2.conv", pointwise=True),
-    ),
+    _dyhead_block("conv1.conv", "conv2.conv", pointwise=True),
     ("flat", "mmdet_main"),
     True,
+    foreign=("task_attn_module.fc.",),
 )
+
+# Forks of Ultralytics' YOLO: mmdet's block with the fully connected dynamic ReLU of microsoft.
+ULTRALYTICS = CodeBase(
+    "the Ultralytics forks",
+    "ultralytics",
+    _dyhead_block("fc.0", "fc.2", pointwise=False),
+    ("flat",),
+    True,
+    foreign=("task_attn_module.conv1.", "task_attn_module.conv2."),
+)
+
+CODE_BASES = (MICROSOFT, GLIP, MMDET_GLIP, MMDET, ULTRALYTICS)

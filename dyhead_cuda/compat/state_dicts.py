@@ -2,118 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from dyhead_cuda.compat.names import GLIP, MICROSOFT, MMDET, CodeBase
-from dyhead_cuda.compat.towers import find_blocks, unnest
-from dyhead_cuda.modules import ATTENTIONS, DyHead, DyHeadBlock
-from dyhead_cuda.pyramid import HighOffset
-
-# What the public blocks fix and a state dict does not tell.
-_NUM_GROUPS, _EPS, _REDUCTION = 16, 1e-5, 4
-_RELEASED_MMDET = re.compile(r"(\d+)\.(\d+|x)(?:\.(\d+|x))?(?:rc\d+)?")
-_HINTS = {
-    "microsoft": "",
-    "glip": "; from_glip reads towers built with USE_GN, USE_DYRELU, USE_DYFUSE and USE_DFCONV on",
-    "mmdet": "; from_mmdet reads blocks with norm_cfg of type GN",
-}
-
-
-def _tensor(key: str, value: Any) -> Tensor:
-    """A contiguous copy of a parameter, which detectron2 stores as a numpy array."""
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.array(value, order="C"))
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f'expected a floating-point tensor or array for "{key}", got {kind}')
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _block_tensors(
-    state_dict: Mapping[str, Any], code_base: CodeBase, prefix: str
-) -> dict[str, Tensor]:
-    """The parameters of one block by the names they have here, in the shapes they have there."""
-    hint = _HINTS[code_base.key]
-    theirs = {name.theirs for name in code_base.names}
-    missing = [name.theirs for name in code_base.names if prefix + name.theirs not in state_dict]
-    if missing:
-        raise ValueError(
-            f'expected {len(theirs)} {code_base.title} parameters under "{prefix}", found '
-            f"{len(theirs) - len(missing)} without {', '.join(missing)}{hint}"
-        )
-    inside = (key.removeprefix(prefix) for key in state_dict if key.startswith(prefix))
-    strange = [
-        key for key in inside if key.partition(".")[0] in code_base.roots and key not in theirs
-    ]
-    if strange:
-        raise ValueError(
-            f'expected a {code_base.title} block with group normalisation under "{prefix}", found '
-            f"{', '.join(strange)} in it, which belong to another kind of layer{hint}"
-        )
-    return {
-        name.ours: _tensor(prefix + name.theirs, state_dict[prefix + name.theirs])
-        for name in code_base.names
-    }
-
-
-def _reduction(channels: int, hidden: int) -> int:
-    """The reduction that gives the dynamic ReLU of ``channels`` a layer of ``hidden`` values."""
-    for reduction in (_REDUCTION, channels // max(hidden, 1)):
-        if reduction > 0 and max(1, channels // reduction) == hidden:
-            return reduction
-    raise ValueError(
-        f"expected a hidden layer of {max(1, channels // _REDUCTION)} values in the dynamic ReLU "
-        f"of {channels} channels, got {hidden}, which no whole reduction gives"
-    )
-
-
-def _from(
-    checkpoint: Mapping[str, Any],
-    code_base: CodeBase,
-    prefix: str | None,
-    num_groups: int,
-    high_offset: HighOffset,
-) -> DyHead:
-    state_dict = unnest(checkpoint, code_base)
-    prefixes = find_blocks(state_dict, code_base, prefix)
-    blocks = [_block_tensors(state_dict, code_base, block) for block in prefixes]
-    weight, fc1 = blocks[0]["mid.weight"], blocks[0]["dynamic_relu.fc1.weight"]
-    if weight.dim() != 4 or fc1.dim() not in (2, 4):
-        raise ValueError(
-            f'expected deformable weights [C_out, C_in, 3, 3] under "{prefixes[0]}", got '
-            f"{list(weight.shape)}, and a dynamic ReLU [C_out // r, C_out], got {list(fc1.shape)}"
-        )
-    out_channels, in_channels = weight.shape[:2]
-    with torch.device("meta"):
-        head = DyHead(
-            in_channels,
-            out_channels,
-            len(blocks),
-            high_offset=high_offset,
-            deform_bias=code_base.deform_bias,
-            num_groups=num_groups,
-            reduction=_reduction(out_channels, fc1.shape[0]),
-        )
-    shapes = {key: tuple(value.shape) for key, value in head.state_dict().items()}
-    tensors = {}
-    for index, (block, values) in enumerate(zip(prefixes, blocks, strict=True)):
-        for name in code_base.names:
-            key = f"blocks.{index}.{name.ours}"
-            value, shape = values[name.ours], name.shape_there(shapes[key])
-            if value.shape != shape:
-                raise ValueError(
-                    f'expected "{block}{name.theirs}" of shape {list(shape)} (from {in_channels} '
-                    f"input and {out_channels} output channels), got {list(value.shape)}"
-                )
-            tensors[key] = name.to_ours(value)
-    head.load_state_dict(tensors, assign=True)
-    return head
+from dyhead_cuda.compat.convert import convert_from, convert_to, mmdet_high_offset
+from dyhead_cuda.compat.names import GLIP, MICROSOFT, MMDET, MMDET_GLIP, ULTRALYTICS
+from dyhead_cuda.modules import DyHead
+from dyhead_cuda.pyramid import HighOffset, Upsample
 
 
 def from_microsoft(
@@ -122,17 +19,24 @@ def from_microsoft(
     prefix: str | None = None,
     num_groups: int = 16,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
 ) -> DyHead:
     """A :class:`~dyhead_cuda.DyHead` with the parameters of a microsoft/DynamicHead checkpoint.
 
     Args:
         state_dict: of a model, of a tower or of one block; or a checkpoint that holds it under
-            "model" or "state_dict". Values are tensors or numpy arrays (detectron2's ``.pkl``).
-            Keys of other modules are ignored. The tensors are copied.
+            "state_dict", "model", "model_state_dict", "params", "ema_state_dict",
+            "state_dict_ema", "model_ema" or "ema", nested as deep as it may be. Of several that
+            hold a tower the first in this order is taken, and the log names the others. Values are
+            floating-point tensors, or numpy arrays as in detectron2's ``.pkl``, in the shapes that
+            the published modules have: deformable weights [C_out, C_in, 3, 3], the gate
+            [1, C_in, 1, 1]. Keys of other modules are ignored. The tensors are copied.
         prefix: of the tower ("backbone.dyhead_tower.") or of a single block of it
             ("backbone.dyhead_tower.0."), needed only where the dict holds several towers.
         num_groups: of the group normalisation, which the dict does not tell; 16 as published.
         high_offset: see :class:`~dyhead_cuda.DyHead`; the published code computes "flat".
+        upsample: see :class:`~dyhead_cuda.DyHead`; the published code computes "bilinear", forks
+            that call ``F.interpolate`` without a mode "nearest".
 
     Returns:
         A head of the dict's depth and channels, each parameter with its dtype and device.
@@ -140,8 +44,17 @@ def from_microsoft(
     Raises:
         ValueError: no tower, several, missing or foreign parameters, with what to do.
         TypeError: not a mapping.
+
+    Source: microsoft/DynamicHead, ``dyhead/dyhead.py``.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> checkpoint = {"model": compat.to_microsoft(DyHead(16, 16, 2), prefix="backbone.tower.")}
+        >>> head = compat.from_microsoft(checkpoint)
+        >>> len(head.blocks), head.out_channels
+        (2, 16)
     """
-    return _from(state_dict, MICROSOFT, prefix, num_groups, high_offset)
+    return convert_from(state_dict, MICROSOFT, prefix, num_groups, high_offset, upsample)
 
 
 def from_glip(
@@ -150,29 +63,66 @@ def from_glip(
     prefix: str | None = None,
     num_groups: int = 16,
     high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
 ) -> DyHead:
     """A :class:`~dyhead_cuda.DyHead` with the parameters of a GLIP checkpoint.
 
     The blocks of a language-aware tower stand between fusion and language layers (at 2, 5, 8, ...
-    of ``dyhead_tower``); they are collected in their order. ``num_groups`` is GLIP's
-    ``MODEL.GROUP_NORM.NUM_GROUPS``. Otherwise as :func:`from_microsoft`.
+    of ``dyhead_tower``); they are collected in their order.
+
+    Args:
+        state_dict, prefix, upsample: as for :func:`from_microsoft`; the tower's prefix is
+            "module.rpn.head.dyhead_tower." in the released checkpoints.
+        num_groups: GLIP's ``MODEL.GROUP_NORM.NUM_GROUPS``.
+        high_offset: "flat" as published; ports to detectron2 compute "crop".
+
+    Returns:
+        A head as of :func:`from_microsoft`, without the layers between the blocks.
+
+    Raises:
+        ValueError, TypeError: as :func:`from_microsoft`.
+
+    Source: GLIP, ``maskrcnn_benchmark/modeling/rpn/vldyhead.py``.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> state = compat.to_glip(DyHead(16, 16, 2), indices=(2, 5))
+        >>> len(compat.from_glip(state).blocks)
+        2
     """
-    return _from(state_dict, GLIP, prefix, num_groups, high_offset)
+    return convert_from(state_dict, GLIP, prefix, num_groups, high_offset, upsample)
 
 
-def _mmdet_high_offset(version: str) -> HighOffset:
-    if version == "main":
-        return "mmdet_main"
-    match = _RELEASED_MMDET.fullmatch(version)
-    if match:
-        major, minor, patch = (int(v) if v and v != "x" else 0 for v in match.groups())
-        if (2, 0, 0) <= (major, minor, patch) <= (3, 3, 0):
-            return "flat"
-    raise ValueError(
-        'expected version from "2.x" to "3.3.0" (released: the offsets are read flat) or "main" '
-        f"(commit 15a558d and later: offsets flat, mask cropped), got {version!r}; name the one "
-        "whose code trained the checkpoint"
-    )
+def from_mmdet_glip(
+    state_dict: Mapping[str, Any],
+    *,
+    prefix: str | None = None,
+    num_groups: int = 16,
+    high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
+) -> DyHead:
+    """A :class:`~dyhead_cuda.DyHead` with the parameters of mmdet's GLIP (``ATSSVLFusionHead``).
+
+    Args:
+        state_dict, num_groups, high_offset, upsample: as for :func:`from_microsoft`.
+        prefix: as for :func:`from_microsoft`; "bbox_head.head.dyhead_tower." in mmdet's own
+            configurations.
+
+    Returns:
+        A head as of :func:`from_microsoft`, without the layers between the blocks.
+
+    Raises:
+        ValueError, TypeError: as :func:`from_microsoft`.
+
+    Source: mmdet, ``dense_heads/atss_vlfusion_head.py``.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> state = compat.to_mmdet_glip(DyHead(16, 16, 2), indices=(2, 5))
+        >>> len(compat.from_mmdet_glip(state).blocks)
+        2
+    """
+    return convert_from(state_dict, MMDET_GLIP, prefix, num_groups, high_offset, upsample)
 
 
 def from_mmdet(
@@ -185,91 +135,68 @@ def from_mmdet(
     """A :class:`~dyhead_cuda.DyHead` with the parameters of an mmdet checkpoint.
 
     Args:
+        state_dict, num_groups: as for :func:`from_microsoft`.
         version: of the mmdet whose numbers are wanted: "2.x" to "3.3.0" give ``high_offset``
             "flat", "main" (commit 15a558d and later) "mmdet_main".
-        state_dict, prefix, num_groups: as for :func:`from_microsoft`; the tower's prefix is
-            "neck.1.dyhead_blocks." in mmdet's own configurations.
+        prefix: as for :func:`from_microsoft`; the tower's is "neck.1.dyhead_blocks." in mmdet's own
+            configurations.
 
     Returns:
-        A head without deformable biases, as mmdet's.
+        A head as of :func:`from_microsoft`, without deformable biases, as mmdet's.
 
     Raises:
         ValueError: an unknown version; no tower, several, missing or foreign parameters.
         TypeError: not a mapping.
+
+    Source: mmdet, ``necks/dyhead.py``.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> state = compat.to_mmdet(DyHead(16, 16, 2, deform_bias=False))
+        >>> compat.from_mmdet(state, version="main").blocks[0].high_offset
+        'mmdet_main'
     """
-    return _from(state_dict, MMDET, prefix, num_groups, _mmdet_high_offset(version))
+    high_offset = mmdet_high_offset(version)
+    return convert_from(state_dict, MMDET, prefix, num_groups, high_offset, "bilinear")
 
 
-def _check_representable(head: DyHead, code_base: CodeBase, any_groups: bool) -> None:
-    """Raise unless the public code, with its fixed settings, computes what ``head`` computes."""
-    for index, block in enumerate(head.blocks):
-        assert isinstance(block, DyHeadBlock)
-        hidden = block.hidden
-        settings: list[tuple[str, object, tuple[object, ...]]] = [
-            ("high_offset", block.high_offset, code_base.high_offsets),
-            ("eps", block.eps, (_EPS,)),
-            ("attentions", block.attentions, (ATTENTIONS,)),
-            ("hidden values of the dynamic ReLU", hidden, (block.out_channels // _REDUCTION,)),
-        ]
-        if not any_groups:
-            settings.append(("num_groups", block.num_groups, (_NUM_GROUPS,)))
-        for name, value, allowed in settings:
-            if value not in allowed:
-                raise ValueError(
-                    f"expected {name} {' or '.join(map(repr, allowed))}, which {code_base.title} "
-                    f"computes, got {value!r} in block {index}; {code_base.title} cannot run this "
-                    "head"
-                )
-        if code_base is not MMDET and block.in_channels != block.out_channels:
-            raise ValueError(
-                f"expected as many input as output channels, got {block.in_channels} and "
-                f"{block.out_channels} in block {index}; {code_base.title} builds such a block but "
-                "fails in its forward (mmdet's runs)"
-            )
+def from_ultralytics(
+    state_dict: Mapping[str, Any],
+    *,
+    prefix: str | None = None,
+    num_groups: int = 16,
+    high_offset: HighOffset = "flat",
+    upsample: Upsample = "bilinear",
+) -> DyHead:
+    """A :class:`~dyhead_cuda.DyHead` with the parameters of a fork of Ultralytics' YOLO.
 
+    These forks have mmdet's ``DyHeadBlock`` with microsoft's dynamic ReLU of linear layers. Their
+    files hold whole modules: read them with :func:`load_checkpoint`, which makes state dicts of
+    them, or pass ``model.state_dict()``.
 
-def _check_bias_cancels(index: int, block: DyHeadBlock) -> None:
-    for branch in ("low", "mid", "high"):
-        bias = getattr(block, branch).bias
-        if bias is None:
-            continue
-        groups = bias.detach().unflatten(0, (block.num_groups, -1))
-        if not torch.equal(groups, groups[:, :1].expand_as(groups)):
-            raise ValueError(
-                "expected a deformable bias that is constant within each of the "
-                f"{block.num_groups} normalisation groups, so that the normalisation cancels it "
-                f"(mmdet has no such bias), got another one in block {index}, branch {branch}; "
-                "keep this head in the microsoft or GLIP form"
-            )
+    Args:
+        state_dict, num_groups, high_offset, upsample: as for :func:`from_microsoft`. A module under
+            "model" or "ema" counts as its state dict.
+        prefix: as for :func:`from_microsoft`; the tower's is that of the detection layer, such as
+            "model.22.dyhead.".
 
+    Returns:
+        A head as of :func:`from_microsoft`, without deformable biases and without the 1x1
+        convolutions that bring each level to the blocks' width.
 
-def _to(
-    head: DyHead,
-    code_base: CodeBase,
-    prefix: str,
-    indices: Sequence[int] | None = None,
-    any_groups: bool = False,
-) -> dict[str, Tensor]:
-    if not isinstance(head, DyHead):
-        raise TypeError(f"expected a dyhead_cuda.DyHead, got {type(head).__name__}")
-    _check_representable(head, code_base, any_groups)
-    indices = range(len(head.blocks)) if indices is None else indices
-    if len(indices) != len(head.blocks) or len(set(indices)) != len(indices):
-        raise ValueError(
-            f"expected {len(head.blocks)} different indices, one per block, got {list(indices)}"
-        )
-    result = {}
-    for position, (index, block) in enumerate(zip(indices, head.blocks, strict=True)):
-        assert isinstance(block, DyHeadBlock)
-        if not code_base.deform_bias:
-            _check_bias_cancels(position, block)
-        tensors = block.state_dict()
-        for name in code_base.names:
-            branch, _, field = name.ours.partition(".")
-            if name.ours not in tensors and field == "bias":
-                tensors[name.ours] = torch.zeros_like(tensors[f"{branch}.norm.bias"])
-            result[f"{prefix}{index}.{name.theirs}"] = name.to_theirs(tensors[name.ours]).clone()
-    return result
+    Raises:
+        ValueError, TypeError: as :func:`from_microsoft`.
+
+    Source: the ``DyHeadBlock`` that many forks of Ultralytics' YOLO have in ``Detect_DyHead``.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> head = DyHead(16, 16, 2, deform_bias=False)
+        >>> state = compat.to_ultralytics(head, prefix="model.22.dyhead.")
+        >>> len(compat.from_ultralytics({"ema": None, "model": state}).blocks)
+        2
+    """
+    return convert_from(state_dict, ULTRALYTICS, prefix, num_groups, high_offset, upsample)
 
 
 def to_microsoft(head: DyHead, *, prefix: str = "dyhead_tower.") -> dict[str, Tensor]:
@@ -277,12 +204,27 @@ def to_microsoft(head: DyHead, *, prefix: str = "dyhead_tower.") -> dict[str, Te
 
     A head without deformable biases gets zero ones, which compute the same.
 
+    Args:
+        head: whose blocks the published code can compute, see below.
+        prefix: in front of each block's index.
+
+    Returns:
+        The state dict of a ``dyhead_tower``, in its own order, dtypes and shapes: the gate
+        [1, C, 1, 1], everything else as in the head.
+
     Raises:
+        TypeError: not a :class:`~dyhead_cuda.DyHead`.
         ValueError: a head that the published code cannot compute: ``high_offset`` other than
-            "flat", ``num_groups`` other than 16, another ``eps`` or reduction, or
-            ``in_channels`` other than ``out_channels``.
+            "flat", ``upsample`` other than "bilinear", ``num_groups`` other than 16, another
+            ``eps`` or reduction, attentions left out, or ``in_channels`` other than
+            ``out_channels``.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> list(compat.to_microsoft(DyHead(16, 16, 1)))[:2]
+        ['dyhead_tower.0.DyConv.0.conv.weight', 'dyhead_tower.0.DyConv.0.conv.bias']
     """
-    return _to(head, MICROSOFT, prefix)
+    return convert_to(head, MICROSOFT, prefix)
 
 
 def to_glip(
@@ -291,13 +233,45 @@ def to_glip(
     """The parameters of ``head`` as GLIP names them; copies.
 
     Args:
+        head, prefix: as for :func:`to_microsoft`.
         indices: of the blocks in ``dyhead_tower``: 0, 1, 2, ... (the default) in the plain head,
             ``range(2, 3 * num_blocks, 3)`` in a language-aware tower.
 
+    Returns:
+        The state dict of the tower's blocks.
+
     Raises:
-        ValueError: as :func:`to_microsoft`, except that GLIP configures ``num_groups``.
+        TypeError, ValueError: as :func:`to_microsoft`, except that GLIP configures ``num_groups``;
+            or indices that are not one per block.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> next(iter(compat.to_glip(DyHead(16, 16, 1), indices=[2])))
+        'dyhead_tower.2.DyConv.0.conv.weight'
     """
-    return _to(head, GLIP, prefix, indices, any_groups=True)
+    return convert_to(head, GLIP, prefix, indices, any_groups=True)
+
+
+def to_mmdet_glip(
+    head: DyHead, *, prefix: str = "dyhead_tower.", indices: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """The parameters of ``head`` as mmdet's GLIP names them; copies.
+
+    Args:
+        head, prefix, indices: as for :func:`to_glip`.
+
+    Returns:
+        The state dict of the tower's blocks.
+
+    Raises:
+        TypeError, ValueError: as :func:`to_microsoft`; or indices that are not one per block.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> next(iter(compat.to_mmdet_glip(DyHead(16, 16, 1), indices=[2])))
+        'dyhead_tower.2.dyconvs.0.conv.weight'
+    """
+    return convert_to(head, MMDET_GLIP, prefix, indices)
 
 
 def to_mmdet(head: DyHead, *, prefix: str = "dyhead_blocks.") -> dict[str, Tensor]:
@@ -306,9 +280,45 @@ def to_mmdet(head: DyHead, *, prefix: str = "dyhead_blocks.") -> dict[str, Tenso
     mmdet has no deformable biases. One that is constant within each group of the normalisation
     cancels exactly and is dropped.
 
+    Args:
+        head, prefix: as for :func:`to_microsoft`.
+
+    Returns:
+        The state dict of a ``DyHead`` neck, in its own order, dtypes and shapes: gate and dynamic
+        ReLU as 1x1 convolutions [O, I, 1, 1], everything else as in the head.
+
     Raises:
+        TypeError: not a :class:`~dyhead_cuda.DyHead`.
         ValueError: another deformable bias; or a head that mmdet cannot compute: ``high_offset``
-            other than "flat" or "mmdet_main", ``num_groups`` other than 16, another ``eps`` or
-            reduction.
+            other than "flat" or "mmdet_main", ``upsample`` other than "bilinear", ``num_groups``
+            other than 16, another ``eps`` or reduction, or attentions left out.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> next(iter(compat.to_mmdet(DyHead(16, 16, 1, deform_bias=False))))
+        'dyhead_blocks.0.spatial_conv_high.conv.weight'
     """
-    return _to(head, MMDET, prefix)
+    return convert_to(head, MMDET, prefix)
+
+
+def to_ultralytics(head: DyHead, *, prefix: str = "dyhead.") -> dict[str, Tensor]:
+    """The parameters of ``head`` as forks of Ultralytics' YOLO name them; copies.
+
+    Args:
+        head, prefix: as for :func:`to_microsoft`.
+
+    Returns:
+        The state dict of the blocks: the gate as a 1x1 convolution [1, C, 1, 1], everything else
+        as in the head.
+
+    Raises:
+        TypeError, ValueError: as :func:`to_microsoft`; or a deformable bias that does not cancel,
+            see :func:`to_mmdet`.
+
+    Example:
+        >>> from dyhead_cuda import DyHead, compat
+        >>> state = compat.to_ultralytics(DyHead(16, 16, 1, deform_bias=False))
+        >>> list(state)[-1]
+        'dyhead.0.task_attn_module.fc.2.bias'
+    """
+    return convert_to(head, ULTRALYTICS, prefix)

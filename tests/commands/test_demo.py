@@ -15,7 +15,7 @@ from skimage import data
 from torch import Tensor
 
 from dyhead_cuda import __main__ as command_line
-from dyhead_cuda import functional
+from dyhead_cuda import fused
 from dyhead_cuda.commands import arguments as options
 from dyhead_cuda.commands import demo, images
 from dyhead_cuda.inspect import figure
@@ -84,12 +84,12 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_fails_when_the_backends_disagree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = functional.pyramid_block
+    original = fused.pyramid_blocks
 
     def wrong(*arguments: Any, **options: Any) -> list[Tensor]:
         return [x * 1.001 for x in original(*arguments, **options)]
 
-    monkeypatch.setattr(functional, "pyramid_block", wrong)
+    monkeypatch.setattr(fused, "pyramid_blocks", wrong)
     assert run_demo(tmp_path) == 1
     assert "DISAGREE" in capsys.readouterr().out
 
@@ -101,7 +101,7 @@ def test_demo_fails_on_nan(
     def wrong(features: list[Tensor], *_: Any, **__: Any) -> list[Tensor]:
         return [torch.full_like(x, torch.nan) for x in features]
 
-    monkeypatch.setattr(functional, "pyramid_block", wrong)
+    monkeypatch.setattr(fused, "pyramid_blocks", wrong)
     assert run_demo(tmp_path) == 1
     assert "relative error nan" in capsys.readouterr().out
 

@@ -35,6 +35,7 @@ from tests.helpers.published_models import (
     language_model,
     main_model,
     microsoft_model,
+    mmdet_glip_model,
     mmdet_model,
     pyramid,
     randomised,
@@ -62,6 +63,11 @@ def backward(model: nn.Module, levels: Levels) -> tuple[Levels, dict[str, Tensor
     return [out.detach() for out in outs], gradients
 
 
+def gradient_tolerance(make: Callable[[], nn.Module]) -> float:
+    """torch's backward of Hardsigmoid multiplies by the sixth of float32, in every dtype."""
+    return 1e-6 if make is mmdet_glip_model else 1e-8
+
+
 @each_model
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_same_numbers(make: Callable[[], nn.Module], backend: Any) -> None:
@@ -77,7 +83,10 @@ def test_same_numbers(make: Callable[[], nn.Module], backend: Any) -> None:
     if make not in TRUE_GRADIENT.values():
         return
     for key, gradient in gradients.items():
-        torch.testing.assert_close(fast_gradients[key], gradient, rtol=1e-8, atol=1e-9, msg=key)
+        rtol = gradient_tolerance(make)
+        torch.testing.assert_close(
+            fast_gradients[key], gradient, rtol=rtol, atol=rtol / 10, msg=key
+        )
 
 
 @each_model
@@ -107,7 +116,8 @@ def test_an_optimizer_made_before_goes_on(make: Callable[[], nn.Module]) -> None
             optimizer.step()
     expected = original.state_dict()
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-8, atol=1e-10, msg=key)
+        rtol = gradient_tolerance(make)
+        torch.testing.assert_close(value, expected[key], rtol=rtol, atol=rtol / 100, msg=key)
         if "offset" in key:
             assert not torch.equal(value, start[key]), key
 
@@ -271,7 +281,7 @@ def test_a_forward_without_code_counts_as_released() -> None:
 
     block = type("DyHeadBlock", (mmdet.DyHeadBlockStructure,), {"forward": Callback()})
     model = nn.Sequential(block(CHANNELS, CHANNELS))
-    assert {b.high_offset for b in fused(accelerate(model))} == {"flat"}
+    assert {b.high_offset for b in fused(accelerate(model, verify=False))} == {"flat"}
 
 
 def test_training_flag_and_groups_are_kept() -> None:
@@ -368,6 +378,7 @@ def test_nothing_to_accelerate(caplog: pytest.LogCaptureFixture) -> None:
     assert accelerate(model) is model
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "found no DyConv" in caplog.text
+    assert "of such a name but made of other parts: 1 (DyConv)" in caplog.text
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
         accelerate({})  # type: ignore[type-var]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyhead_cuda import accelerate
 from dyhead_cuda.compat.accelerate import AcceleratedDyConv
-from tests.helpers.published import dyconv, glip, microsoft, mmdet
+from tests.helpers.published import dyconv, glip, microsoft, mmdet, mmdet_glip, ultralytics
 from tests.helpers.published_models import CHANNELS, assert_close, fused, glip_model, pyramid, run
 
 # Each entry spoils one block; the second value is in the reason.
@@ -184,6 +184,66 @@ def test_unsupported_dyheadblock_is_left(
     block = mmdet.DyHeadBlock(CHANNELS, CHANNELS)
     spoil(block)
     assert_left(block, reason, caplog)
+
+
+GLIP_SPOILS: dict[str, tuple[Spoil, str]] = {
+    "no gate": (assign("attnconv", None), "attnconv is None"),
+    "batch norm": (
+        replace("dyconvs.2.bn", lambda m: nn.BatchNorm2d(CHANNELS)),
+        r"dyconvs.2.bn is BatchNorm2d, not GroupNorm \(build the block with group normalisation\)",
+    ),
+    "plain conv": (
+        replace("dyconvs.0.conv", lambda m: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)),
+        "dyconvs.0.conv is a Conv2d",
+    ),
+    "gate": (assign("h_sigmoid", nn.Hardswish()), "h_sigmoid is a Hardswish"),
+    "expansion": (assign("relu.expand_ratio", 2), "relu.expand_ratio is 2, not 4"),
+    "plain relu": (assign("relu", nn.ReLU()), "relu is a ReLU, not a DyReLU"),
+    "fc gate": (replace("relu.fc.3", lambda m: nn.Sigmoid()), "relu.fc.3 is a Sigmoid"),
+    "no offset": (assign("offset", None), "offset is None"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), GLIP_SPOILS.values(), ids=GLIP_SPOILS)
+def test_unsupported_block_of_mmdets_glip_is_left(
+    spoil: Spoil, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = mmdet_glip.DyConv(CHANNELS, CHANNELS)
+    spoil(block)
+    assert_left(block, reason, caplog)
+
+
+YOLO_SPOILS: dict[str, tuple[Spoil, str]] = {
+    "batch norm": (
+        replace("spatial_conv_high.norm", lambda m: nn.BatchNorm2d(CHANNELS)),
+        "spatial_conv_high.norm is BatchNorm2d",
+    ),
+    "one line": (assign("task_attn_module.K2", False), "task_attn_module.K2 is False"),
+    "spatial": (
+        assign("task_attn_module.spa", nn.Conv2d(CHANNELS, 1, 1)),
+        "task_attn_module.spa is a module",
+    ),
+    "height": (assign("task_attn_module.fc.3.h_max", 2), "task_attn_module.fc.3 is a h_sigmoid"),
+    "act_cfg": (replace("scale_attn_module.3", lambda m: nn.Sigmoid()), "Sigmoid"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), YOLO_SPOILS.values(), ids=YOLO_SPOILS)
+def test_unsupported_block_of_a_yolo_fork_is_left(
+    spoil: Spoil, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = ultralytics.DyHeadBlock(CHANNELS)
+    spoil(block)
+    assert_left(block, reason, caplog)
+
+
+@pytest.mark.parametrize("name", ["norm", "activation"])
+def test_an_operator_with_more_than_the_convolution_is_left(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = microsoft.DyConv(CHANNELS, CHANNELS)
+    setattr(block.get_submodule("DyConv.1.conv"), name, nn.ReLU())
+    assert_left(block, f"DyConv.1.conv has a {name} of its own", caplog)
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,31 @@ from torch import Tensor, nn
 
 import dyhead_cuda
 from dyhead_cuda import DyHead, compat
-from tests.helpers.published import glip, microsoft, mmdet, mmdet_main
+from tests.helpers.published import (
+    glip,
+    microsoft,
+    mmdet,
+    mmdet_main,
+)
 from tests.helpers.published_models import (
     CHANNELS,
+    assert_close,
+    assert_same,
     glip_model,
     language_model,
     microsoft_model,
     mmdet_model,
     pyramid,
     randomised,
+    ultralytics_model,
 )
 
 
 def run_published(model: nn.Module, levels: list[Tensor]) -> list[Tensor]:
     if isinstance(model, microsoft.DyHead):
         return list(model({f"p{i}": x for i, x in enumerate(levels)}).values())
+    if isinstance(model, nn.ModuleDict):
+        return list(model["dyhead"](levels))
     tower = model.dyhead_tower if isinstance(model, glip.DyHead) else model
     return list(tower(levels))
 
@@ -34,28 +44,16 @@ SINGLE: dict[str, tuple[Callable[[], nn.Module], Callable[..., DyHead], Callable
     "microsoft": (microsoft_model, compat.from_microsoft, compat.to_microsoft),
     "glip": (glip_model, compat.from_glip, compat.to_glip),
     "mmdet": (mmdet_model, compat.from_mmdet, compat.to_mmdet),
+    "ultralytics": (ultralytics_model, compat.from_ultralytics, compat.to_ultralytics),
 }
 each_code_base = pytest.mark.parametrize("name", SINGLE)
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype, key
-        assert found[key].shape == value.shape, key
-        assert torch.equal(found[key], value), key
 
 
 def tower_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key.startswith(("dyhead_tower.", "dyhead_blocks."))
+        if key.startswith(("dyhead_tower.", "dyhead_blocks.", "dyhead."))
     }
 
 
@@ -79,7 +77,7 @@ def test_round_trip_is_exact(name: str, dtype: torch.dtype) -> None:
 @each_code_base
 def test_head_round_trip_is_exact(name: str) -> None:
     _, from_, to = SINGLE[name]
-    head = DyHead(CHANNELS, CHANNELS, 3, deform_bias=name != "mmdet")
+    head = DyHead(CHANNELS, CHANNELS, 3, deform_bias=name not in ("mmdet", "ultralytics"))
     randomised(head, torch.float32)
     assert_same(from_(to(head)).state_dict(), head.state_dict())
 
@@ -379,7 +377,12 @@ def test_public_names() -> None:
         "from_glip",
         "from_microsoft",
         "from_mmdet",
+        "from_mmdet_glip",
+        "from_ultralytics",
+        "load_checkpoint",
         "to_glip",
         "to_microsoft",
         "to_mmdet",
+        "to_mmdet_glip",
+        "to_ultralytics",
     ]

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_cuda.compat.accelerate import AcceleratedBlock
-from tests.helpers.published import glip, glip_language, microsoft, mmdet, mmdet_main
+from tests.helpers.published import (
+    glip,
+    glip_language,
+    microsoft,
+    mmdet,
+    mmdet_glip,
+    mmdet_main,
+    ultralytics,
+)
 
 Levels = list[Tensor]
 
@@ -53,6 +61,16 @@ def language_model() -> nn.Module:
     return randomised(glip_language.VLDyHead(CHANNELS, 2))
 
 
+def mmdet_glip_model() -> nn.Module:
+    return randomised(mmdet_glip.VLFusionModule(CHANNELS, 2))
+
+
+def ultralytics_model() -> nn.Module:
+    """A tower alone; the convolutions before it are not the head's."""
+    blocks = (ultralytics.DyHeadBlock(CHANNELS, zero_init_offset=False) for _ in range(2))
+    return randomised(nn.ModuleDict({"dyhead": nn.Sequential(*blocks)}))
+
+
 def main_model() -> nn.Module:
     return randomised(mmdet_main.DyHead(CHANNELS, CHANNELS, 2, zero_init_offset=False))
 
@@ -61,8 +79,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "microsoft": microsoft_model,
     "glip": glip_model,
     "glip_language": language_model,
+    "mmdet_glip": mmdet_glip_model,
     "mmdet": mmdet_model,
     "mmdet_main": main_model,
+    "ultralytics": ultralytics_model,
 }
 
 
@@ -70,7 +90,9 @@ def run(model: nn.Module, levels: Levels) -> Levels:
     """All outputs of any of the models, whatever it takes and returns."""
     if isinstance(model, microsoft.DyHead):
         return list(model({f"p{i}": x for i, x in enumerate(levels)}).values())
-    if isinstance(model, glip_language.VLDyHead):
+    if isinstance(model, nn.ModuleDict):
+        return list(model["dyhead"](levels))
+    if isinstance(model, glip_language.VLDyHead | mmdet_glip.VLFusionModule):
         hidden = torch.linspace(-1, 1, 2 * 4 * 8, dtype=levels[0].dtype).view(2, 4, 8)
         out = model(levels, {"hidden": hidden})
         return [*out["visual"], out["lang"]["hidden"]]
@@ -84,3 +106,11 @@ def fused(model: nn.Module) -> list[AcceleratedBlock]:
 def assert_close(found: Levels, expected: Levels, tolerance: float = 1e-10) -> None:
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert found[key].shape == value.shape, key
+        assert torch.equal(found[key], value), key

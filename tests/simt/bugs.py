@@ -128,8 +128,8 @@ DEFORM_CONV = Suite(
         ),
         "pixels beyond the map count in the moments": Bug(
             DEFORM_FORWARD,
-            "m.valid[row] = at.index < 0 ? F(0) : F(1);",
-            "m.valid[row] = F(1);",
+            "valid[row] = at.index < 0 ? F(0) : F(1);",
+            "valid[row] = F(1);",
             select=ALL_JOBS,
         ),
         "moments of a tile not weighted by its pixels": Bug(

@@ -1,15 +1,14 @@
 // The CUDA kernels of deform_conv: how a call is cut into launches and tiles, and the launchers.
 //
-// The way from the operator to a main loop, forward and backward (the gradients of the inputs and
-// of the weights) alike:
+// The operator (csrc/host) checks tensors and job tables and allocates the results. From there it
+// is five calls to a main loop, forward and backward alike:
 //
-//   1. the operator (deform_conv.cpp)   checks tensors and job tables, allocates the results, and
-//                                       takes the device's limits, stream and allocator from torch
-//   2. run_deform_fwd, _bwd_input,      cuts the call into launches, takes workspaces and packs
-//      _bwd_weights (*_run.h)           the weights
-//   3. launch_deform_fwd, ... (*.cu)    chooses the kernel of the arithmetic and tile, launches it
-//   4. deform_fwd_kernel, ... (*.cuh)   what a block does: the terms and channels of its tile
-//   5. multiply_stretch,                the main loop: blends samples, copies and multiplies
+//   1. deform_conv.cpp                  adds the device: its limits, its stream, memory
+//   2. run_deform_fwd, _bwd_input,      divides the call into launches, allocates workspaces and
+//      _bwd_weights (*_run.h)           packs the weights
+//   3. launch_deform_fwd, ... (*.cu)    chooses the kernel for the arithmetic and the tile
+//   4. deform_fwd_kernel, ... (*.cuh)   goes through the terms and channels of a block's tile
+//   5. multiply_stretch,                is the main loop: blends samples, copies and multiplies
 //      run_stretch, multiply
 //
 // Forward: a tile is 128 or 64 output pixels of one job and image by up to 256 output channels of

@@ -67,8 +67,6 @@ class FwdTile {
   }
 
  private:
-  static constexpr int kWarps = Product::kWarpsM;
-
   // In shared memory, since the products need the registers.
   struct Place {
     TilePlace place;
@@ -295,101 +293,76 @@ class FwdTile {
     return sum;
   }
 
-  // Shared memory of the moments, which takes the place of the corners.
-  struct Moments {
-    F* sums;        // [2, kWarps, kCols]
-    F* means;       // [kCols]
-    F* up_weights;  // [kRows]
-    F* valid;       // [kRows]: 1 for pixels, else 0
-  };
-
-  DYHEAD_DEVICE Moments shared_moments() const {
+  // Writes the moments of this tile; if it is the last to finish of its job and image, also theirs.
+  DYHEAD_DEVICE void write_moments(const Columns& columns) {
+    constexpr int kWarps = Product::kWarpsM;
+    const DeformJob& job = launch_.jobs[at_.place.job];
+    const int64_t channels = launch_.shape.out_channels;
+    const int thread = tile_thread();
+    auto* sums = reinterpret_cast<F*>(work_);  // [2][kWarps][kCols]
+    F* means = sums + 2 * kWarps * kCols;      // [kCols]
+    F* up_weights = means + kCols;             // [kRows]
+    F* valid = up_weights + kRows;             // [kRows]: 1 for pixels, else 0
     static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
                   sizeof(Corners<F>) * kRows * kFewTapsAtOnce);
-    auto* sums = reinterpret_cast<F*>(work_);
-    F* means = sums + 2 * kWarps * kCols;
-    F* up_weights = means + kCols;
-    return {sums, means, up_weights, up_weights + kRows};
-  }
-
-  DYHEAD_DEVICE void stage_row_weights(const Moments& m) const {
-    const DeformJob& job = launch_.jobs[at_.place.job];
-    for (int row = tile_thread(); row < kRows; row += kTileThreads) {
+    for (int row = thread; row < kRows; row += kTileThreads) {
       const OutputPixel at = tile_pixel(launch_, at_.place, row, kRows);
-      m.valid[row] = at.index < 0 ? F(0) : F(1);
-      m.up_weights[row] =
+      valid[row] = at.index < 0 ? F(0) : F(1);
+      up_weights[row] =
           at.index < 0
               ? F(0)
               : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height, job.up_mode) *
                     upsampled_mean_weight<F>(at.x, job.out.width, job.up_width, job.up_mode);
     }
-  }
-
-  // Writes the moments of this tile; if it is the last to finish of its job and image, also theirs.
-  DYHEAD_DEVICE void write_moments(const Columns& columns) {
-    const Moments m = shared_moments();
-    stage_row_weights(m);
     __syncthreads();
-    F* partial = static_cast<F*>(p_.partial) +
-                 at_.tile * 3 * static_cast<int64_t>(launch_.shape.out_channels) + columns.first;
-    write_means(m, columns, partial);
-    write_second_moments(m, columns, partial);
-    const int64_t map =
-        (launch_.first_job + at_.place.job) * launch_.shape.images + at_.place.image;
-    const int all_columns = launch_.shape.groups * p_.panels.column_panels;
-    if (arrive_is_last(p_.arrived + map * all_columns + at_.column,
-                       launch_.tiles[at_.place.job].per_image)) {
-      merge_moments(map, columns);
-    }
-  }
-
-  DYHEAD_DEVICE void write_means(const Moments& m, const Columns& columns, F* partial) {
-    const int64_t channels = launch_.shape.out_channels;
-    F* sum = m.sums + product_.warp_row() * kCols;
+    const bool writes = product_.lane() < Product::kFirstXor;
+    F* sum = sums + product_.warp_row() * kCols;
     F* up_sum = sum + kWarps * kCols;
 #pragma unroll
     for (int j = 0; j < Product::kJ; ++j) {
-      const F total = sum_rows(j, [&](int row, F y) { return m.valid[row] * y; });
-      const F up_total = sum_rows(j, [&](int row, F y) { return m.up_weights[row] * y; });
-      if (product_.lane() < Product::kFirstXor) {
+      const F total = sum_rows(j, [&](int row, F y) { return valid[row] * y; });
+      const F up_total = sum_rows(j, [&](int row, F y) { return up_weights[row] * y; });
+      if (writes) {
         sum[product_.column(j)] = total;
         up_sum[product_.column(j)] = up_total;
       }
     }
     __syncthreads();
     const F count = static_cast<F>(tile_pixels(launch_, at_.place.job, at_.place.tile, kRows));
-    for (int c = tile_thread(); c < kCols; c += kTileThreads) {
+    F* partial = static_cast<F*>(p_.partial) + at_.tile * 3 * channels + columns.first;
+    for (int c = thread; c < kCols; c += kTileThreads) {
       F total = F(0), up_total = F(0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        total += m.sums[w * kCols + c];
-        up_total += m.sums[(kWarps + w) * kCols + c];
+        total += sums[w * kCols + c];
+        up_total += sums[(kWarps + w) * kCols + c];
       }
-      m.means[c] = total / count;
+      means[c] = total / count;
       if (c >= columns.count) continue;
-      partial[c] = m.means[c];
+      partial[c] = means[c];
       partial[2 * channels + c] = up_total;
     }
     __syncthreads();
-  }
-
-  // About the means that write_means left in shared memory.
-  DYHEAD_DEVICE void write_second_moments(const Moments& m, const Columns& columns, F* partial) {
-    const int64_t channels = launch_.shape.out_channels;
-    F* sum = m.sums + product_.warp_row() * kCols;
 #pragma unroll
     for (int j = 0; j < Product::kJ; ++j) {
-      const F mean = m.means[product_.column(j)];
+      const F mean = means[product_.column(j)];
       const F second =
-          sum_rows(j, [&](int row, F y) { return m.valid[row] * ((y - mean) * (y - mean)); });
-      if (product_.lane() < Product::kFirstXor) sum[product_.column(j)] = second;
+          sum_rows(j, [&](int row, F y) { return valid[row] * ((y - mean) * (y - mean)); });
+      if (writes) sum[product_.column(j)] = second;
     }
     __syncthreads();
-    for (int c = tile_thread(); c < columns.count; c += kTileThreads) {
+    for (int c = thread; c < columns.count; c += kTileThreads) {
       F second = F(0);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) second += m.sums[w * kCols + c];
+      for (int w = 0; w < kWarps; ++w) second += sums[w * kCols + c];
       partial[channels + c] = second;
+    }
+    const int64_t map =
+        (launch_.first_job + at_.place.job) * launch_.shape.images + at_.place.image;
+    const int all_columns = launch_.shape.groups * p_.panels.column_panels;
+    if (arrive_is_last(p_.arrived + map * all_columns + at_.column,
+                       launch_.tiles[at_.place.job].per_image)) {
+      merge_moments(map, columns);
     }
   }
 

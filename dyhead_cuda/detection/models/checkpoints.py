@@ -294,7 +294,8 @@ def atss_from_mmdet(
         version: of the mmdet that trained it, see :func:`dyhead_cuda.compat.from_mmdet`.
 
     Returns:
-        The detector in evaluation mode, float32, on the CPU.
+        The detector in evaluation mode, float32, on the CPU. Its labels are 1-based, as those
+        of torchvision's detectors; mmdet's are 0-based.
 
     Raises:
         ValueError: missing, unexpected or misshapen tensors, all of them listed; a backbone or

@@ -200,12 +200,13 @@ def test_gflops_of_a_block() -> None:
     # Each level's own branch; the finer one's with stride 2; the coarser one's at its own size.
     branches = 9 * channels**2 * (sum(pixels) + 2 * sum(pixels[1:]))
     relu = len(pixels) * (channels * channels // 4 + channels // 4 * 4 * channels)
+    gates = channels * (3 * len(pixels) - 2)  # of each branch
     costs = []
     for blocks in (1, 2, 3):
         model = make(small("fcos", last_level=5, blocks=blocks, convs=0)).train()
         costs.append(gflops(model, 64, 96))
         assert model.training
-    expected = 2e-9 * (offsets + branches + relu)
+    expected = 2e-9 * (offsets + branches + relu + gates)
     assert costs[1] - costs[0] == pytest.approx(expected, rel=1e-6)
     assert costs[2] - costs[1] == pytest.approx(expected, rel=1e-6)
 
