@@ -280,6 +280,7 @@ def stackable(features: Sequence[Tensor], mode: str) -> None:
 
 
 def unified_features(features: Tensor) -> None:
+    """Raise unless ``features`` is one tensor of stacked levels."""
     _shape("features", features, ("N", "L", "C", "H", "W"))
 
 

@@ -187,7 +187,7 @@ def with_resized(rows: Tensor, plan: BlockPlan, images: int) -> Tensor:
 
 
 def block_rows(
-    rows: Tensor,
+    holder: list[Tensor],
     parameters: BlockParameters,
     sizes: tuple[Size, ...],
     images: int,
@@ -197,7 +197,11 @@ def block_rows(
     num_groups: int,
     eps: float,
 ) -> Tensor:
-    """One published block from rows [R, C_in] to rows [R, C_out] of levels of the same sizes."""
+    """One published block from rows [R, C_in] to rows [R, C_out] of levels of the same sizes.
+
+    The rows are taken out of ``holder``, so that they can be freed before the last pass.
+    """
+    rows = holder.pop()
     plan = block_plan(sizes, images, high_offset, upsample)
     p = parameters
     if plan.resized:
@@ -251,11 +255,11 @@ def pyramid_blocks(
         block_rows, high_offset=high_offset, upsample=upsample, num_groups=num_groups, eps=eps
     )
     with no_autocast(features[0]):
-        rows = pack(features)
+        rows = [pack(features)]
         for parameters in blocks:
             arguments = rows, parameters, sizes, images
-            rows = recomputed(run, *arguments) if recompute else run(*arguments)
-        return levels_of_rows(rows, sizes, images, memory_format)
+            rows = [recomputed(run, *arguments) if recompute else run(*arguments)]
+        return levels_of_rows(rows[0], sizes, images, memory_format)
 
 
 def modulated_deform_conv2d(

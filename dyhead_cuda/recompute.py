@@ -20,7 +20,7 @@ from dyhead_cuda.backends import backend, current
 
 Result = TypeVar("Result")
 
-# The last operator of a block: its result is what goes into the next one.
+# The last operator of a block. Its result is the input of the next block.
 _LAST = ("dyhead.fuse_branches_fwd.default", "dyhead.dynamic_relu_fwd.default")
 
 
@@ -29,26 +29,31 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if last else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# What torch.compile has traced is one graph, in which it would run all blocks again at once: a
-# block's outputs are views, and views are not what its partitioner keeps.
+# What torch.compile has traced is one graph. Unless it keeps the result of each block, it computes
+# all blocks again at once, which takes as much memory as keeping everything.
 _keep_the_last = partial(create_selective_checkpoint_contexts, _policy)
 
 
 def recomputed(function: Callable[..., Result], *arguments: Any) -> Result:
-    """``function(*arguments)``, of which only the arguments are kept for the backward.
+    """Call ``function(*arguments)`` and keep only the arguments for the backward.
 
-    The backward calls ``function`` once more, with the backend and autocast that were in force.
-    Without gradients, and in ``torch.export``, this is a plain call.
+    The backward calls ``function`` again, with the same backend and autocast settings. Without
+    gradients, in ``torch.export`` and inside transforms of torch.func this is a plain call.
 
     Args:
-        function: of tensors in any nest of tuples, lists and dicts; deterministic.
-        arguments: all tensors that ``function`` reads. Those that it found elsewhere, in a module
-            for one, could be others by then.
+        function: deterministic.
+        arguments: all tensors that ``function`` reads, in any nest of tuples, lists and dicts. It
+            must not read others, from a module for example: they may have changed by the backward.
+
+    Returns:
+        What ``function`` returns.
     """
     compiling = torch.compiler.is_dynamo_compiling()  # under which is_exporting is always true
     if not torch.is_grad_enabled() or (torch.compiler.is_exporting() and not compiling):
         return function(*arguments)
-    # Only tensors that are arguments themselves are saved (and checked for writes in place).
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return function(*arguments)  # they have no hooks on saved tensors
+    # checkpoint keeps tensors that are arguments themselves, and checks them for in-place writes.
     leaves, structure = pytree.tree_flatten(arguments)
     requested = current()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, backend, functional
+from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, backend, functional, fused
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 from tests.helpers.compare import assert_close, assert_gradients_close, gradients, leaf
@@ -196,3 +197,27 @@ def test_blocks_in_turn() -> None:
         functional.pyramid_blocks(pyramid(), [], num_groups=2)
     with pytest.raises(ValueError, match=r"8 input channels \(the output channels.*got 4"):
         functional.pyramid_blocks(pyramid(), parameters[:1] * 2, num_groups=2)
+
+
+def test_rows_are_freed_before_the_last_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients nobody needs what goes into a block once its branches are computed."""
+    inputs: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    originals = fused.pack, fused.fuse_branches
+
+    def pack(levels: Any) -> Tensor:
+        rows = originals[0](levels)
+        inputs.append(weakref.ref(rows))
+        return rows
+
+    def fuse_branches(*arguments: Any) -> Tensor:
+        alive.append(inputs[-1]() is not None)
+        rows = originals[1](*arguments)
+        inputs.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(fused, "pack", pack)
+    monkeypatch.setattr(fused, "fuse_branches", fuse_branches)
+    with torch.no_grad():
+        module_of("DyHead")(pyramid())
+    assert alive == [False, False]

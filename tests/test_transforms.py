@@ -102,6 +102,22 @@ def test_ensembles(name: str) -> None:
         assert_gradients_close([g[i] for g in values(gradient)], values(expected))
 
 
+@pytest.mark.parametrize("name", ["DyHead", "UnifiedDyHead"])
+def test_with_recompute(name: str) -> None:
+    module, parameters, inputs = module_of(name)
+
+    def loss(parameters: Parameters) -> Tensor:
+        return loss_of(functional_call(module, parameters, inputs))
+
+    expected = grad(loss)(parameters)
+    for block in module.get_submodule("blocks").children():
+        block.recompute = True  # type: ignore[assignment]
+    assert_gradients_close(values(grad(loss)(parameters)), values(expected))
+    several = {key: torch.stack([p, p]) for key, p in parameters.items()}
+    both = vmap(grad(loss))(several)
+    assert_gradients_close([g[1] for g in values(both)], values(expected))
+
+
 @pytest.mark.parametrize("dims", [0, 1, -1])
 def test_vmap_over_any_dimension(dims: int) -> None:
     module, _, (x, offset, mask) = module_of("ModulatedDeformConv2d")

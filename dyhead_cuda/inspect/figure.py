@@ -24,13 +24,13 @@ from dyhead_cuda.pyramid import TAPS
 FINEST_STRIDE = 8  # of P3, in pixels of the photograph
 POINTS = 4
 WINDOW = 4.2  # half the side of a close-up, in pixels of P3
-LARGEST_DOT = 240.0  # square points, for a modulation of 1
+MAX_DOT_AREA = 240.0  # in square points, for a modulation of 1
 ENERGY_LEVELS = 3
 ENERGY_RANGE = (0.4, 2.5)
 ENERGY_TICKS = (0.4, 0.6, 1, 1.6, 2.5)
 ENERGY_TITLES = ("input", "after spatial and scale", "after task attention")
 BRANCH_SOURCES = {"low": "the finer level", "mid": "its own level", "high": "the coarser level"}
-MOST_ANNOTATED_BLOCKS = 8
+MAX_ANNOTATED_BLOCKS = 8
 
 # Of Okabe and Ito's palette, which every kind of colour vision tells apart.
 ORANGE, SKY, YELLOW, PURPLE = "#E69F00", "#56B4E9", "#F0E442", "#CC79A7"
@@ -213,7 +213,7 @@ def _draw_taps(axes: Axes, level: LevelRecord, point: tuple[int, int]) -> None:
     taps = np.arange(TAPS)
     grid = stride * np.stack([column + taps % 3 - 1, row + taps // 3 - 1], axis=1)
     deformed = grid + stride * level.offset[:, :, row, column].double().numpy()[:, ::-1]
-    areas = LARGEST_DOT * level.modulation[:, row, column].double().numpy()
+    areas = MAX_DOT_AREA * level.modulation[:, row, column].double().numpy()
     axes.scatter(grid[:, 0], grid[:, 1], s=24, marker="s", c="white", ec="black", lw=0.8, zorder=6)
     for start, end, area in zip(grid, deformed, areas, strict=True):
         for colour, width in (("black", 3.2), ("white", 1.6)):
@@ -323,7 +323,7 @@ def _draw_gates(figure: SubFigure, blocks: Sequence[Sequence[LevelRecord]]) -> N
         axes.set_xlabel("block")
         ticks = range(0, len(blocks), -(-len(blocks) // 10))
         axes.set_xticks(ticks, [str(block + 1) for block in ticks])
-        if len(blocks) <= MOST_ANNOTATED_BLOCKS:
+        if len(blocks) <= MAX_ANNOTATED_BLOCKS:
             write_values(axes, values, (low + high) / 2)
     figure.colorbar(shown, ax=grid, pad=0.01)
 

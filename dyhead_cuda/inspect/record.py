@@ -391,6 +391,6 @@ def _read_upsampled(
 def _corners(position: float, size: int) -> list[tuple[int, float]]:
     """The one or two pixels beside a position and their shares of it."""
     first = min(int(position), size - 1)
-    rest = position - first
-    pairs = [(first, 1 - rest), (min(first + 1, size - 1), rest)]
+    fraction = position - first
+    pairs = [(first, 1 - fraction), (min(first + 1, size - 1), fraction)]
     return [(index, share) for index, share in pairs if share > 0]
