@@ -119,7 +119,7 @@ def test_unaligned_rows(dtype: torch.dtype) -> None:
 def test_layouts(dtype: torch.dtype) -> None:
     x, *parameters = random_inputs((2, 64, 9, 14), dtype)
     out = run([x, *parameters])
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert out.is_contiguous()
     wide = torch.cat([x, x], 3)[:, :, :, :14]
     for other in (
         x.contiguous(memory_format=torch.channels_last),

@@ -262,8 +262,7 @@ def test_rows_are_read_in_place(
         out = run([x, *parameters])
     (rows,) = recorder.rows
     assert (rows.data_ptr() == x.data_ptr()) == in_place
-    if x.dim() == 4:
-        assert out.is_contiguous(memory_format=torch.channels_last)
+    assert out.is_contiguous(memory_format=layout)
 
 
 # --- ties, saturation, NaN ------------------------------------------------------------------------
