@@ -52,7 +52,19 @@ def why_changed(block: nn.Module, inner: tuple[Inner, ...]) -> str | None:
             module = module._modules.get(name)
             if module is None:
                 return f"{'.'.join(path)} is no longer there"
-        reason = plain.why_not_plain(module, _kind(type_))
-        if reason is not None:
-            return f"{'.'.join(path)} {reason}"
+        # Each forward asks this of every module: a look at what is usual comes first.
+        state, kind = module.__dict__, _KINDS.get(type_)
+        if (
+            kind is None
+            or type(module) is not type_
+            or type_.forward is not kind.forward
+            or state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            reason = plain.why_not_plain(module, _kind(type_))
+            if reason is not None:
+                return f"{'.'.join(path)} {reason}"
     return None
