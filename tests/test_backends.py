@@ -228,7 +228,8 @@ def test_tasks_that_overlap_keep_their_own_backends() -> None:
 
     async def both() -> tuple[list[str], list[str]]:
         with backend("cpu"):
-            return await asyncio.gather(task("reference", 2), task("auto", 4))
+            first, second = await asyncio.gather(task("reference", 2), task("auto", 4))
+            return first, second
 
     assert asyncio.run(both()) == (["reference"] * 2 + ["cpu"], ["auto"] * 4 + ["cpu"])
     assert backends.current() == "auto"
