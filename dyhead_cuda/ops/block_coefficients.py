@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import forbid_second_derivative
+from dyhead_cuda.ops.common import dense, forbid_second_derivative
 from dyhead_cuda.ops.transforms import call, register_autograd
 
 
@@ -61,17 +61,17 @@ def block_coefficients(
     """
     scale, shift, coefficients, _, _ = call(
         "block_coefficients_fwd",
-        mean.contiguous(),
-        var.contiguous(),
-        up_mean.contiguous(),
-        [t.contiguous() for t in norm_weights],
-        [t.contiguous() for t in norm_biases],
-        gate_weight.contiguous(),
-        gate_bias.contiguous(),
-        fc1_weight.contiguous(),
-        fc1_bias.contiguous(),
-        fc2_weight.contiguous(),
-        fc2_bias.contiguous(),
+        dense(mean),
+        dense(var),
+        dense(up_mean),
+        [dense(t) for t in norm_weights],
+        [dense(t) for t in norm_biases],
+        dense(gate_weight),
+        dense(gate_bias),
+        dense(fc1_weight),
+        dense(fc1_bias),
+        dense(fc2_weight),
+        dense(fc2_bias),
         list(job_levels),
         list(job_branches),
         num_groups,
@@ -158,13 +158,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     mean, up_mean, norms, layers, gate_weight, fc1_weight, fc2_weight, *rest = ctx.saved_tensors
     norm_weights, norm_biases = rest[: ctx.norms], rest[ctx.norms :]
-    dense = [
-        mean.new_zeros(shape) if g is None else g.contiguous()
+    given = [
+        mean.new_zeros(shape) if g is None else dense(g)
         for g, shape in zip(grads[:3], ctx.shapes, strict=True)
     ]
     grad_mean, grad_var, grad_up_mean, grad_weights, grad_biases, *others = call(
         "block_coefficients_bwd",
-        *dense,
+        *given,
         mean,
         up_mean,
         norms,

@@ -15,6 +15,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dense(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``t``, contiguous and of the type, if given: no node of a graph where it already is."""
+    if dtype is not None and t.dtype != dtype:
+        t = t.to(dtype)
+    return t if t.is_contiguous() else t.contiguous()
+
+
 def forbid_second_derivative(name: str) -> None:
     """Make a backward operator raise, not be silently constant, where it is differentiated."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative, tf32_allowed
+from dyhead_cuda.ops.common import compute_dtype, dense, forbid_second_derivative, tf32_allowed
 from dyhead_cuda.ops.jobs import Plan, pixels_of
 from dyhead_cuda.ops.transforms import call, register_autograd
 
@@ -52,11 +52,11 @@ def deform_conv(
     kept = source.is_cuda and kinds == {source.dtype}
     return call(
         "deform_conv_fwd",
-        source.contiguous(),
-        predictions.to(dtype).contiguous(),
-        [(w if kept else w.to(dtype)).contiguous() for w in weights],
-        [(b if kept else b.to(dtype)).contiguous() for b in bias],
-        None if gates is None else gates.to(dtype).contiguous(),
+        dense(source),
+        dense(predictions, dtype),
+        [dense(w, None if kept else dtype) for w in weights],
+        [dense(b, None if kept else dtype) for b in bias],
+        None if gates is None else dense(gates, dtype),
         *plan.tables,
         plan.mask_logits,
         out_in_compute_dtype,
@@ -147,14 +147,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
     source, predictions, gates, out, mean, *weights = ctx.saved_tensors
     if grad_out is not None:
-        grad_out = grad_out.contiguous()
+        grad_out = dense(grad_out)
     elif out is not None:
         grad_out = torch.zeros_like(out)
     else:
         return (None, None, [None] * len(weights), [None] * ctx.biases, None, *ctx.no_gradients)
     moments: list[Tensor | None] = [None, None, None]
     if out is not None and any(g is not None for g in grads):
-        moments = [torch.zeros_like(mean) if g is None else g.contiguous() for g in grads]
+        moments = [torch.zeros_like(mean) if g is None else dense(g) for g in grads]
     grad_source, grad_predictions, grad_weights, grad_bias, grad_gates = call(
         "deform_conv_bwd",
         grad_out,

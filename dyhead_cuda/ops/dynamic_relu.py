@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import checks, library
-from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
+from dyhead_cuda.ops.common import compute_dtype, dense, forbid_second_derivative
 from dyhead_cuda.ops.transforms import call, register_autograd
 
 
@@ -33,11 +33,11 @@ def dynamic_relu(
     dtype = compute_dtype(rows.dtype)
     out, _, _, _ = call(
         "dynamic_relu_fwd",
-        rows.contiguous(),
-        fc1_weight.to(dtype).contiguous(),
-        fc1_bias.to(dtype).contiguous(),
-        fc2_weight.to(dtype).contiguous(),
-        fc2_bias.to(dtype).contiguous(),
+        dense(rows),
+        dense(fc1_weight, dtype),
+        dense(fc1_bias, dtype),
+        dense(fc2_weight, dtype),
+        dense(fc2_bias, dtype),
         activation == "hsigmoid",
     )
     return out
@@ -85,7 +85,7 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
     rows, mean, hidden, logits, fc1_weight, fc2_weight = ctx.saved_tensors
     grad_rows, grad_logits, grad_hidden = call(
         "dynamic_relu_bwd",
-        grad_out.to(rows.dtype).contiguous(),
+        dense(grad_out, rows.dtype),
         rows,
         hidden,
         logits,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
+from dyhead_cuda.ops.common import compute_dtype, dense, forbid_second_derivative
 from dyhead_cuda.ops.jobs import Size, UpsampleMode, level_numbers, pixels_of, size_numbers
 from dyhead_cuda.ops.transforms import call, register_autograd
 
@@ -49,10 +49,10 @@ def fuse_branches(
     dtype = compute_dtype(y.dtype)
     return call(
         "fuse_branches_fwd",
-        y.contiguous(),
-        scale.to(dtype).contiguous(),
-        shift.to(dtype).contiguous(),
-        coefficients.to(dtype).contiguous(),
+        dense(y),
+        dense(scale, dtype),
+        dense(shift, dtype),
+        dense(coefficients, dtype),
         *fuse_tables(images, branches, levels, up_mode),
     )
 
@@ -116,7 +116,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = call(
         "fuse_branches_bwd",
-        grad_out.to(tensors[0].dtype).contiguous(),
+        dense(grad_out, tensors[0].dtype),
         *tensors,
         *ctx.tables,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.numerics import is_channels_last
+from dyhead_cuda.ops.common import dense
 from dyhead_cuda.ops.jobs import Size, map_rows, size_numbers
 from dyhead_cuda.ops.transforms import call, register_autograd
 
@@ -24,7 +25,7 @@ def pack_levels(levels: Sequence[Tensor]) -> Tensor:
     Returns:
         A new matrix of the levels' type.
     """
-    return call("pack_levels", [x if _is_dense(x) else x.contiguous() for x in levels])
+    return call("pack_levels", [x if _is_laid_out(x) else x.contiguous() for x in levels])
 
 
 def unpack_levels(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor]:
@@ -38,10 +39,10 @@ def unpack_levels(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tens
     Returns:
         A new tensor for each level.
     """
-    return list(call("unpack_levels", rows.contiguous(), images, size_numbers(sizes)))
+    return list(call("unpack_levels", dense(rows), images, size_numbers(sizes)))
 
 
-def _is_dense(x: Tensor) -> bool:
+def _is_laid_out(x: Tensor) -> bool:
     return x.is_contiguous() or is_channels_last(x)
 
 
@@ -62,7 +63,7 @@ def _levels_of_gradient(
     grad_rows: Tensor, sizes: Sequence[Size], images: int, channels_last: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients of levels, each in its level's memory format."""
-    rows, channels = grad_rows.contiguous(), grad_rows.shape[1]
+    rows, channels = dense(grad_rows), grad_rows.shape[1]
     if not any(channels_last):
         return unpack_levels(rows, sizes, images)
     levels = []
