@@ -119,9 +119,7 @@ _COUNTERS = {
 }
 
 
-def say_once(
-    module: nn.Module, label: str, reason: str, instead: str = _MODULE_BY_MODULE
-) -> bool:
+def say_once(module: nn.Module, label: str, reason: str, instead: str = _MODULE_BY_MODULE) -> bool:
     """Log that a module is not fused, once for each reason; the reference fuses nothing.
 
     Args:

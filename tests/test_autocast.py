@@ -52,7 +52,9 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
 @dtypes
 @regions
 @pytest.mark.parametrize("path", ["auto", "reference"])
-def test_same_bits_as_without(name: str, dtype: torch.dtype, region: torch.dtype, path: Any) -> None:
+def test_same_bits_as_without(
+    name: str, dtype: torch.dtype, region: torch.dtype, path: Any
+) -> None:
     module, inputs = module_and_inputs(name)
     inputs = tuple(cast(x, dtype) for x in inputs)
     with torch.no_grad(), backend(path):

@@ -1,8 +1,8 @@
 """What the operators multiply: the counts that ``torch.utils.flop_counter`` and others show.
 
-Counted are the products of convolutions and linear layers, as counters count those of PyTorch's own
-layers. Not counted is what is done once per value: blending the four pixels around a sample, biases,
-norms, gates and sums; nor copies, of which there is more or less in each way to run a block.
+Counted are the products of convolutions and linear layers, as counters count those of PyTorch's
+own layers. Not counted is what is done once per value: blending the four pixels around a sample,
+biases, norms and sums.
 """
 
 from __future__ import annotations

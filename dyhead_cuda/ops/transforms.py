@@ -31,11 +31,10 @@ _functions: dict[str, type[_Transformed]] = {}  # under a transform, each with a
 
 
 def node_name(name: str) -> str:
-    """The name of the operator's node in a graph, formed as PyTorch forms those of its own.
+    """The name of an operator's node in a graph, formed as PyTorch forms those of its own.
 
-    Example:
-        >>> node_name("deform_conv_fwd"), node_name("deform_conv_bwd")
-        ('DyHeadDeformConvBackward', 'DyHeadDeformConvBackwardBackward')
+    ``deform_conv_fwd`` has ``DyHeadDeformConvBackward``, and ``deform_conv_bwd``
+    ``DyHeadDeformConvBackwardBackward``.
     """
     words = name.removesuffix("_fwd").replace("_bwd", "_backward").split("_")
     return f"DyHead{''.join(word.capitalize() for word in words)}Backward"
