@@ -146,6 +146,14 @@ def test_jobs_of_different_terms() -> None:
     assert count(deform_call([1, 3])) == 2 * (12 + 3 * 30) * 8 * 4 * 9
 
 
+def test_arguments_by_name() -> None:
+    rows, fc1, fc2 = torch.randn(N, 5, 8), torch.randn(2, 8), torch.randn(32, 2)
+    biases = {"fc1_bias": torch.randn(2), "fc2_bias": torch.randn(32)}
+    run = torch.ops.dyhead.dynamic_relu_fwd
+    found = flops(lambda: run(rows, fc1, fc2_weight=fc2, hard_sigmoid=True, **biases))
+    assert found == 2 * N * (2 * 8 + 32 * 2)
+
+
 def test_on_the_meta_device() -> None:
     head = DyHead(C_IN, C_OUT, 2)
     expected = flops(lambda: head(pyramid()))
