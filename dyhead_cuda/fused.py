@@ -26,7 +26,7 @@ from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.fuse_branches import fuse_branches
-from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, Size, UpsampleMode, stack_maps
+from dyhead_cuda.ops.jobs import Job, Plan, ReadRule, Size, UpsampleMode, map_rows
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
 from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, Upsample, halved
 from dyhead_cuda.recompute import recomputed
@@ -67,7 +67,7 @@ def levels_of_rows(
     on one of several views. The rows of a single level may be taken as they are.
     """
     if memory_format == torch.contiguous_format:
-        return list(unpack_levels(rows, stack_maps(list(sizes), images), images))
+        return unpack_levels(rows, sizes, images)
     if len(sizes) == 1:
         ((height, width),) = sizes
         return [rows.view(images, height, width, rows.shape[1]).permute(0, 3, 1, 2)]
@@ -76,7 +76,7 @@ def levels_of_rows(
 
 def unpack_rows(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor]:
     """Views [N, C, H_l, W_l], channels_last in memory, of a matrix of rows."""
-    parts = rows.split([images * h * w for h, w in sizes])
+    parts = rows.split(map_rows(sizes, images))
     return [
         part.view(images, h, w, rows.shape[1]).permute(0, 3, 1, 2)
         for part, (h, w) in zip(parts, sizes, strict=True)
@@ -101,13 +101,10 @@ def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Te
     return out
 
 
-def predict_plan(maps: list[Map], images: int, predicted: int) -> Plan:
+def predict_plan(sources: Sequence[Size], images: int, predicted: int) -> Plan:
     """A plain 3x3 convolution of the first ``predicted`` maps, with one weight matrix."""
-    jobs = [
-        Job(out, NO_MAP, [(source, 0)], offset_rule=ReadRule.NONE, mask_rule=ReadRule.NONE)
-        for source, out in enumerate(maps[:predicted])
-    ]
-    return Plan(images, maps, jobs)
+    jobs = [Job(size, None, [(source, 0)]) for source, size in enumerate(sources[:predicted])]
+    return Plan(images, sources, [], jobs)
 
 
 class BlockPlan:
@@ -120,48 +117,49 @@ class BlockPlan:
         high_offset: HighOffset,
         upsample: Upsample = "bilinear",
     ) -> None:
-        self.sizes = sizes
+        self.sizes, self.images = sizes, images
         self.up_mode = UPSAMPLE_MODES[upsample]
-        source_sizes = list(sizes)
-        predictions = stack_maps(list(sizes), images)
-        # level, branch, source map, size of the output
-        branches: list[tuple[int, int, int, Size]] = []
+        sources = list(sizes)
         # Maps to add to the sources: level, size, how.
         self.resized: list[tuple[int, Size, Upsample]] = []
 
         def resized(level: int, size: Size, mode: Upsample) -> int:
             self.resized.append((level, size, mode))
-            source_sizes.append(size)
-            return len(source_sizes) - 1
+            sources.append(size)
+            return len(sources) - 1
+
+        jobs: list[Job] = []
+        self.job_levels: list[int] = []
+        self.job_branches: list[int] = []
+
+        def add(level: int, branch: int, source: int, out: Size) -> None:
+            rules = READ_RULES[high_offset if branch == HIGH else "aligned"]
+            stride = (2, 2) if branch == LOW else (1, 1)
+            jobs.append(
+                Job(out, level, [(source, branch)], stride, *rules, sizes[level], self.up_mode)
+            )
+            self.job_levels.append(level)
+            self.job_branches.append(branch)
 
         for level, size in enumerate(sizes):
-            branches.append((level, MID, level, size))
+            add(level, MID, level, size)
             if level > 0:
                 fits = halved(sizes[level - 1]) == size
                 doubled = (2 * size[0], 2 * size[1])
-                source = level - 1 if fits else resized(level - 1, doubled, "bilinear")
-                branches.append((level, LOW, source, size))
+                add(
+                    level, LOW, level - 1 if fits else resized(level - 1, doubled, "bilinear"), size
+                )
             if level + 1 < len(sizes):
                 aligned = high_offset == "aligned"
                 source = resized(level + 1, size, upsample) if aligned else level + 1
-                branches.append((level, HIGH, source, size if aligned else sizes[level + 1]))
-        outputs = stack_maps([size for *_, size in branches], images)
-        jobs = []
-        for (level, branch, source, _), out in zip(branches, outputs, strict=True):
-            rules = READ_RULES[high_offset if branch == HIGH else "aligned"]
-            stride = (2, 2) if branch == LOW else (1, 1)
-            terms, size = [(source, branch)], sizes[level]
-            jobs.append(Job(out, predictions[level], terms, stride, *rules, size, self.up_mode))
-        sources = stack_maps(source_sizes, images)
+                add(level, HIGH, source, size if aligned else sizes[level + 1])
         self.predict = predict_plan(sources, images, len(sizes))
-        self.deform = Plan(images, sources, jobs)
-        self.job_levels = [level for level, *_ in branches]
-        self.job_branches = [branch for _, branch, *_ in branches]
+        self.deform = Plan(images, sources, sizes, jobs)
+        self.branches = [job.out for job in jobs]
         self.levels = [
-            (out, [j for j, level_of in enumerate(self.job_levels) if level_of == level])
-            for level, out in enumerate(predictions)
+            (size, [j for j, job_level in enumerate(self.job_levels) if job_level == level])
+            for level, size in enumerate(sizes)
         ]
-        self.branches = outputs
 
 
 cached_block_plan = lru_cache(maxsize=256)(BlockPlan)
@@ -174,38 +172,30 @@ def block_plan(
     upsample: Upsample = "bilinear",
 ) -> BlockPlan:
     """A plan is a few hundred integers; making it takes longer than a launch, so it is kept."""
-    # torch.compile keeps what it traces, and warns of caches that it cannot see into.
-    make = BlockPlan if torch.compiler.is_compiling() else cached_block_plan
-    return make(sizes, images, high_offset, upsample)
+    # Under a tracer sizes may be symbols, which are no keys, and torch.compile warns of caches.
+    numbers = (images, *(side for size in sizes for side in size))
+    traced = torch.compiler.is_compiling() or any(type(number) is not int for number in numbers)
+    return (BlockPlan if traced else cached_block_plan)(sizes, images, high_offset, upsample)
 
 
-def with_resized(rows: Tensor, plan: BlockPlan, images: int) -> Tensor:
+def with_resized(rows: Tensor, plan: BlockPlan) -> Tensor:
     """The rows of the levels, and behind them those of the maps that the plan resizes."""
-    levels = unpack_rows(rows, plan.sizes, images)
+    levels = unpack_rows(rows, plan.sizes, plan.images)
     extra = [resize(levels[level], size, mode) for level, size, mode in plan.resized]
     return torch.cat([rows, pack(extra)])
 
 
 def block_rows(
-    holder: list[Tensor],
-    parameters: BlockParameters,
-    sizes: tuple[Size, ...],
-    images: int,
-    *,
-    high_offset: HighOffset,
-    upsample: Upsample,
-    num_groups: int,
-    eps: float,
+    holder: list[Tensor], parameters: BlockParameters, plan: BlockPlan, num_groups: int, eps: float
 ) -> Tensor:
     """One published block from rows [R, C_in] to rows [R, C_out] of levels of the same sizes.
 
     The rows are taken out of ``holder``, so that they can be freed before the last pass.
     """
     rows = holder.pop()
-    plan = block_plan(sizes, images, high_offset, upsample)
     p = parameters
     if plan.resized:
-        rows = with_resized(rows, plan, images)
+        rows = with_resized(rows, plan)
     predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
     branches = (p.low, p.mid, p.high)
     y, mean, var, up_mean = deform_conv(
@@ -231,7 +221,7 @@ def block_rows(
         num_groups=num_groups,
         eps=eps,
     )
-    return fuse_branches(y, *coefficients, images, plan.branches, plan.levels, plan.up_mode)
+    return fuse_branches(y, *coefficients, plan.images, plan.branches, plan.levels, plan.up_mode)
 
 
 def pyramid_blocks(
@@ -251,14 +241,12 @@ def pyramid_blocks(
     """
     images = features[0].shape[0]
     sizes = tuple((x.shape[2], x.shape[3]) for x in features)
-    run = partial(
-        block_rows, high_offset=high_offset, upsample=upsample, num_groups=num_groups, eps=eps
-    )
+    plan = block_plan(sizes, images, high_offset, upsample)
+    run = partial(block_rows, plan=plan, num_groups=num_groups, eps=eps)
     with no_autocast(features[0]):
         rows = [pack(features)]
         for parameters in blocks:
-            arguments = rows, parameters, sizes, images
-            rows = [recomputed(run, *arguments) if recompute else run(*arguments)]
+            rows = [recomputed(run, rows, parameters) if recompute else run(rows, parameters)]
         return levels_of_rows(rows[0], sizes, images, memory_format)
 
 
@@ -272,11 +260,11 @@ def modulated_deform_conv2d(
 ) -> Tensor:
     """See :func:`dyhead_cuda.reference.modulated_deform_conv2d`."""
     n, _, height, width = input.shape
-    out = Map(0, *geometry.output)
     plan = Plan(
         n,
-        [Map(0, height, width)],
-        [Job(out, out, [(0, 0)], geometry.stride)],
+        [(height, width)],
+        [geometry.output],
+        [Job(geometry.output, 0, [(0, 0)], geometry.stride)],
         geometry.kernel,
         geometry.padding,
         geometry.dilation,
@@ -308,19 +296,19 @@ def spatial_attention(
     chosen = target_levels(targets, levels)
     with no_autocast(features):
         rows = features.permute(1, 0, 3, 4, 2).reshape(-1, channels)
-        maps = stack_maps([(height, width)] * levels, n)
         if gates is None:
             gates = features.new_ones(n, levels, dtype=dtype)
         # conv(gate . F) + bias = gate . conv(F) + bias
         rows_per_level = n * height * width
         first = chosen[0] * rows_per_level
         targets_rows = rows[first : first + len(chosen) * rows_per_level]
-        outputs = stack_maps([(height, width)] * len(chosen), n)
+        outputs = [(height, width)] * len(chosen)
         logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n, len(outputs)))
         logits = logits.view(len(chosen), n, height * width * 3 * TAPS)
         chosen_gates = gates.to(dtype).t()[chosen].unsqueeze(2)
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)
-        jobs = [Job(out, out, [(level, level) for level in range(levels)]) for out in outputs]
-        plan = Plan(n, maps, jobs)
+        terms = [(level, level) for level in range(levels)]
+        jobs = [Job(out, target, terms) for target, out in enumerate(outputs)]
+        plan = Plan(n, [(height, width)] * levels, outputs, jobs)
         y, *_ = deform_conv(rows, logits, weight.unbind(), plan, gates=gates / levels)
     return y.view(len(chosen), n, height, width, y.shape[1]).permute(1, 0, 4, 2, 3)

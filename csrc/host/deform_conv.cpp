@@ -36,28 +36,10 @@ void check_rule(const DeformJob& job, ReadRule rule) {
                   from.width);
 }
 
-// Jobs either share a prediction map or read others: the gradients of a map are one task's.
-void check_disjoint_predictions(const DeformCall& t) {
-  std::vector<MapShape> maps;
-  for (const DeformJob& job : t.jobs) {
-    if (job.predictions.pixels() > 0) maps.push_back(job.predictions);
-  }
-  std::sort(maps.begin(), maps.end(),
-            [](const MapShape& a, const MapShape& b) { return a.first_row < b.first_row; });
-  for (size_t i = 1; i < maps.size(); ++i) {
-    const MapShape& a = maps[i - 1];
-    const MapShape& b = maps[i];
-    const bool same = a.first_row == b.first_row && a.height == b.height && a.width == b.width;
-    STD_TORCH_CHECK(same || a.first_row + t.shape.images * a.pixels() <= b.first_row,
-                    "expected prediction maps that are equal or apart, got maps from rows ",
-                    a.first_row, " and ", b.first_row);
-  }
-}
-
 // The shape that all jobs share; `geometry` has the fields of geometry_field.
 DeformShape read_deform_shape(const Tensor& source, const Tensor& predictions,
-                              const std::vector<Tensor>& weights, const IntList& geometry,
-                              bool mask_logits) {
+                              const std::vector<Tensor>& weights, int64_t images,
+                              const IntList& geometry, bool mask_logits) {
   STD_TORCH_CHECK(geometry.size() == geometry_field::kFieldCount, "expected a geometry of ",
                   static_cast<size_t>(geometry_field::kFieldCount), " integers, got ",
                   geometry.size());
@@ -69,7 +51,7 @@ DeformShape read_deform_shape(const Tensor& source, const Tensor& predictions,
                   shape_string(weights[0]));
   namespace field = geometry_field;
   constexpr int64_t kMaxTaps = 1 << 10;  // along one side of a kernel
-  const DeformShape s{narrow("images", geometry[field::images], 0),
+  const DeformShape s{read_images(images),
                       source.size(1),
                       weights[0].size(0),
                       narrow("groups", geometry[field::groups], 1),
@@ -89,21 +71,6 @@ DeformShape read_deform_shape(const Tensor& source, const Tensor& predictions,
   return s;
 }
 
-// Source maps without gaps and overlaps, so that every row gets its gradient from one map.
-std::vector<MapShape> read_sources(const IntList& sources, int64_t images, int64_t rows) {
-  STD_TORCH_CHECK(sources.size() % map_field::kFieldCount == 0, "expected sources of ",
-                  static_cast<size_t>(map_field::kFieldCount), " n integers, got ", sources.size());
-  std::vector<MapShape> maps;
-  int64_t covered = 0;
-  for (size_t i = 0; i < sources.size(); i += map_field::kFieldCount) {
-    maps.push_back(read_next_map(sources, i, images, covered, rows, "source"));
-    covered += images * maps.back().pixels();
-  }
-  STD_TORCH_CHECK(covered == rows, "expected source maps that cover all ", rows, " rows, got ",
-                  covered);
-  return maps;
-}
-
 std::vector<DeformTerm> read_terms(const IntList& terms, int64_t sources, int64_t weights) {
   STD_TORCH_CHECK(terms.size() % term_field::kFieldCount == 0, "expected terms of ",
                   static_cast<size_t>(term_field::kFieldCount), " n integers, got ", terms.size());
@@ -119,28 +86,41 @@ std::vector<DeformTerm> read_terms(const IntList& terms, int64_t sources, int64_
   return read;
 }
 
-// The job at jobs[at], which has the fields of job_field; its output map must follow those before.
-DeformJob read_job(const DeformCall& t, const IntList& jobs, size_t at) {
+// The sizes of a call's maps: height and width of each. They and the number of images are all of a
+// call that a compiler may see as symbols.
+struct DeformSizes {
+  int64_t images;
+  const IntList& sources;
+  const IntList& predictions;
+  const IntList& outs;       // of each job
+  const IntList& upsampled;  // of each job, after the upsampling that follows
+};
+
+// The job at jobs[at], which has the fields of job_field.
+DeformJob read_job(const DeformCall& t, const IntList& jobs, size_t at, const MapShape& out,
+                   const MapShape& upsampled, const std::vector<MapShape>& predictions) {
   namespace field = job_field;
   const DeformShape& s = t.shape;
-  const int64_t max_rows = std::numeric_limits<int64_t>::max() / 8 / s.out_channels;
   const auto number = [&](const char* name, size_t index, int64_t least, int64_t most) {
     return narrow(name, jobs[at + index], least, most);
   };
   constexpr int64_t kLastRule = static_cast<int64_t>(ReadRule::kNone);
   DeformJob job{};
-  job.out =
-      read_next_map(jobs, at + field::out_first_row, s.images, t.out_rows, max_rows, "output");
-  job.predictions =
-      read_map(jobs, at + field::predictions_first_row, s.images, t.prediction_rows, "prediction");
+  job.out = out;
   job.offset_rule = static_cast<ReadRule>(number("offset_rule", field::offset_rule, 0, kLastRule));
   job.mask_rule = static_cast<ReadRule>(number("mask_rule", field::mask_rule, 0, kLastRule));
+  const int64_t map = jobs[at + field::predictions];
+  STD_TORCH_CHECK(job.plain() ? map == -1 : map >= 0 && map < std::ssize(predictions),
+                  "expected a prediction map out of ", predictions.size(),
+                  ", and -1 for a plain convolution, got ", map);
+  if (!job.plain()) job.predictions = predictions[map];
   job.stride_h = number("stride_h", field::stride_h, 1, kMaxStep);
   job.stride_w = number("stride_w", field::stride_w, 1, kMaxStep);
   job.first_term = number("first_term", field::first_term, 0, kMaxInt32);
   job.terms = number("terms", field::terms, 1, kMaxInt32);
-  job.up_height = number("up_height", field::up_height, 1, kMaxStep);
-  job.up_width = number("up_width", field::up_width, 1, kMaxStep);
+  // Where nothing is, a mean is divided by 1.
+  job.up_height = narrow("the height after upsampling", std::max(upsampled.height, 1), 1, kMaxStep);
+  job.up_width = narrow("the width after upsampling", std::max(upsampled.width, 1), 1, kMaxStep);
   job.up_mode = read_upsample_mode(jobs[at + field::up_mode]);
   STD_TORCH_CHECK(
       static_cast<int64_t>(job.first_term) + job.terms <= static_cast<int64_t>(t.terms.size()),
@@ -159,27 +139,37 @@ DeformJob read_job(const DeformCall& t, const IntList& jobs, size_t at) {
 }
 
 DeformCall read_deform_call(const Tensor& source, const Tensor& predictions,
-                            const std::vector<Tensor>& weights, const IntList& geometry,
-                            const IntList& sources, const IntList& terms, const IntList& jobs,
+                            const std::vector<Tensor>& weights, const DeformSizes& sizes,
+                            const IntList& geometry, const IntList& terms, const IntList& jobs,
                             bool mask_logits) {
   DeformCall t{};
-  t.shape = read_deform_shape(source, predictions, weights, geometry, mask_logits);
+  t.shape = read_deform_shape(source, predictions, weights, sizes.images, geometry, mask_logits);
   t.source_rows = source.size(0);
   t.prediction_rows = predictions.size(0);
   t.weights = static_cast<int64_t>(weights.size());
   check_tensor("source", source, {t.source_rows, t.shape.channels}, source.scalar_type(), source);
   check_tensor("predictions", predictions, {t.prediction_rows, t.shape.prediction_columns()},
                compute_type_of(source), source);
-  t.sources = read_sources(sources, t.shape.images, t.source_rows);
-  t.terms = read_terms(terms, static_cast<int64_t>(t.sources.size()), t.weights);
+  constexpr int64_t kMaxRows = std::numeric_limits<int64_t>::max() / 8;
+  const int64_t images = t.shape.images;
+  t.sources = read_all_maps("source", sizes.sources, images, t.source_rows);
+  t.terms = read_terms(terms, std::ssize(t.sources), t.weights);
+  const auto prediction_maps =
+      read_all_maps("prediction", sizes.predictions, images, t.prediction_rows);
+  const auto outs = read_maps("output", sizes.outs, images, kMaxRows / t.shape.out_channels);
+  const auto upsampled = read_maps("upsampled", sizes.upsampled, 0, kMaxRows);
   STD_TORCH_CHECK(!jobs.empty() && jobs.size() % job_field::kFieldCount == 0, "expected jobs of ",
                   static_cast<size_t>(job_field::kFieldCount), " n integers, at least one, got ",
                   jobs.size());
-  for (size_t i = 0; i < jobs.size(); i += job_field::kFieldCount) {
-    t.jobs.push_back(read_job(t, jobs, i));
-    t.out_rows += t.shape.images * t.jobs.back().out.pixels();
+  const size_t count = jobs.size() / job_field::kFieldCount;
+  STD_TORCH_CHECK(outs.size() == count && upsampled.size() == count,
+                  "expected the sizes of the outputs, and those after upsampling, of ", count,
+                  " jobs, got ", outs.size(), " and ", upsampled.size());
+  for (size_t j = 0; j < count; ++j) {
+    t.jobs.push_back(
+        read_job(t, jobs, j * job_field::kFieldCount, outs[j], upsampled[j], prediction_maps));
+    t.out_rows += images * outs[j].pixels();
   }
-  check_disjoint_predictions(t);
   return t;
 }
 
@@ -216,12 +206,14 @@ const void* optional_data(const char* name, const std::optional<Tensor>& t,
 // Returns out, mean, var and up_mean.
 std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
     const Tensor& source, const Tensor& predictions, const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& bias, const std::optional<Tensor>& gates, const IntList& geometry,
-    const IntList& sources, const IntList& terms, const IntList& jobs, bool mask_logits,
-    bool out_in_compute_dtype, bool moments, bool allow_tf32) {
+    const std::vector<Tensor>& bias, const std::optional<Tensor>& gates, int64_t images,
+    const IntList& source_sizes, const IntList& prediction_sizes, const IntList& out_sizes,
+    const IntList& up_sizes, const IntList& geometry, const IntList& terms, const IntList& jobs,
+    bool mask_logits, bool out_in_compute_dtype, bool moments, bool allow_tf32) {
   Call call(source);
-  const DeformCall deform =
-      read_deform_call(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
+  const DeformCall deform = read_deform_call(
+      source, predictions, weights, {images, source_sizes, prediction_sizes, out_sizes, up_sizes},
+      geometry, terms, jobs, mask_logits);
   const DeformShape& s = deform.shape;
   const DeformWeights matrices = read_deform_weights(s, weights, bias, source);
   const ScalarType compute = compute_type_of(source);
@@ -260,13 +252,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
     const Tensor& grad_out, const std::optional<Tensor>& grad_mean,
     const std::optional<Tensor>& grad_var, const std::optional<Tensor>& grad_up_mean,
     const Tensor& source, const Tensor& predictions, const std::vector<Tensor>& weights,
-    const std::optional<Tensor>& gates, const Tensor& out, const Tensor& mean,
-    const IntList& geometry, const IntList& sources, const IntList& terms, const IntList& jobs,
+    const std::optional<Tensor>& gates, const Tensor& out, const Tensor& mean, int64_t images,
+    const IntList& source_sizes, const IntList& prediction_sizes, const IntList& out_sizes,
+    const IntList& up_sizes, const IntList& geometry, const IntList& terms, const IntList& jobs,
     bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32,
     bool deterministic) {
   Call call(source);
-  const DeformCall deform =
-      read_deform_call(source, predictions, weights, geometry, sources, terms, jobs, mask_logits);
+  const DeformCall deform = read_deform_call(
+      source, predictions, weights, {images, source_sizes, prediction_sizes, out_sizes, up_sizes},
+      geometry, terms, jobs, mask_logits);
   const DeformShape& s = deform.shape;
   const DeformWeights matrices = read_deform_weights(s, weights, {}, source);
   const ScalarType compute = compute_type_of(source);
@@ -325,16 +319,19 @@ DYHEAD_SCHEMAS(m) {
   // have the source's type, or the compute type where `out_in_compute_dtype` is set.
   m.def(
       "deform_conv_fwd(Tensor source, Tensor predictions, Tensor[] weights, Tensor[] bias, "
-      "Tensor? gates, int[] geometry, int[] sources, int[] terms, int[] jobs, bool mask_logits, "
-      "bool out_in_compute_dtype, bool moments, bool allow_tf32) -> (Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "Tensor? gates, SymInt images, SymInt[] source_sizes, SymInt[] prediction_sizes, "
+      "SymInt[] out_sizes, SymInt[] up_sizes, int[] geometry, int[] terms, int[] jobs, "
+      "bool mask_logits, bool out_in_compute_dtype, bool moments, bool allow_tf32) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
   // Returns the gradients of source, predictions, weights, bias and gates; those of weights and
   // bias are stacked and of the compute type, the last two are empty where they do not exist.
   m.def(
       "deform_conv_bwd(Tensor grad_out, Tensor? grad_mean, Tensor? grad_var, "
       "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor[] weights, Tensor? gates, "
-      "Tensor out, Tensor mean, int[] geometry, int[] sources, int[] terms, int[] jobs, "
-      "bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32, bool "
+      "Tensor out, Tensor mean, SymInt images, SymInt[] source_sizes, "
+      "SymInt[] prediction_sizes, SymInt[] out_sizes, SymInt[] up_sizes, int[] geometry, "
+      "int[] terms, int[] jobs, bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool "
+      "allow_tf32, bool "
       "deterministic) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

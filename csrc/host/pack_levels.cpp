@@ -50,23 +50,19 @@ Tensor pack_levels(const std::vector<Tensor>& levels) {
   return packed;
 }
 
-// `maps`: first_row, height, width of each level.
-std::vector<Tensor> unpack_levels(const Tensor& rows, int64_t images, const IntList& maps) {
+// `sizes`: height and width of each level.
+std::vector<Tensor> unpack_levels(const Tensor& rows, int64_t images, const IntList& sizes) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous(), "expected contiguous rows [R, C], got ",
                   shape_string(rows));
-  STD_TORCH_CHECK(maps.size() % map_field::kFieldCount == 0, "expected a table of ",
-                  map_field::kFieldCount, " n integers, got ", maps.size());
-  STD_TORCH_CHECK(images >= 0, "expected a number of images, got ", images);
   Call call(rows);
   const int64_t channels = rows.size(1);
-  PackParams params{images,
+  PackParams params{read_images(images),
                     channels,
                     element_bytes(dtype_of(rows)),
                     const_cast<void*>(rows.const_data_ptr()),
                     {}};
   std::vector<Tensor> levels;
-  for (size_t i = 0; i < maps.size(); i += map_field::kFieldCount) {
-    const MapShape map = read_map(maps, i, images, rows.size(0), "level");
+  for (const MapShape& map : read_all_maps("level", sizes, images, rows.size(0))) {
     levels.push_back(torch::stable::new_empty(rows, {images, channels, map.height, map.width}));
     params.levels.push_back({map, levels.back().mutable_data_ptr(), false});
   }
@@ -80,8 +76,8 @@ std::vector<Tensor> unpack_levels(const Tensor& rows, int64_t images, const IntL
 DYHEAD_SCHEMAS(m) {
   // Levels [N, C, H, W], each contiguous or channels_last, as rows [R, C], one after the other.
   m.def("pack_levels(Tensor[] levels) -> Tensor");
-  // Contiguous levels from their rows: first row, height and width of each.
-  m.def("unpack_levels(Tensor rows, int images, int[] maps) -> Tensor[]");
+  // Contiguous levels from their rows: height and width of each.
+  m.def("unpack_levels(Tensor rows, SymInt images, SymInt[] sizes) -> Tensor[]");
 }
 
 DYHEAD_REGISTER(m) {

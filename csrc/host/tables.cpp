@@ -5,7 +5,7 @@
 // The tables, read rules and modes of this library, for dyhead_cuda/library.py.
 // clang-format off
 extern "C" __attribute__((visibility("default"))) const char* dyhead_tables() {
-  return "map" DYHEAD_MAP_FIELDS(DYHEAD_NAME)
+  return "size" DYHEAD_SIZE_FIELDS(DYHEAD_NAME)
          "; geometry" DYHEAD_GEOMETRY_FIELDS(DYHEAD_NAME)
          "; term" DYHEAD_TERM_FIELDS(DYHEAD_NAME)
          "; job" DYHEAD_JOB_FIELDS(DYHEAD_NAME)

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative, tf32_allowed
-from dyhead_cuda.ops.jobs import GEOMETRY_FIELDS, JOB_FIELDS, MAP_FIELDS, Plan
+from dyhead_cuda.ops.jobs import Plan, pixels_of
 from dyhead_cuda.ops.transforms import call, register_autograd
-
-_IMAGES = GEOMETRY_FIELDS.index("images")
-_OUT_HEIGHT, _OUT_WIDTH = JOB_FIELDS.index("out_height"), JOB_FIELDS.index("out_width")
 
 
 def deform_conv(
@@ -74,8 +71,12 @@ def _fake_fwd(
     weights: list[Tensor],
     bias: list[Tensor],
     gates: Tensor | None,
+    images: int,
+    source_sizes: list[int],
+    prediction_sizes: list[int],
+    out_sizes: list[int],
+    up_sizes: list[int],
     geometry: list[int],
-    sources: list[int],
     terms: list[int],
     jobs: list[int],
     mask_logits: bool,
@@ -83,9 +84,9 @@ def _fake_fwd(
     moments: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, channels, step = geometry[_IMAGES], weights[0].shape[0], len(JOB_FIELDS)
-    pixels = sum(jobs[i + _OUT_HEIGHT] * jobs[i + _OUT_WIDTH] for i in range(0, len(jobs), step))
-    count = len(jobs) // step if moments else 0
+    channels = weights[0].shape[0]
+    pixels = pixels_of(out_sizes)
+    count = len(out_sizes) // 2 if moments else 0
     mean = predictions.new_empty(count, images, channels)
     like = predictions if out_in_compute_dtype else source
     return (
@@ -107,8 +108,12 @@ def _fake_bwd(
     gates: Tensor | None,
     out: Tensor,
     mean: Tensor,
+    images: int,
+    source_sizes: list[int],
+    prediction_sizes: list[int],
+    out_sizes: list[int],
+    up_sizes: list[int],
     geometry: list[int],
-    sources: list[int],
     terms: list[int],
     jobs: list[int],
     mask_logits: bool,
@@ -117,23 +122,25 @@ def _fake_bwd(
     allow_tf32: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gated_images = 0 if gates is None else geometry[_IMAGES]
+    gated_images = 0 if gates is None else images
     return (
         torch.empty_like(source),
         torch.empty_like(predictions),
         predictions.new_empty(len(weights), *weights[0].shape),
         predictions.new_empty(len(weights) if with_bias else 0, weights[0].shape[0]),
-        predictions.new_empty(gated_images, len(sources) // len(MAP_FIELDS)),
+        predictions.new_empty(gated_images, len(source_sizes) // 2),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     source, predictions, weights, bias, gates, *tables = inputs
-    *tables, mask_logits, out_in_compute_dtype, moments, ctx.allow_tf32 = tables
+    *tables, moments, ctx.allow_tf32 = tables
     out, mean, _, _ = output
     # Only the gradients of the moments read the outputs.
     ctx.save_for_backward(source, predictions, gates, out if moments else None, mean, *weights)
-    ctx.tables, ctx.biases = [*tables, mask_logits, out_in_compute_dtype], len(bias)
+    ctx.tables, ctx.biases = tables, len(bias)
+    # torch takes an empty list for one of tensors, which has a list of gradients.
+    ctx.no_gradients = [[] if table == [] else None for table in inputs[5:]]
     ctx.set_materialize_grads(False)
 
 
@@ -144,7 +151,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
     elif out is not None:
         grad_out = torch.zeros_like(out)
     else:
-        return (None, None, [None] * len(weights), [None] * ctx.biases, None, *[None] * 8)
+        return (None, None, [None] * len(weights), [None] * ctx.biases, None, *ctx.no_gradients)
     moments: list[Tensor | None] = [None, None, None]
     if out is not None and any(g is not None for g in grads):
         moments = [torch.zeros_like(mean) if g is None else g.contiguous() for g in grads]
@@ -169,7 +176,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
         list(grad_weights.to(weights[0].dtype).unbind()),
         list(grad_bias.to(weights[0].dtype).unbind()) if ctx.biases else [],
         None if gates is None else grad_gates,
-        *[None] * 8,
+        *ctx.no_gradients,
     )
 
 

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype, forbid_second_derivative
-from dyhead_cuda.ops.jobs import LEVEL_FIELDS, Map, UpsampleMode, level_numbers
+from dyhead_cuda.ops.jobs import Size, UpsampleMode, level_numbers, pixels_of, size_numbers
 from dyhead_cuda.ops.transforms import call, register_autograd
-
-_HEIGHT, _WIDTH = LEVEL_FIELDS.index("height"), LEVEL_FIELDS.index("width")
 
 
 def fuse_branches(
@@ -27,8 +25,8 @@ def fuse_branches(
     shift: Tensor,
     coefficients: Tensor,
     images: int,
-    maps: Sequence[Map],
-    levels: Sequence[tuple[Map, Sequence[int]]],
+    branches: Sequence[Size],
+    levels: Sequence[tuple[Size, Sequence[int]]],
     up_mode: UpsampleMode = UpsampleMode.BILINEAR,
 ) -> Tensor:
     """max(a1 . z + b1, a2 . z + b2) with z = sum_b scale[b] . upsampled(y_b) + shift.
@@ -40,9 +38,9 @@ def fuse_branches(
         coefficients: [L, N, 4, C] in the order a1, b1, a2, b2. Like scale and shift it may be of
             any floating type: they are converted to the accumulation type.
         images: N.
-        maps: the J branch maps, which lie one after the other and cover y.
-        levels: the L output maps, which lie one after the other, each with the indices of its one
-            to three branches. Every branch belongs to one level.
+        branches: the sizes of the J branch maps, which lie one after the other and cover y.
+        levels: the sizes of the L output maps, which lie one after the other, each with the indices
+            of its one to three branches. Every branch belongs to one level.
         up_mode: how a branch is upsampled to its level's size, if it has another.
 
     Returns:
@@ -55,19 +53,24 @@ def fuse_branches(
         scale.to(dtype).contiguous(),
         shift.to(dtype).contiguous(),
         coefficients.to(dtype).contiguous(),
-        images,
-        *fuse_tables(maps, levels, up_mode),
+        *fuse_tables(images, branches, levels, up_mode),
     )
 
 
 def fuse_tables(
-    maps: Sequence[Map],
-    levels: Sequence[tuple[Map, Sequence[int]]],
+    images: int,
+    branches: Sequence[Size],
+    levels: Sequence[tuple[Size, Sequence[int]]],
     up_mode: UpsampleMode = UpsampleMode.BILINEAR,
-) -> tuple[list[int], list[int]]:
-    """The operator's integer tables."""
-    records = [level_numbers(out, branches, up_mode) for out, branches in levels]
-    return list(chain.from_iterable(m.numbers() for m in maps)), list(chain(*records))
+) -> tuple[int, list[int], list[int], list[int], int]:
+    """The operator's integer arguments: see :func:`fuse_branches`."""
+    return (
+        images,
+        size_numbers(branches),
+        size_numbers([size for size, _ in levels]),
+        list(chain.from_iterable(level_numbers(indices) for _, indices in levels)),
+        int(up_mode),
+    )
 
 
 def _fake_fwd(
@@ -76,12 +79,12 @@ def _fake_fwd(
     shift: Tensor,
     coefficients: Tensor,
     images: int,
-    maps: list[int],
-    levels: list[int],
+    branch_sizes: list[int],
+    level_sizes: list[int],
+    level_branches: list[int],
+    up_mode: int,
 ) -> Tensor:
-    step = len(LEVEL_FIELDS)
-    pixels = sum(levels[i + _HEIGHT] * levels[i + _WIDTH] for i in range(0, len(levels), step))
-    return y.new_empty(images * pixels, y.shape[1])
+    return y.new_empty(images * pixels_of(level_sizes), y.shape[1])
 
 
 def _fake_bwd(
@@ -91,8 +94,10 @@ def _fake_bwd(
     shift: Tensor,
     coefficients: Tensor,
     images: int,
-    maps: list[int],
-    levels: list[int],
+    branch_sizes: list[int],
+    level_sizes: list[int],
+    level_branches: list[int],
+    up_mode: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(y),
@@ -103,8 +108,8 @@ def _fake_bwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.images, ctx.maps, ctx.levels = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.tables = inputs[4:]
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,11 +118,9 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         "fuse_branches_bwd",
         grad_out.to(tensors[0].dtype).contiguous(),
         *tensors,
-        ctx.images,
-        ctx.maps,
-        ctx.levels,
+        *ctx.tables,
     )
-    return (*grads, None, None, None)
+    return (*grads, *[None] * len(ctx.tables))
 
 
 if library.loaded("cpu"):

@@ -1,10 +1,15 @@
-"""Maps, jobs and plans: what deformable work is, and the integer tables that describe it.
+"""Jobs and plans: what deformable work is, and the integer tables that describe it.
 
-A job computes one output map: for each of its terms, the taps of a source map are sampled where the
-job's predictions say and multiplied with the term's weights; the terms are added. The published
-block has a job per branch and level, with one term; the paper's spatial attention a job per target
-level, with a term per level; a plain convolution is one job. ``csrc/common/deform_jobs.h`` says the
-same in C++, and ``csrc/host/tables.h`` reads the tables.
+A map has a size; maps of a matrix of rows lie one after the other, each with all its images: pixel
+p of image n is row ``first_row + n * height * width + p``. A job computes one output map: for each
+of its terms, the taps of a source map are sampled where the job's predictions say and multiplied
+with the term's weights; the terms are added. The published block has a job per branch and level,
+with one term; the paper's spatial attention a job per target level, with a term per level; a plain
+convolution is one job. ``csrc/common/deform_jobs.h`` says the same in C++, and
+``csrc/host/tables.h`` reads the tables.
+
+Sizes and the number of images may be symbolic, where torch.compile or torch.export traces: one
+graph serves all of them. Everything else in a table is constant.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import chain
+from typing import NamedTuple
 
 from dyhead_cuda import library
 
@@ -35,28 +41,23 @@ class UpsampleMode(IntEnum):
     NEAREST = 1  # as torch's "nearest"
 
 
-MAP_FIELDS = ("first_row", "height", "width")
+SIZE_FIELDS = ("height", "width")
 GEOMETRY_FIELDS = (
-    "images", "groups", "deform_groups", "kernel_h", "kernel_w", "pad_h", "pad_w",
-    "dilation_h", "dilation_w",
+    "groups", "deform_groups", "kernel_h", "kernel_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
 )  # fmt: skip
 TERM_FIELDS = ("source", "weight")
 JOB_FIELDS = (
-    "out_first_row", "out_height", "out_width",
-    "predictions_first_row", "predictions_height", "predictions_width",
-    "offset_rule", "mask_rule", "stride_h", "stride_w", "first_term", "terms",
-    "up_height", "up_width", "up_mode",
+    "predictions", "offset_rule", "mask_rule", "stride_h", "stride_w", "first_term", "terms",
+    "up_mode",
 )  # fmt: skip
-LEVEL_FIELDS = (
-    "first_row", "height", "width", "branches", "branch_0", "branch_1", "branch_2", "up_mode",
-)  # fmt: skip
-MAX_BRANCHES = sum(name.startswith("branch_") for name in LEVEL_FIELDS)  # of a level
+LEVEL_FIELDS = ("branch_0", "branch_1", "branch_2")
+MAX_BRANCHES = len(LEVEL_FIELDS)  # of a level
 
 # What the library calls the same tables: a library that reads others is not used.
 TABLES = "; ".join(
     " ".join((name, *fields))
     for name, fields in (
-        ("map", MAP_FIELDS),
+        ("size", SIZE_FIELDS),
         ("geometry", GEOMETRY_FIELDS),
         ("term", TERM_FIELDS),
         ("job", JOB_FIELDS),
@@ -75,47 +76,28 @@ def _record(fields: Sequence[str], values: Mapping[str, int]) -> list[int]:
     return [values[name] for name in fields]
 
 
-@dataclass(frozen=True)
-class Map:
-    """Pixel p of image n is row ``first_row + n * height * width + p`` of a matrix of rows."""
-
-    first_row: int
-    height: int
-    width: int
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    def fields(self, prefix: str = "") -> dict[str, int]:
-        """The numbers of a table's record, by the names of their fields."""
-        numbers = (self.first_row, self.height, self.width)
-        return {prefix + name: number for name, number in zip(MAP_FIELDS, numbers, strict=True)}
-
-    def numbers(self) -> list[int]:
-        """The record of a table of maps."""
-        return _record(MAP_FIELDS, self.fields())
+def size_numbers(sizes: Sequence[Size]) -> list[int]:
+    """The table of maps of the given sizes."""
+    return list(chain.from_iterable(sizes))
 
 
-NO_MAP = Map(0, 0, 0)
+def pixels_of(sizes: Sequence[int]) -> int:
+    """The pixels of all maps of a table of sizes."""
+    return sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
 
 
-def stack_maps(sizes: Sequence[Size], images: int) -> list[Map]:
-    """Maps of the given sizes, one after the other, each with its images."""
-    maps, row = [], 0
-    for height, width in sizes:
-        maps.append(Map(row, height, width))
-        row += images * height * width
-    return maps
+def map_rows(sizes: Sequence[Size], images: int) -> list[int]:
+    """The rows of maps of the given sizes."""
+    return [images * height * width for height, width in sizes]
 
 
 @dataclass(frozen=True)
 class Job:
     """One output map: which maps it reads with which weights, and where its predictions are."""
 
-    out: Map
-    predictions: Map  # NO_MAP with the rules NONE: a plain convolution
-    terms: list[tuple[int, int]]  # source map, weight matrix
+    out: Size
+    predictions: int | None  # index of a prediction map; None: a plain convolution
+    terms: Sequence[tuple[int, int]]  # source map, weight matrix
     stride: Size = (1, 1)
     offset_rule: ReadRule = ReadRule.SAME
     mask_rule: ReadRule = ReadRule.SAME
@@ -124,45 +106,55 @@ class Job:
 
     def numbers(self, first_term: int) -> list[int]:
         """The record of a table of jobs; ``first_term`` is the place of its terms in theirs."""
-        up_height, up_width = self.upsampled or (self.out.height, self.out.width)
+        plain = self.predictions is None
         return _record(
             JOB_FIELDS,
             {
-                **self.out.fields("out_"),
-                **self.predictions.fields("predictions_"),
-                "offset_rule": int(self.offset_rule),
-                "mask_rule": int(self.mask_rule),
+                "predictions": -1 if self.predictions is None else self.predictions,
+                "offset_rule": int(ReadRule.NONE if plain else self.offset_rule),
+                "mask_rule": int(ReadRule.NONE if plain else self.mask_rule),
                 "stride_h": self.stride[0],
                 "stride_w": self.stride[1],
                 "first_term": first_term,
                 "terms": len(self.terms),
-                "up_height": max(up_height, 1),
-                "up_width": max(up_width, 1),
                 "up_mode": int(self.up_mode),
             },
         )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A list of jobs and the geometry that they share, as the operator's integer tables."""
+class DeformTables(NamedTuple):
+    """The integer arguments of ``dyhead::deform_conv_fwd`` that describe its work, in order."""
 
     images: int
-    sources: list[Map]
-    jobs: list[Job]
+    source_sizes: list[int]
+    prediction_sizes: list[int]
+    out_sizes: list[int]  # of each job
+    up_sizes: list[int]  # of each job
+    geometry: list[int]
+    terms: list[int]
+    jobs: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A list of jobs, the maps that they read, and the geometry that they share."""
+
+    images: int
+    sources: Sequence[Size]
+    predictions: Sequence[Size]
+    jobs: Sequence[Job]
     kernel: Size = (3, 3)
     padding: Size = (1, 1)
     dilation: Size = (1, 1)
     groups: int = 1
     deform_groups: int = 1
     mask_logits: bool = True
-    tables: tuple[list[int], list[int], list[int], list[int]] = field(init=False)
+    tables: DeformTables = field(init=False)
 
     def __post_init__(self) -> None:
         geometry = _record(
             GEOMETRY_FIELDS,
             {
-                "images": self.images,
                 "groups": self.groups,
                 "deform_groups": self.deform_groups,
                 "kernel_h": self.kernel[0],
@@ -173,34 +165,27 @@ class Plan:
                 "dilation_w": self.dilation[1],
             },
         )
-        sources = list(chain.from_iterable(m.numbers() for m in self.sources))
         terms: list[int] = []
         jobs: list[int] = []
         for job in self.jobs:
             jobs += job.numbers(len(terms) // len(TERM_FIELDS))
             for source, weight in job.terms:
                 terms += _record(TERM_FIELDS, {"source": source, "weight": weight})
-        object.__setattr__(self, "tables", (geometry, sources, terms, jobs))
+        tables = DeformTables(
+            self.images,
+            size_numbers(self.sources),
+            size_numbers(self.predictions),
+            size_numbers([job.out for job in self.jobs]),
+            size_numbers([job.upsampled or job.out for job in self.jobs]),
+            geometry,
+            terms,
+            jobs,
+        )
+        object.__setattr__(self, "tables", tables)
 
-    @property
-    def out_rows(self) -> int:
-        """Rows of all output maps."""
-        return sum(self.images * job.out.pixels for job in self.jobs)
 
-
-def level_numbers(
-    out: Map, branches: Sequence[int], up_mode: UpsampleMode = UpsampleMode.BILINEAR
-) -> list[int]:
-    """The record of a table of levels: its map, the indices of its branches' maps, their mode."""
+def level_numbers(branches: Sequence[int]) -> list[int]:
+    """The record of a table of levels: the indices of a level's branches' maps."""
     if not 1 <= len(branches) <= MAX_BRANCHES:
         raise ValueError(f"expected a level of 1 to {MAX_BRANCHES} branches, got {len(branches)}")
-    indices = [*branches, *[-1] * (MAX_BRANCHES - len(branches))]
-    return _record(
-        LEVEL_FIELDS,
-        {
-            **out.fields(),
-            "branches": len(branches),
-            **{f"branch_{i}": index for i, index in enumerate(indices)},
-            "up_mode": int(up_mode),
-        },
-    )
+    return [*branches, *[-1] * (MAX_BRANCHES - len(branches))]

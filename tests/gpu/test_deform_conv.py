@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.deform_conv import deform_conv
-from dyhead_cuda.ops.jobs import Job, Map, Plan
+from dyhead_cuda.ops.jobs import Job, Plan
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
@@ -170,20 +170,20 @@ def test_more_than_2_to_the_31_elements() -> None:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=DEVICE).normal_(generator=source)
 
-    size = Map(0, height, width)
-    rows = normal(images * size.pixels, channels, dtype=torch.bfloat16).requires_grad_()
-    predictions = normal(images * size.pixels, 27).requires_grad_()
+    size, pixels = (height, width), height * width
+    rows = normal(images * pixels, channels, dtype=torch.bfloat16).requires_grad_()
+    predictions = normal(images * pixels, 27).requires_grad_()
     weight = (normal(channels, channels, 3, 3) / 48).requires_grad_()
     # The weights' gradient is that of the last image: it is the one of a call with that alone.
-    grad_out = torch.zeros(images * size.pixels, channels, dtype=torch.bfloat16, device=DEVICE)
-    last = slice((images - 1) * size.pixels, None)
+    grad_out = torch.zeros(images * pixels, channels, dtype=torch.bfloat16, device=DEVICE)
+    last = slice((images - 1) * pixels, None)
     grad_out[last].normal_(generator=source)
     grad_mean = normal(1, images, channels)
     grad_mean[:, :-1] = 0
 
     def run(count: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         rows, predictions, weight = tensors
-        plan = Plan(count, [size], [Job(size, size, [(0, 0)])])
+        plan = Plan(count, [size], [size], [Job(size, 0, [(0, 0)])])
         out, mean, *_ = deform_conv(rows, predictions, [weight], plan, moments=True)
         return out, mean
 
@@ -199,9 +199,9 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert_close([grads[0][last], grads[1][last], grads[2]], wanted, torch.bfloat16)
     assert not any(g[: last.start].any() for g in grads[:2])
     # A small call in float64, of the last lines.
-    lines = Map(0, 40, width)
-    part = slice(-lines.pixels, None)
-    plan = Plan(1, [lines], [Job(lines, lines, [(0, 0)])])
+    lines = (40, width)
+    part = slice(-40 * width, None)
+    plan = Plan(1, [lines], [lines], [Job(lines, 0, [(0, 0)])])
     exact, *_ = deform_conv(
         rows[part].detach().double(), predictions[part].detach().double(), [weight.double()], plan
     )

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.fuse_branches import fuse_branches
-from dyhead_cuda.ops.jobs import Map
 from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf
 from tests.helpers.fuse_cases import Case, block_case, check
 from tests.helpers.inputs import halving_sizes
@@ -79,16 +78,16 @@ def test_more_than_2_to_the_31_elements() -> None:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=DEVICE).normal_(generator=source)
 
-    large, small = Map(0, height, width), Map(height * width, 2, 2)
-    y = normal(large.pixels + small.pixels, channels, dtype=torch.bfloat16).requires_grad_()
+    large, small, pixels = (height, width), (2, 2), height * width
+    y = normal(pixels + 4, channels, dtype=torch.bfloat16).requires_grad_()
     scale, shift, k = normal(2, 1, channels), normal(1, 1, channels), normal(1, 1, 4, channels)
     out = fuse_branches(y, scale, shift, k, 1, [large, small], [(large, [0, 1])])
-    grad_out = normal(large.pixels, channels, dtype=torch.bfloat16)
+    grad_out = normal(pixels, channels, dtype=torch.bfloat16)
     (grad,) = torch.autograd.grad(out, y, grad_out)
 
     # The last line of the level, where the small map's lower line is read alone.
-    begin = large.pixels - width
-    line = leaf(y[begin : large.pixels], torch.float64)
+    begin = pixels - width
+    line = leaf(y[begin:pixels], torch.float64)
     fraction = (torch.arange(width, device=DEVICE) / (width - 1)).double()[:, None]
     up = y[-2].double() * (1 - fraction) + y[-1].double() * fraction
     z = scale[0].double() * line + scale[1].double() * up + shift[0].double()
@@ -96,7 +95,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     expected = torch.maximum(a1 * z + b1, a2 * z + b2)
     (wanted,) = torch.autograd.grad(expected, line, grad_out[begin:].double())
     assert_close(out[begin:], expected, torch.bfloat16)
-    assert_close(grad[begin : large.pixels], wanted, torch.bfloat16, factor=2)
+    assert_close(grad[begin:pixels], wanted, torch.bfloat16, factor=2)
 
 
 # --- gradients and contracts of the operator ----------------------------------------------------

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from dyhead_cuda import reference
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
-from dyhead_cuda.ops.jobs import NO_MAP, Job, Map, Plan, ReadRule, UpsampleMode, stack_maps
+from dyhead_cuda.ops.jobs import Job, Plan, ReadRule, Size, UpsampleMode, map_rows
 from tests.helpers.compare import leaf
 from tests.helpers.resizing import resized
 
@@ -91,26 +91,28 @@ class Call(ABC):
         """The same in float64: map by map, with the reference's 3x3 convolution."""
         t = {name: value.double() for name, value in tensors.items()}
         plan, channels = self.plan, t["weights"].shape[1]
+        sources = self.maps(t["source"], plan.sources)
+        predicted = self.maps(t["predictions"], plan.predictions)
         maps, statistics = [], []
         for job in plan.jobs:
-            size, up = (job.out.height, job.out.width), job.upsampled
-            if job.offset_rule == ReadRule.NONE:
+            size = job.out
+            if job.predictions is None:
                 offset = t["source"].new_zeros(self.images, 18, *size)
                 mask = t["source"].new_ones(self.images, 9, *size)
             else:
-                predictions = self.map(t["predictions"], job.predictions)
+                predictions = predicted[job.predictions]
                 offset = read(predictions[:, :18], size, job.offset_rule)
                 mask = read(predictions[:, 18:], size, job.mask_rule)
                 mask = mask.sigmoid() if plan.mask_logits else mask
             y = t["source"].new_zeros(self.images, channels, *size)
             for source, weight in job.terms:
-                x = self.map(t["source"], plan.sources[source])
+                x = sources[source]
                 if "gates" in t:
                     x = x * t["gates"][:, source].view(-1, 1, 1, 1)
                 y = y + convolution_of_size(x, offset, t["weights"][weight], mask, job.stride)
             if "bias" in t:
                 y = y + t["bias"][job.terms[0][1]].view(1, -1, 1, 1)
-            means_of = resized(y, up or size, job.up_mode)
+            means_of = resized(y, job.upsampled or size, job.up_mode)
             maps.append(y.permute(0, 2, 3, 1).reshape(-1, channels))
             mean = y.mean((2, 3))
             var = (y - mean[:, :, None, None]).square().mean((2, 3))
@@ -118,9 +120,13 @@ class Call(ABC):
         moments = [torch.stack(values) for values in zip(*statistics, strict=True)]
         return [torch.cat(maps), *(moments if self.moments else [])]
 
-    def map(self, rows: Tensor, m: Map) -> Tensor:
-        part = rows[m.first_row :][: self.images * m.pixels]
-        return part.view(self.images, m.height, m.width, rows.shape[1]).permute(0, 3, 1, 2)
+    def maps(self, rows: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
+        """The maps [N, C, H, W] of the given sizes, which lie one after the other."""
+        parts = rows.split(map_rows(sizes, self.images))
+        return [
+            part.view(self.images, *size, rows.shape[1]).permute(0, 3, 1, 2)
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
 
 def normals(seed: int) -> Any:
@@ -156,17 +162,14 @@ class Work(Call):
 
     @property
     def plan(self) -> Plan:
-        n, s = self.images, self.scale
-        sources = stack_maps([(3 * s, 4 * s), (2 * s, 2 * s), (s, s), (2 * s, 3 * s)], n)
-        sizes = [(3 * s, 4 * s), (2 * s, 2 * s), (2 * s, 2 * s), (s, 2 * s), (2 * s, 3 * s)]
-        outs = stack_maps(sizes, n)
-        large, small = stack_maps([(3 * s, 4 * s), (s, 2 * s)], n)
+        s = self.scale
+        sources = [(3 * s, 4 * s), (2 * s, 2 * s), (s, s), (2 * s, 3 * s)]
         jobs = [
-            Job(outs[0], large, [(0, 0), (1, 1)]),
-            Job(outs[1], large, [(1, 2)], (1, 1), ReadRule.FLAT, ReadRule.CROP, (3 * s, 4 * s)),
+            Job((3 * s, 4 * s), 0, [(0, 0), (1, 1)]),
+            Job((2 * s, 2 * s), 0, [(1, 2)], (1, 1), ReadRule.FLAT, ReadRule.CROP, (3 * s, 4 * s)),
             Job(
-                outs[2],
-                large,
+                (2 * s, 2 * s),
+                0,
                 [(0, 0)],
                 (2, 2),
                 ReadRule.CROP,
@@ -174,17 +177,18 @@ class Work(Call):
                 (2 * s, 5 * s),
                 UpsampleMode.NEAREST,
             ),
-            Job(outs[3], small, [(3, 1), (0, 2), (3, 1)], (1, 2), upsampled=(1, 1)),
-            Job(outs[4], NO_MAP, [(3, 4), (1, 0)], (1, 1), ReadRule.NONE, ReadRule.NONE),
+            Job((s, 2 * s), 1, [(3, 1), (0, 2), (3, 1)], (1, 2), upsampled=(1, 1)),
+            Job((2 * s, 3 * s), None, [(3, 4), (1, 0)]),
         ]
-        return Plan(n, sources, jobs, mask_logits=self.mask_logits)
+        predictions = [(3 * s, 4 * s), (s, 2 * s)]
+        return Plan(self.images, sources, predictions, jobs, mask_logits=self.mask_logits)
 
     def values(self) -> Tensors:
         n, plan, normal = self.images, self.plan, normals(self.seed)
-        predictions = normal(sum(n * job.predictions.pixels for job in plan.jobs[::3]), 27)
+        predictions = normal(sum(map_rows(plan.predictions, n)), 27)
         predictions[:, :18] = off_the_grid(predictions[:, :18], predictions[:, 18:].repeat(1, 2))
         values = {
-            "source": normal(sum(n * m.pixels for m in plan.sources), self.channels),
+            "source": normal(sum(map_rows(plan.sources, n)), self.channels),
             "predictions": predictions,
             "weights": normal(5, self.out_channels, self.channels, 3, 3) / 3,
         }
@@ -205,17 +209,17 @@ class ManyJobs(Call):
 
     @property
     def plan(self) -> Plan:
-        maps, count = stack_maps([(2, 3)] * self.count, self.images), self.count
+        maps, count = [(2, 3)] * self.count, self.count
         jobs = [
             Job(
-                out,
-                maps[i // 2],
+                size,
+                i // 2,
                 [(i, 0), ((i * 7) % count, 1), ((i + 1) % count, 0)],
                 upsampled=(4, 5),
             )
-            for i, out in enumerate(maps)
+            for i, size in enumerate(maps)
         ]
-        return Plan(self.images, maps, jobs)
+        return Plan(self.images, maps, maps[: count // 2], jobs)
 
     def values(self) -> Tensors:
         normal, channels, rows = normals(3), self.channels, self.images * 6 * self.count
@@ -258,11 +262,11 @@ class Convolution(Call):
 
     @property
     def plan(self) -> Plan:
-        out = Map(0, *self.output)
         return Plan(
             self.images,
-            [Map(0, *self.size)],
-            [Job(out, out, [(0, 0)], self.stride)],
+            [self.size],
+            [self.output],
+            [Job(self.output, 0, [(0, 0)], self.stride)],
             self.kernel,
             self.padding,
             self.dilation,
@@ -287,10 +291,11 @@ class Convolution(Call):
 
     def reference(self, tensors: Tensors) -> list[Tensor]:
         t = {name: value.double() for name, value in tensors.items()}
-        predictions = self.map(t["predictions"], Map(0, *self.output))
+        (predictions,) = self.maps(t["predictions"], [self.output])
+        (source,) = self.maps(t["source"], [self.size])
         offsets = predictions.shape[1] // 3 * 2
         y = reference.modulated_deform_conv2d(
-            self.map(t["source"], Map(0, *self.size)),
+            source,
             predictions[:, :offsets],
             t["weights"][0],
             t["bias"][0],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyhead_cuda.ops.fuse_branches import fuse_branches, fuse_tables
-from dyhead_cuda.ops.jobs import UpsampleMode, stack_maps
+from dyhead_cuda.ops.jobs import UpsampleMode, map_rows
 from tests.helpers.compare import assert_close, assert_gradients_close, leaf, random_like
 from tests.helpers.inputs import halving_sizes
 from tests.helpers.resizing import resized
@@ -37,23 +37,20 @@ class Case:
         order = list(range(len(sizes)))
         if self.reversed_maps:
             order.reverse()
-        outs = stack_maps([size for size, _ in self.levels], self.images)
         levels, used = [], 0
-        for out, (_, branches) in zip(outs, self.levels, strict=True):
-            levels.append((out, [order[used + b] for b in range(len(branches))]))
+        for size, branches in self.levels:
+            levels.append((size, [order[used + b] for b in range(len(branches))]))
             used += len(branches)
-        maps = stack_maps([sizes[i] for i in order], self.images)
         return {
             "images": self.images,
-            "maps": maps,
+            "branches": [sizes[i] for i in order],
             "levels": levels,
             "up_mode": self.up_mode,
         }
 
-    def tables(self) -> tuple[list[int], list[int]]:
-        """The plan as the operator's lists of integers."""
-        plan = self.plan()
-        return fuse_tables(plan["maps"], plan["levels"], self.up_mode)
+    def tables(self) -> tuple[Any, ...]:
+        """The plan as the operator's integers and lists of them."""
+        return fuse_tables(**self.plan())
 
     def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
         """y, scale, shift and coefficients, which are of the accumulation type."""
@@ -64,14 +61,14 @@ class Case:
 
         plan = self.plan()
         n, c = self.images, self.channels
-        rows = sum(n * m.pixels for m in plan["maps"])
+        rows = sum(map_rows(plan["branches"], n))
         count = len(self.levels)
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return [
             leaf(normal(rows, c).to(device), dtype),
             *(
                 leaf(normal(*shape, c).to(device), compute)
-                for shape in ((len(plan["maps"]), n), (count, n), (count, n, 4))
+                for shape in ((len(plan["branches"]), n), (count, n), (count, n, 4))
             ),
         ]
 
@@ -99,17 +96,17 @@ class Case:
         y, scale, shift, coefficients = (t.double() for t in tensors)
         plan = self.plan()
         first, second = [y.new_empty(0, self.channels)], [y.new_empty(0, self.channels)]
-        for level, (out, branches) in enumerate(plan["levels"]):
-            size, z = (out.height, out.width), shift[level][:, None, None]
-            if out.pixels == 0:
+        parts = y.split(map_rows(plan["branches"], self.images))
+        for level, (size, branches) in enumerate(plan["levels"]):
+            z = shift[level][:, None, None]
+            if 0 in size:
                 continue
             for j in branches:
-                branch = plan["maps"][j]
-                rows = y[branch.first_row :][: self.images * branch.pixels]
-                values = rows.view(self.images, branch.height, branch.width, self.channels)
+                branch = plan["branches"][j]
+                values = parts[j].view(self.images, *branch, self.channels)
                 if self.images == 0:
                     values = values.reshape(0, *size, self.channels)
-                elif (branch.height, branch.width) != size:
+                elif branch != size:
                     values = resized(values.permute(0, 3, 1, 2), size, self.up_mode)
                     values = values.permute(0, 2, 3, 1)
                 z = z + scale[j][:, None, None] * values

@@ -15,77 +15,92 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.jobs import ReadRule
+from dyhead_cuda.ops.jobs import JOB_FIELDS, DeformTables, ReadRule
 from tests.helpers.deform_work import Work
 from tests.helpers.paths import ROOT
 
 library.require("cpu")
 
-Tables = tuple[list[int], list[int], list[int], list[int]]
-Changes = dict[tuple[int, int | None], int]
+Changes = dict[tuple[str, int | None], int]
 
-GEOMETRY, SOURCES, TERMS, JOBS = range(4)
 HUGE = 2**31 - 1
+FIELDS = len(JOB_FIELDS)
 # name: table, index of a value (or None: the last one is cut off), new value, message
-BAD_TABLES: dict[str, tuple[int, int | None, int, str]] = {
-    "a geometry cut off": (GEOMETRY, None, 0, "expected a geometry of 9 integers, got 8"),
-    "a source cut off": (SOURCES, None, 0, "expected sources of 3 n integers"),
-    "a term cut off": (TERMS, None, 0, "expected terms of 2 n integers"),
-    "a job cut off": (JOBS, None, 0, "expected jobs of 15 n integers"),
-    "images that overflow": (GEOMETRY, 0, 2**61, "expected"),
-    "negative images": (GEOMETRY, 0, -1, "expected"),
-    "another kernel": (GEOMETRY, 3, 1, "expected"),
-    "a kernel beyond 32 bits": (GEOMETRY, 3, 2**32 + 3, "expected"),
-    "no groups": (GEOMETRY, 1, 0, "expected"),
-    "groups that do not divide": (GEOMETRY, 1, 3, "expected"),
-    "deformable groups that do not divide": (GEOMETRY, 2, 3, "expected"),
-    "a gap between sources": (SOURCES, 3, 25, "expected"),
-    "a source of too many rows": (SOURCES, -1, 4, "expected"),
-    "a source of too few rows": (SOURCES, -1, 2, "expected"),
-    "a source beyond 32 bits": (SOURCES, -1, 2**32 + 3, "expected"),
-    "an unknown source": (TERMS, 0, 4, "expected"),
-    "a negative source": (TERMS, 0, -1, "expected"),
-    "an unknown weight": (TERMS, 1, 5, "expected"),
-    "a negative weight": (TERMS, 1, -1, "expected"),
-    "a gap between outputs": (JOBS, 15, 25, "expected"),
-    "a negative output": (JOBS, 1, -3, "expected"),
-    "an output that overflows": (JOBS, 1, HUGE, "expected"),
-    "predictions that do not fit": (JOBS, 4, 2, "expected"),
-    "predictions beyond the rows": (JOBS, 48, 25, "expected"),
-    "predictions before the rows": (JOBS, 48, -1, "expected"),
-    "an unknown offset rule": (JOBS, 6, 4, "expected"),
-    "an unknown mask rule": (JOBS, 7, -1, "expected"),
-    "a mask without offsets": (JOBS, 6, ReadRule.NONE, "expected"),
-    "offsets without a mask": (JOBS, 7, ReadRule.NONE, "expected"),
-    "no stride": (JOBS, 8, 0, "expected"),
-    "a negative first term": (JOBS, 10, -1, "expected"),
-    "a first term beyond the list": (JOBS, 10, 9, "expected"),
-    "a first term beyond 32 bits": (JOBS, 10, 2**32, "expected"),
-    "too many terms": (JOBS, 11, 10, "expected"),
-    "no terms": (JOBS, 11, 0, "expected"),
-    "no upsampled size": (JOBS, 12, 0, "expected"),
-    "an unknown upsampling mode": (JOBS, 14, 2, "expected an upsampling mode from 0 to 1, got 2"),
+BAD_TABLES: dict[str, tuple[str, int | None, int, str]] = {
+    "a geometry cut off": ("geometry", None, 0, "expected a geometry of 8 integers, got 7"),
+    "a source cut off": ("source_sizes", None, 0, "expected source sizes of 2 n integers"),
+    "a prediction cut off": ("prediction_sizes", None, 0, "prediction sizes of 2 n integers"),
+    "an output cut off": ("out_sizes", None, 0, "expected output sizes of 2 n integers"),
+    "an upsampled size cut off": ("up_sizes", None, 0, "upsampled sizes of 2 n integers"),
+    "a term cut off": ("terms", None, 0, "expected terms of 2 n integers"),
+    "a job cut off": ("jobs", None, 0, "expected jobs of 8 n integers"),
+    "images that overflow": ("images", 0, 2**61, "expected images from 0"),
+    "negative images": ("images", 0, -1, "expected images from 0"),
+    "another kernel": ("geometry", 2, 1, "expected"),
+    "a kernel beyond 32 bits": ("geometry", 2, 2**32 + 3, "expected"),
+    "no groups": ("geometry", 0, 0, "expected"),
+    "groups that do not divide": ("geometry", 0, 3, "expected"),
+    "deformable groups that do not divide": ("geometry", 1, 3, "expected"),
+    "a source of too many rows": ("source_sizes", -1, 4, "source maps within"),
+    "a source of too few rows": ("source_sizes", -1, 2, "source maps that cover all"),
+    "a source beyond 32 bits": ("source_sizes", -1, 2**32 + 3, "the width of a map"),
+    "an unknown source": ("terms", 0, 4, "expected terms of 4 sources"),
+    "a negative source": ("terms", 0, -1, "expected terms of 4 sources"),
+    "an unknown weight": ("terms", 1, 5, "expected terms of 4 sources and 5 weights"),
+    "a negative weight": ("terms", 1, -1, "expected terms of 4 sources and 5 weights"),
+    "a negative output": ("out_sizes", 1, -3, "the width of a map"),
+    "an output that overflows": ("out_sizes", 1, HUGE, "expected"),
+    "predictions of too few rows": ("prediction_sizes", 0, 2, "prediction maps that cover all"),
+    "predictions of too many rows": ("prediction_sizes", 0, 4, "prediction maps within"),
+    "predictions that do not fit": ("jobs", 0, 1, "predictions that a map of 3x4 can read"),
+    "an unknown prediction": ("jobs", 0, 2, "expected a prediction map out of 2"),
+    "a negative prediction": ("jobs", 0, -1, "expected a prediction map out of 2"),
+    "predictions of a plain convolution": ("jobs", 4 * FIELDS, 0, "-1 for a plain convolution"),
+    "an unknown offset rule": ("jobs", 1, 4, "expected offset_rule"),
+    "an unknown mask rule": ("jobs", 2, -1, "expected mask_rule"),
+    "a mask without offsets": ("jobs", 1, ReadRule.NONE, "expected"),
+    "offsets without a mask": ("jobs", 2, ReadRule.NONE, "expected"),
+    "no stride": ("jobs", 3, 0, "expected stride_h"),
+    "a negative first term": ("jobs", 5, -1, "expected first_term"),
+    "a first term beyond the list": ("jobs", 5, 9, "expected terms within the list"),
+    "a first term beyond 32 bits": ("jobs", 5, 2**32, "expected first_term"),
+    "too many terms": ("jobs", 6, 10, "expected terms within the list"),
+    "no terms": ("jobs", 6, 0, "expected terms from 1"),
+    "a negative upsampled size": ("up_sizes", 0, -1, "the height of a map"),
+    "an upsampled size that is too large": ("up_sizes", 0, 2**21, "the height after upsampling"),
+    "an unknown upsampling mode": ("jobs", 7, 2, "expected an upsampling mode from 0 to 1, got 2"),
 }
 
 
-def raises_in_both_directions(work: Work, tables: Tables, message: str) -> None:
+def raises_in_both_directions(work: Work, tables: DeformTables, message: str) -> None:
     tensors = {name: t.detach() for name, t in work.tensors(torch.float32).items()}
-    forward, backward = [*work.arguments(tensors)], [*work.backward_arguments(tensors)]
-    forward[5:9], backward[10:14] = tables, tables
+    forward, backward = with_tables(work, tensors, tables)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dyhead.deform_conv_fwd(*forward)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dyhead.deform_conv_bwd(*backward)
 
 
-def changed(tables: Tables, changes: Changes) -> Tables:
-    new = [list(table) for table in tables]
+def with_tables(
+    work: Work, tensors: dict[str, Tensor], tables: DeformTables
+) -> tuple[list[Any], list[Any]]:
+    """The arguments of both directions, with other tables."""
+    forward, backward = [*work.arguments(tensors)], [*work.backward_arguments(tensors)]
+    forward[5 : 5 + len(tables)] = tables
+    backward[10 : 10 + len(tables)] = tables
+    return forward, backward
+
+
+def changed(tables: DeformTables, changes: Changes) -> DeformTables:
+    new = {
+        name: [value] if name == "images" else [*value] for name, value in tables._asdict().items()
+    }
     for (table, index), value in changes.items():
         if index is None:
             new[table].pop()
         else:
             new[table][index] = value
-    return new[0], new[1], new[2], new[3]
+    return DeformTables(new.pop("images")[0], **new)
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
@@ -99,14 +114,9 @@ def test_bad_tables_raise(name: str) -> None:
 def test_predictions_that_overflow_raise(rule: int) -> None:
     # 4 (2^31 - 1)^2 is negative in 64 bits.
     work = Work(images=4)
-    size: Changes = {(JOBS, 4): HUGE, (JOBS, 5): HUGE, (JOBS, 6): rule, (JOBS, 7): rule}
-    raises_in_both_directions(work, changed(work.plan.tables, size), "expected")
-
-
-def test_predictions_that_overlap_raise() -> None:
-    # They would be written by two tasks at once.
-    shifted: Changes = {(JOBS, 15 + 3): 3, (JOBS, 15 + 4): 2, (JOBS, 15 + 5): 2}
-    raises_in_both_directions(Work(), changed(Work().plan.tables, shifted), "expected")
+    size: Changes = {("prediction_sizes", 0): HUGE, ("prediction_sizes", 1): HUGE}
+    rules: Changes = {("jobs", 1): rule, ("jobs", 2): rule}
+    raises_in_both_directions(work, changed(work.plan.tables, {**size, **rules}), "expected")
 
 
 def spoilt(argument: Tensor | list[Tensor], *, columns: bool = False) -> Iterator[Any]:
@@ -163,20 +173,25 @@ ODD_VALUES += [2**32, 2**32 + 1, 2**32 + 3, 2**61, 2**62, 2**63 - 1]
 @given(
     images=st.integers(1, 4),
     changes=st.lists(
-        st.tuples(st.integers(0, 3), st.integers(0, 55), st.sampled_from(ODD_VALUES)),
+        st.tuples(
+            st.sampled_from(DeformTables._fields), st.integers(0, 39), st.sampled_from(ODD_VALUES)
+        ),
         min_size=1,
         max_size=4,
     ),
 )
-def fuzz_tables(images: int, changes: list[tuple[int, int, int]]) -> None:
+def fuzz_tables(images: int, changes: list[tuple[str, int, int]]) -> None:
     """Any table raises, or gives finite results of the size that the fake kernel promises."""
     work = Work(images=images)
     tensors = {name: t.detach() for name, t in work.tensors(torch.float32).items()}
-    lengths = [len(table) for table in work.plan.tables]
-    tables = changed(work.plan.tables, {(t, i % lengths[t]): v for t, i, v in changes})
+    plain = work.plan.tables
+    lengths = {
+        "images": 1,
+        **{name: len(t) for name, t in plain._asdict().items() if name != "images"},
+    }
+    tables = changed(plain, {(t, i % lengths[t]): v for t, i, v in changes})
     print(images, tables, flush=True)  # the last line names what crashed
-    forward, backward = [*work.arguments(tensors)], [*work.backward_arguments(tensors)]
-    forward[5:9], backward[10:14] = tables, tables
+    forward, backward = with_tables(work, tensors, tables)
     fuzz_call(torch.ops.dyhead.deform_conv_fwd, forward)
     fuzz_call(torch.ops.dyhead.deform_conv_bwd, backward)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import example, given
 from torch import Tensor
 
 from dyhead_cuda import library
+from dyhead_cuda.ops.jobs import map_rows
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
 from tests.helpers.devices import each_device, each_device_sanitized
 from tests.helpers.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case, check
@@ -68,7 +70,7 @@ def test_gradcheck(case: Case, device: str, threads: None) -> None:
 @pytest.mark.parametrize("images", [0, 2])
 def test_opcheck(images: int, dtype: torch.dtype, device: str) -> None:
     case = replace(CASES["two levels"], images=images)
-    tables = (images, *case.tables())
+    tables = case.tables()
     tensors = case.tensors(dtype, device)
     torch.library.opcheck(torch.ops.dyhead.fuse_branches_fwd, (*tensors, *tables))
     plain = [t.detach() for t in tensors]
@@ -116,8 +118,8 @@ def test_levels_without_pixels(empty: Size, device: str) -> None:
     assert_close(actual, expected)
     grads = gradients(actual, tensors)
     assert_gradients_close(grads, gradients(expected, exact))
-    unread = case.plan()["maps"][3]
-    assert (grads[0][unread.first_row :][: 2 * unread.pixels] == 0).all()
+    unread = grads[0].split(map_rows(case.plan()["branches"], case.images))[3]
+    assert (unread == 0).all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -159,41 +161,43 @@ def test_a_second_derivative_raises() -> None:
         grad.sum().backward()
 
 
-# Map tables of three branches of 2x3, 1x2 and 2x3 pixels, and of two levels of 2x3, bilinear.
-MAPS = [0, 2, 3, 12, 1, 2, 16, 2, 3]
-LEVELS = [0, 2, 3, 2, 0, 1, -1, 0, 12, 2, 3, 1, 2, -1, -1, 0]
+# Three branches of 2x3, 1x2 and 2x3 pixels, and two levels of 2x3.
+GOOD: dict[str, Any] = {
+    "branch_sizes": [2, 3, 1, 2, 2, 3],
+    "level_sizes": [2, 3, 2, 3],
+    "level_branches": [0, 1, -1, 2, -1, -1],
+    "up_mode": 0,
+}
 HUGE = 2**31 - 1
-BAD_TABLES = {
-    "no levels": (MAPS, [], "tables of 3 n and 8 n"),
-    "a level cut off": (MAPS, LEVELS[:-1], "tables of 3 n and 8 n"),
-    "a map cut off": (MAPS[:-1], LEVELS, "tables of 3 n and 8 n"),
-    "a map too few": (MAPS[:-3], LEVELS, "expected scale"),
-    "a level too few": (MAPS, LEVELS[:8], "expected shift"),
-    "a gap between maps": ([*MAPS[:3], 13, *MAPS[4:]], LEVELS, "branch maps without gaps"),
-    "a gap between levels": (MAPS, [*LEVELS[:8], 13, *LEVELS[9:]], "level maps without gaps"),
-    "rows left over": ([*MAPS[:-1], 2], LEVELS, "cover all 28 rows"),
-    "too many rows": ([*MAPS[:-1], 4], LEVELS, "within 28 rows"),
-    "a negative size": ([*MAPS[:-2], -2, -3], LEVELS, "the height of a map"),
-    "a size that overflows": ([*MAPS[:-2], HUGE, HUGE], LEVELS, "maps of at most"),
-    "a size beyond 32 bits": ([*MAPS[:-2], 2**32 + 2, 3], LEVELS, "the height of a map"),
-    "a level that overflows": (MAPS, [0, HUGE, HUGE, *LEVELS[3:]], "maps of at most"),
-    "no branches": (MAPS, [*LEVELS[:11], 0, -1, *LEVELS[13:]], "1 to 3 branches, got 0"),
-    "four branches": (MAPS, [*LEVELS[:11], 4, *LEVELS[12:]], "1 to 3 branches, got 4"),
-    "a branch too many": (MAPS, [*LEVELS[:13], 1, -1, 0], "-1 for an unused branch, got 1"),
-    "an unknown branch": (MAPS, [*LEVELS[:12], 3, -1, -1, 0], "out of 3 maps, got 3"),
-    "a negative branch": (MAPS, [*LEVELS[:12], -1, -1, -1, 0], "out of 3 maps, got -1"),
-    "a branch used twice": (MAPS, [*LEVELS[:12], 1, -1, -1, 0], "in exactly one level"),
+# name: argument, its value, message
+BAD_TABLES: dict[str, tuple[str, Any, str]] = {
+    "no levels": ("level_sizes", [], "3 branches for each of at least one level"),
+    "a level's branches cut off": ("level_branches", [0, 1, -1, 2, -1], "got 5 for 2 levels"),
+    "a branch's size cut off": ("branch_sizes", [2, 3, 1, 2, 2], "branch sizes of 2 n integers"),
+    "a level's size cut off": ("level_sizes", [2, 3, 2], "level sizes of 2 n integers"),
+    "a map too few": ("branch_sizes", [2, 3, 4, 2], "expected scale"),
+    "a level too few": ("level_sizes", [2, 3], "got 6 for 1 levels"),
+    "rows left over": ("branch_sizes", [2, 3, 1, 2, 2, 2], "cover all 28 rows"),
+    "too many rows": ("branch_sizes", [2, 3, 1, 2, 2, 4], "within 28 rows"),
+    "a negative size": ("branch_sizes", [2, 3, 1, 2, -2, -3], "the height of a map"),
+    "a size that overflows": ("branch_sizes", [2, 3, 1, 2, HUGE, HUGE], "maps of at most"),
+    "a size beyond 32 bits": ("branch_sizes", [2, 3, 1, 2, 2**32 + 2, 3], "the height of a map"),
+    "a level that overflows": ("level_sizes", [HUGE, HUGE, 2, 3], "maps of at most"),
+    "no branches": ("level_branches", [0, 1, 2, -1, -1, -1], "a level of 1 to 3 branches"),
+    "a branch after none": ("level_branches", [0, -1, 1, 2, -1, -1], "-1 for each unused one"),
+    "an unknown branch": ("level_branches", [0, 1, -1, 3, -1, -1], "out of 3 maps, got 3"),
+    "a negative branch": ("level_branches", [0, 1, -1, -2, -1, -1], "out of 3 maps, got -2"),
+    "a branch used twice": ("level_branches", [0, 1, -1, 1, -1, -1], "in exactly one level"),
     "a branch without pixels": (
-        [0, 2, 3, 12, 0, 2, 12, 4, 2],
-        LEVELS,
-        "branch of pixels for a level of 2x3",
+        "branch_sizes", [2, 3, 0, 2, 4, 2], "branch of pixels for a level of 2x3",
     ),
-    "an unknown mode": (MAPS, [*LEVELS[:-1], 2], "an upsampling mode from 0 to 1, got 2"),
+    "an unknown mode": ("up_mode", 2, "an upsampling mode from 0 to 1, got 2"),
+    "negative images": ("images", -1, "expected images from 0"),
 }  # fmt: skip
 
 
-def bad_call(*tensors: Tensor, images: int = 2, maps: list[int] = MAPS) -> None:
-    torch.ops.dyhead.fuse_branches_fwd(*tensors, images, maps, LEVELS)
+def bad_call(*tensors: Tensor, images: int = 2, **tables: Any) -> None:
+    torch.ops.dyhead.fuse_branches_fwd(*tensors, images, **{**GOOD, **tables})
 
 
 def good_tensors() -> list[Tensor]:
@@ -207,13 +211,13 @@ def good_tensors() -> list[Tensor]:
 
 @pytest.mark.parametrize("name", BAD_TABLES)
 def test_bad_tables_raise(name: str) -> None:
-    maps, levels, message = BAD_TABLES[name]
-    tensors = good_tensors()
-    out = torch.ops.dyhead.fuse_branches_fwd(*tensors, 2, MAPS, LEVELS)
+    argument, value, message = BAD_TABLES[name]
+    tensors, good = good_tensors(), {"images": 2, **GOOD}
+    out = torch.ops.dyhead.fuse_branches_fwd(*tensors, **good)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dyhead.fuse_branches_fwd(*tensors, 2, maps, levels)
+        torch.ops.dyhead.fuse_branches_fwd(*tensors, **{**good, argument: value})
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dyhead.fuse_branches_bwd(out, *tensors, 2, maps, levels)
+        torch.ops.dyhead.fuse_branches_bwd(out, *tensors, **{**good, argument: value})
 
 
 @pytest.mark.parametrize("position", range(4))
@@ -235,10 +239,10 @@ def test_bad_tensors_raise(position: int) -> None:
 def test_a_bad_number_of_images_or_gradient_raises() -> None:
     tensors = good_tensors()
     for images in (-1, 0, 1, 3):
-        with pytest.raises(RuntimeError, match="expected scale"):
+        with pytest.raises(RuntimeError, match=r"expected (images|branch maps)"):
             bad_call(*tensors, images=images)
     for bad in (torch.randn(23, 4), torch.randn(24, 3), torch.randn(24, 4).double()):
         with pytest.raises(RuntimeError, match="expected grad_out"):
-            torch.ops.dyhead.fuse_branches_bwd(bad, *tensors, 2, MAPS, LEVELS)
+            torch.ops.dyhead.fuse_branches_bwd(bad, *tensors, 2, **GOOD)
     with pytest.raises(RuntimeError, match="at least one channel"):
         bad_call(*(t[..., :0] for t in tensors))

@@ -152,11 +152,10 @@ void bind(py::module_& module) {
            py::arg("processors"), py::arg("shared_bytes"));
   m.def(
       "tiling",
-      [](const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
-         const std::string& dtype, int64_t channels, int64_t out_channels, bool vectors,
-         bool allow_tf32, const DeviceLimits& device) {
-        const DeformCall call = read_call(geometry, sources, terms, jobs, true, named_dtype(dtype),
-                                          channels, out_channels, 1);
+      [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
+         bool vectors, bool allow_tf32, const DeviceLimits& device) {
+        const DeformCall call =
+            read_call(tables, true, named_dtype(dtype), channels, out_channels, 1);
         const DeformTiling tiling =
             forward_tiling(call, deform_math(call.shape.dtype, allow_tf32), vectors, device);
         std::vector<std::pair<int, int>> launches;  // jobs and tiles of each
@@ -165,21 +164,19 @@ void bind(py::module_& module) {
         }
         return py::make_tuple(tiling.rows, tiling.cols, launches);
       },
-      py::arg("geometry"), py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("dtype"),
-      py::arg("channels"), py::arg("out_channels"), py::kw_only(), py::arg("vectors") = true,
-      py::arg("allow_tf32") = false, py::arg("device"));
+      py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
+      py::kw_only(), py::arg("vectors") = true, py::arg("allow_tf32") = false, py::arg("device"));
   m.def(
       "forward",
       [](const std::string& dtype_name, const py::array& source, const py::array& predictions,
          const std::vector<py::array>& weights, const std::vector<py::array>& bias,
-         const std::string& weights_dtype, const py::object& gates, const Numbers& geometry,
-         const Numbers& sources, const Numbers& terms, const Numbers& jobs, bool mask_logits,
-         bool out_in_compute_dtype, bool moments, bool allow_tf32, int64_t far,
+         const std::string& weights_dtype, const py::object& gates, const Tables& tables,
+         bool mask_logits, bool out_in_compute_dtype, bool moments, bool allow_tf32, int64_t far,
          const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
         const DeformCall call =
-            read_call(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
-                      weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
+            read_call(tables, mask_logits, dtype, source.shape(1), weights.at(0).shape(0),
+                      static_cast<int64_t>(weights.size()));
         const Matrices matrices(weights, bias, named_dtype(weights_dtype));
         return dispatch_dtype(dtype, [&](auto zero) {
           return forward<decltype(zero)>(call, far, source, predictions, matrices, gates,
@@ -187,23 +184,21 @@ void bind(py::module_& module) {
         });
       },
       py::arg("dtype"), py::arg("source"), py::arg("predictions"), py::arg("weights"),
-      py::arg("bias"), py::arg("weights_dtype"), py::arg("gates"), py::arg("geometry"),
-      py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("mask_logits"),
-      py::arg("out_in_compute_dtype"), py::arg("moments"), py::kw_only(),
+      py::arg("bias"), py::arg("weights_dtype"), py::arg("gates"), py::arg("tables"),
+      py::arg("mask_logits"), py::arg("out_in_compute_dtype"), py::arg("moments"), py::kw_only(),
       py::arg("allow_tf32") = false, py::arg("far") = 0, py::arg("device"));
   m.def(
       "backward",
       [](const std::string& dtype_name, const py::array& grad_out, const py::object& grads,
          const py::array& source, const py::array& predictions,
          const std::vector<py::array>& weights, const std::string& weights_dtype,
-         const py::object& gates, const py::array& out, const py::array& mean,
-         const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
+         const py::object& gates, const py::array& out, const py::array& mean, const Tables& tables,
          bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32,
          bool deterministic, const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
         const DeformCall call =
-            read_call(geometry, sources, terms, jobs, mask_logits, dtype, source.shape(1),
-                      weights.at(0).shape(0), static_cast<int64_t>(weights.size()));
+            read_call(tables, mask_logits, dtype, source.shape(1), weights.at(0).shape(0),
+                      static_cast<int64_t>(weights.size()));
         const Matrices matrices(weights, {}, named_dtype(weights_dtype));
         return dispatch_dtype(dtype, [&](auto zero) {
           return backward<decltype(zero)>(call, grad_out, grads, source, predictions, matrices,
@@ -213,10 +208,9 @@ void bind(py::module_& module) {
       },
       py::arg("dtype"), py::arg("grad_out"), py::arg("grads"), py::arg("source"),
       py::arg("predictions"), py::arg("weights"), py::arg("weights_dtype"), py::arg("gates"),
-      py::arg("out"), py::arg("mean"), py::arg("geometry"), py::arg("sources"), py::arg("terms"),
-      py::arg("jobs"), py::arg("mask_logits"), py::arg("out_in_compute_dtype"), py::kw_only(),
-      py::arg("with_bias"), py::arg("allow_tf32") = false, py::arg("deterministic") = false,
-      py::arg("device"));
+      py::arg("out"), py::arg("mean"), py::arg("tables"), py::arg("mask_logits"),
+      py::arg("out_in_compute_dtype"), py::kw_only(), py::arg("with_bias"),
+      py::arg("allow_tf32") = false, py::arg("deterministic") = false, py::arg("device"));
 }
 
 const Bindings bindings(bind);

@@ -44,11 +44,10 @@ void bind(py::module_& module) {
   m.def("weight_slices", &weight_slices, py::arg("tiles"), py::arg("blocks"), py::arg("resident"));
   m.def(
       "slices",
-      [](const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
-         const std::string& dtype, int64_t channels, int64_t out_channels, bool vectors,
-         bool allow_tf32, const DeviceLimits& device) {
-        const DeformCall call = read_call(geometry, sources, terms, jobs, true, named_dtype(dtype),
-                                          channels, out_channels, 1);
+      [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
+         bool vectors, bool allow_tf32, const DeviceLimits& device) {
+        const DeformCall call =
+            read_call(tables, true, named_dtype(dtype), channels, out_channels, 1);
         const DeformMath math = deform_math(call.shape.dtype, allow_tf32);
         const DeformWeightColumns columns = weight_columns(call.shape, math, vectors, device);
         std::vector<std::vector<int32_t>> launches;  // slices of each matrix
@@ -61,27 +60,24 @@ void bind(py::module_& module) {
         }
         return py::make_tuple(columns.outs, columns.blocks(call.shape), launches);
       },
-      py::arg("geometry"), py::arg("sources"), py::arg("terms"), py::arg("jobs"), py::arg("dtype"),
-      py::arg("channels"), py::arg("out_channels"), py::kw_only(), py::arg("vectors") = true,
-      py::arg("allow_tf32") = false, py::arg("device"));
+      py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
+      py::kw_only(), py::arg("vectors") = true, py::arg("allow_tf32") = false, py::arg("device"));
   m.def(
       "gradient",
       [](const std::string& dtype_name, const py::array& source, const py::array& predictions,
-         const py::object& gates, const py::array& grad_rows, int64_t weights,
-         const Numbers& geometry, const Numbers& sources, const Numbers& terms, const Numbers& jobs,
+         const py::object& gates, const py::array& grad_rows, int64_t weights, const Tables& tables,
          bool mask_logits, bool allow_tf32, const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
-        const DeformCall call = read_call(geometry, sources, terms, jobs, mask_logits, dtype,
-                                          source.shape(1), grad_rows.shape(1), weights);
+        const DeformCall call =
+            read_call(tables, mask_logits, dtype, source.shape(1), grad_rows.shape(1), weights);
         return dispatch_dtype(dtype, [&](auto zero) {
           return gradient<decltype(zero)>(call, source, predictions, gates, grad_rows, allow_tf32,
                                           device);
         });
       },
       py::arg("dtype"), py::arg("source"), py::arg("predictions"), py::arg("gates"),
-      py::arg("grad_rows"), py::arg("weights"), py::arg("geometry"), py::arg("sources"),
-      py::arg("terms"), py::arg("jobs"), py::arg("mask_logits"), py::kw_only(),
-      py::arg("allow_tf32") = false, py::arg("device"));
+      py::arg("grad_rows"), py::arg("weights"), py::arg("tables"), py::arg("mask_logits"),
+      py::kw_only(), py::arg("allow_tf32") = false, py::arg("device"));
 }
 
 const Bindings bindings(bind);

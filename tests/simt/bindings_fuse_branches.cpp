@@ -6,39 +6,28 @@
 
 #include "bindings.h"
 #include "cuda/fuse_branches/fuse_branches.h"
-#include "device_array.h"
-#include "host/tables.h"
+#include "deform_call.h"
 
 namespace dyhead::simt {
 namespace {
 
 using namespace dyhead::cuda;
-using Numbers = std::vector<int64_t>;
 
 // From the lists that csrc/host/tables.h describes, which are taken to be right.
-FuseTables read_tables(DType dtype, int64_t images, int64_t channels, const Numbers& maps,
-                       const Numbers& levels) {
+FuseTables read_tables(DType dtype, int64_t images, int64_t channels, const Numbers& branch_sizes,
+                       const Numbers& level_sizes, const Numbers& level_branches, int up_mode) {
   FuseTables t{};
   t.images = images;
   t.channels = channels;
   t.dtype = dtype;
-  const auto map_at = [](const Numbers& n, size_t i) {
-    return MapShape{n.at(i + map_field::first_row),
-                    static_cast<int32_t>(n.at(i + map_field::height)),
-                    static_cast<int32_t>(n.at(i + map_field::width))};
-  };
-  for (size_t i = 0; i < maps.size(); i += map_field::kFieldCount) {
-    t.maps.push_back(map_at(maps, i));
-  }
-  for (size_t i = 0; i < levels.size(); i += level_field::kFieldCount) {
-    FuseLevel level{map_at(levels, i),
-                    static_cast<int32_t>(levels.at(i + level_field::branches)),
-                    {},
-                    static_cast<UpsampleMode>(levels.at(i + level_field::up_mode))};
-    for (int b = 0; b < kMaxBranches; ++b) {
-      level.branch[b] = static_cast<int32_t>(levels.at(i + level_field::branch_0 + b));
+  t.maps = maps_of(branch_sizes, images);
+  auto index = level_branches.begin();
+  for (const MapShape& out : maps_of(level_sizes, images)) {
+    FuseLevel level{out, 0, {}, static_cast<UpsampleMode>(up_mode)};
+    for (int b = 0; b < kMaxBranches; ++b, ++index) {
+      if (*index >= 0) level.branch[level.branches++] = static_cast<int32_t>(*index);
     }
-    t.out_rows += images * level.out.pixels();
+    t.out_rows += images * out.pixels();
     t.levels.push_back(level);
   }
   return t;
@@ -150,10 +139,12 @@ void bind(py::module_& module) {
   py::class_<Call>(m, "Call")
       .def(
           py::init([](const std::string& dtype, int64_t images, int64_t channels,
-                      const Numbers& maps, const Numbers& levels, const py::array& y,
+                      const Numbers& branch_sizes, const Numbers& level_sizes,
+                      const Numbers& level_branches, int up_mode, const py::array& y,
                       const py::array& scale, const py::array& shift, const py::array& coefficients,
                       py::ssize_t skew, const std::optional<FuseTiling>& tiling) {
-            return Call{read_tables(named_dtype(dtype), images, channels, maps, levels),
+            return Call{read_tables(named_dtype(dtype), images, channels, branch_sizes, level_sizes,
+                                    level_branches, up_mode),
                         tiling,
                         skew,
                         y,
@@ -161,10 +152,10 @@ void bind(py::module_& module) {
                         shift,
                         coefficients};
           }),
-          py::arg("dtype"), py::arg("images"), py::arg("channels"), py::arg("maps"),
-          py::arg("levels"), py::arg("y"), py::arg("scale"), py::arg("shift"),
-          py::arg("coefficients"), py::kw_only(), py::arg("skew") = 0,
-          py::arg("tiling") = py::none())
+          py::arg("dtype"), py::arg("images"), py::arg("channels"), py::arg("branch_sizes"),
+          py::arg("level_sizes"), py::arg("level_branches"), py::arg("up_mode"), py::arg("y"),
+          py::arg("scale"), py::arg("shift"), py::arg("coefficients"), py::kw_only(),
+          py::arg("skew") = 0, py::arg("tiling") = py::none())
       .def("forward",
            [](const Call& c) {
              return dispatch_dtype(c.tables.dtype,

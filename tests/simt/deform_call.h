@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <tuple>
 #include <vector>
 
 #include "common/deform_conv.h"
@@ -13,14 +14,32 @@ namespace dyhead::simt {
 
 using Numbers = std::vector<int64_t>;
 
-// The call as the operator reads them, without its checks.
-inline DeformCall read_call(const Numbers& geometry, const Numbers& sources, const Numbers& terms,
-                            const Numbers& jobs, bool mask_logits, DType dtype, int64_t channels,
+// The operator's integer arguments: images, the sizes of sources, predictions, outputs and
+// upsampled outputs, then geometry, terms and jobs.
+using Tables = std::tuple<int64_t, Numbers, Numbers, Numbers, Numbers, Numbers, Numbers, Numbers>;
+
+// Maps of the given sizes, one after the other.
+inline std::vector<MapShape> maps_of(const Numbers& sizes, int64_t images) {
+  std::vector<MapShape> maps;
+  int64_t row = 0;
+  for (size_t i = 0; i < sizes.size(); i += size_field::kFieldCount) {
+    maps.push_back({row, static_cast<int32_t>(sizes.at(i + size_field::height)),
+                    static_cast<int32_t>(sizes.at(i + size_field::width))});
+    row += images * maps.back().pixels();
+  }
+  return maps;
+}
+
+// The call as the operator reads it, without its checks.
+inline DeformCall read_call(const Tables& tables, bool mask_logits, DType dtype, int64_t channels,
                             int64_t out_channels, int64_t weights) {
+  const auto& [images, source_sizes, prediction_sizes, out_sizes, up_sizes, geometry, terms, jobs] =
+      tables;
   DeformCall t{};
   const auto small = [](int64_t value) { return static_cast<int32_t>(value); };
-  const auto shape = [&](size_t field) { return small(geometry.at(field)); };
-  t.shape = {geometry.at(geometry_field::images),
+  const Numbers& numbers = geometry;
+  const auto shape = [&](size_t field) { return small(numbers.at(field)); };
+  t.shape = {images,
              channels,
              out_channels,
              shape(geometry_field::groups),
@@ -34,32 +53,30 @@ inline DeformCall read_call(const Numbers& geometry, const Numbers& sources, con
              mask_logits,
              dtype};
   t.weights = weights;
-  const auto map_at = [&](const Numbers& n, size_t i) {
-    return MapShape{n.at(i + map_field::first_row), small(n.at(i + map_field::height)),
-                    small(n.at(i + map_field::width))};
-  };
-  for (size_t i = 0; i < sources.size(); i += map_field::kFieldCount) {
-    t.sources.push_back(map_at(sources, i));
-    t.source_rows += t.shape.images * t.sources.back().pixels();
-  }
+  t.sources = maps_of(source_sizes, images);
+  for (const MapShape& map : t.sources) t.source_rows += images * map.pixels();
+  const std::vector<MapShape> predictions = maps_of(prediction_sizes, images);
+  for (const MapShape& map : predictions) t.prediction_rows += images * map.pixels();
+  const std::vector<MapShape> outs = maps_of(out_sizes, images);
+  for (const MapShape& map : outs) t.out_rows += images * map.pixels();
   for (size_t i = 0; i < terms.size(); i += term_field::kFieldCount) {
     t.terms.push_back(
         {small(terms.at(i + term_field::source)), small(terms.at(i + term_field::weight))});
   }
-  for (size_t i = 0; i < jobs.size(); i += job_field::kFieldCount) {
+  for (size_t j = 0; j < outs.size(); ++j) {
     namespace field = job_field;
-    t.jobs.push_back({map_at(jobs, i + field::out_first_row),
-                      map_at(jobs, i + field::predictions_first_row),
-                      static_cast<ReadRule>(jobs.at(i + field::offset_rule)),
-                      static_cast<ReadRule>(jobs.at(i + field::mask_rule)),
-                      small(jobs.at(i + field::stride_h)), small(jobs.at(i + field::stride_w)),
-                      small(jobs.at(i + field::first_term)), small(jobs.at(i + field::terms)),
-                      small(jobs.at(i + field::up_height)), small(jobs.at(i + field::up_width)),
-                      static_cast<UpsampleMode>(jobs.at(i + field::up_mode))});
-    const DeformJob& job = t.jobs.back();
-    t.out_rows += t.shape.images * job.out.pixels();
-    const int64_t read = job.predictions.first_row + t.shape.images * job.predictions.pixels();
-    t.prediction_rows = std::max(t.prediction_rows, read);
+    const auto number = [&, &jobs = jobs](size_t f) { return jobs.at(j * field::kFieldCount + f); };
+    const int64_t map = number(field::predictions);
+    const auto up = [&, &sizes = up_sizes](size_t f) {
+      return std::max(1, small(sizes.at(j * size_field::kFieldCount + f)));
+    };
+    t.jobs.push_back({outs[j], map < 0 ? MapShape{} : predictions.at(map),
+                      static_cast<ReadRule>(number(field::offset_rule)),
+                      static_cast<ReadRule>(number(field::mask_rule)),
+                      small(number(field::stride_h)), small(number(field::stride_w)),
+                      small(number(field::first_term)), small(number(field::terms)),
+                      up(size_field::height), up(size_field::width),
+                      static_cast<UpsampleMode>(number(field::up_mode))});
   }
   return t;
 }

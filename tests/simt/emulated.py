@@ -65,7 +65,7 @@ class Emulated(TorchDispatchMode):
             [to_array(b) for b in bias],
             _name(weights[0]),
             _array(gates),
-            *tables,
+            tables,
             mask_logits,
             out_in_compute_dtype,
             moments,
@@ -103,7 +103,7 @@ class Emulated(TorchDispatchMode):
             _array(gates),
             to_array(out),
             to_array(mean),
-            *tables,
+            tables,
             mask_logits,
             out_in_compute_dtype,
             with_bias=with_bias,
@@ -118,7 +118,7 @@ class Emulated(TorchDispatchMode):
             _array(gates),
             results["rows"],
             len(weights),
-            *tables,
+            tables,
             mask_logits,
             allow_tf32=allow_tf32,
             device=self.device,
@@ -134,13 +134,12 @@ class Emulated(TorchDispatchMode):
         )
 
     def _fuse_call(self, y: Tensor, *rest: Any) -> Any:
-        scale, shift, coefficients, images, maps, levels = rest
+        scale, shift, coefficients, images, *tables = rest
         return self.simt.fuse_branches.Call(
             _name(y),
             images,
             y.shape[1],
-            maps,
-            levels,
+            *tables,
             to_array(y).ravel(),
             to_array(scale),
             to_array(shift),

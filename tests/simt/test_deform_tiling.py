@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dyhead_cuda.fused import BlockPlan
-from dyhead_cuda.ops.jobs import Job, Map, Plan, stack_maps
+from dyhead_cuda.ops.jobs import Job, Plan
 
 # 800 x 1344 pixels, padded to multiples of 32.
 PYRAMID = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
@@ -27,7 +27,7 @@ def tiling(
 ) -> Any:
     device = simt.deform_conv.DeviceLimits(processors, shared_bytes)
     return simt.deform_conv.tiling(
-        *plan.tables, dtype, channels, out_channels, device=device, **options
+        plan.tables, dtype, channels, out_channels, device=device, **options
     )
 
 
@@ -73,14 +73,13 @@ def test_small_shared_memory_takes_small_tiles(simt: Any) -> None:
 def test_patches_or_stretches(simt: Any) -> None:
     """Patches of 8 x 16 pixels unless stretches of 128 pixels are a good deal fewer."""
     for size, tiles in {(80, 160): 100, (7, 11): 1, (13, 21): 3, (1, 1000): 8, (9, 17): 2}.items():
-        out = Map(0, *size)
-        plan = Plan(1, [out], [Job(out, out, [(0, 0)])])
+        plan = Plan(1, [size], [size], [Job(size, 0, [(0, 0)])])
         assert tiling(simt, plan, 256, 27) == (128, 32, [(1, tiles)]), size
 
 
 def test_more_jobs_than_a_table_holds(simt: Any) -> None:
-    outs = stack_maps([(4, 4)] * 50, 1)
-    plan = Plan(1, outs, [Job(out, out, [(i, 0)]) for i, out in enumerate(outs)])
+    outs = [(4, 4)] * 50
+    plan = Plan(1, outs, outs, [Job(out, i, [(i, 0)]) for i, out in enumerate(outs)])
     _, _, launches = tiling(simt, plan)
     assert [jobs for jobs, _ in launches] == [24, 24, 2]
     assert sum(tiles for _, tiles in launches) == 50

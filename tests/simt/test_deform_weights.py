@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
-from dyhead_cuda.ops.jobs import NO_MAP, Job, Plan, ReadRule, stack_maps
+from dyhead_cuda.ops.jobs import Job, Plan, map_rows
 from tests.helpers.compare import TOLERANCE, leaf, random_like, relative_l2
 from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Convolution, Work
 
@@ -47,7 +47,7 @@ class Operator:
             to_array(tensors["gates"]) if "gates" in tensors else None,
             to_array(round_to_tf32(grad_rows) if self.allow_tf32 else grad_rows),
             tensors["weights"].shape[0],
-            *plan.tables,
+            plan.tables,
             plan.mask_logits,
             allow_tf32=self.allow_tf32,
             device=self.device(),
@@ -56,7 +56,7 @@ class Operator:
 
     def slices_of(self, plan: Plan, channels: int, outs: int, name: str) -> Any:
         return self.simt.deform_weights.slices(
-            *plan.tables, name, channels, outs, allow_tf32=self.allow_tf32, device=self.device()
+            plan.tables, name, channels, outs, allow_tf32=self.allow_tf32, device=self.device()
         )
 
     def tolerance(self, dtype: torch.dtype) -> float:
@@ -173,16 +173,12 @@ class Tables:
 
     @property
     def plan(self) -> Plan:
-        maps = stack_maps(self.sizes, self.images)
-        jobs = [
-            Job(m, NO_MAP, [(i, i % 4), (i, 0)], (1, 1), ReadRule.NONE, ReadRule.NONE)
-            for i, m in enumerate(maps)
-        ]
-        return Plan(self.images, maps, jobs)
+        jobs = [Job(size, None, [(i, i % 4), (i, 0)]) for i, size in enumerate(self.sizes)]
+        return Plan(self.images, self.sizes, [], jobs)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         source = torch.Generator().manual_seed(3)
-        rows = self.plan.out_rows
+        rows = sum(map_rows(self.sizes, self.images))
         compute = compute_dtype(dtype)
         return {
             "source": torch.randn(rows, self.channels, generator=source).to(dtype),
@@ -192,8 +188,8 @@ class Tables:
 
     def reference(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         outs = []
-        for job, (height, width) in zip(self.plan.jobs, self.sizes, strict=True):
-            rows = tensors["source"][job.out.first_row :][: self.images * height * width]
+        parts = tensors["source"].split(map_rows(self.sizes, self.images))
+        for job, rows, (height, width) in zip(self.plan.jobs, parts, self.sizes, strict=True):
             if height == 0:
                 continue
             x = maps_of(rows, self.images, height, width)
