@@ -64,8 +64,15 @@ def register_autograd(
 
 def call(name: str, *arguments: Any) -> Any:
     """``torch.ops.dyhead.name(*arguments)``, which may be inside a transform of torch.func."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return getattr(torch.ops.dyhead, name)(*arguments)
+    operator = getattr(torch.ops.dyhead, name)
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    if torch.jit.is_tracing():
+        # Sizes are tensors there, which the tracer takes for whole numbers, but not for symbolic
+        # ones. A trace is of one size; PyTorch warns of that here.
+        arguments = pytree.tree_map_only(Tensor, lambda x: x if x.dim() else int(x), arguments)
+    if not torch._C._are_functorch_transforms_active():
+        return operator(*arguments)
     leaves, structure = pytree.tree_flatten(arguments)
     return _functions[name].apply(name, structure, *leaves)
 
