@@ -110,8 +110,16 @@ def first_reason(parts: Iterable[tuple[str, Any, Kind]]) -> str | None:
 
 _MODULE_BY_MODULE = "runs module by module, with the same numbers but slower"
 
+_OUR_HOOKS = "dyhead_cuda.inspect.counters"
+# FLOP counters that put hooks on modules, and how they come to count deformable convolutions.
+_COUNTERS = {
+    "thop": f"pass custom_ops={_OUR_HOOKS}.thop_ops()",
+    "ptflops": f"pass custom_modules_hooks={_OUR_HOOKS}.ptflops_hooks()",
+    "torchinfo": "it cannot be told; use torch.utils.flop_counter.FlopCounterMode",
+}
 
-def say_once(module: nn.Module, label: str, reason: str, instead: str = _MODULE_BY_MODULE) -> None:
+
+def say_once(module: nn.Module, label: str, reason: str, instead: str = _MODULE_BY_MODULE) -> bool:
     """Log that a module is not fused, once for each reason; the reference fuses nothing.
 
     Args:
@@ -119,8 +127,25 @@ def say_once(module: nn.Module, label: str, reason: str, instead: str = _MODULE_
         label: what the log calls it.
         reason: why.
         instead: what it does.
+
+    Returns:
+        Whether it was logged now.
     """
     if torch.compiler.is_compiling() or current() == "reference" or _said.get(module) == reason:
-        return
+        return False
     _said[module] = reason
     _log.warning("%s is not fused and %s: %s", label, instead, reason)
+    return True
+
+
+def say_uncounted(module: nn.Module, label: str) -> None:
+    """Log that a FLOP counter, seen by its hooks, misses the module's deformable convolutions."""
+    hooks = [hook for part in module.modules() for hook in part._forward_hooks.values()]
+    origins = [getattr(hook, "__module__", None) or "" for hook in hooks]
+    if _OUR_HOOKS in origins:
+        return
+    for counter, advice in _COUNTERS.items():
+        if any(origin.partition(".")[0] == counter for origin in origins):
+            _log.warning(
+                "%s: %s counts its deformable convolutions as zero; %s", label, counter, advice
+            )

@@ -14,7 +14,7 @@ from torch import nn
 
 import dyhead_cuda
 from dyhead_cuda import functional, modules, reference
-from dyhead_cuda.inspect import figure, record
+from dyhead_cuda.inspect import counters, figure, record
 from tests.helpers.paths import ROOT
 
 TYPES = ("Activation", "Attention", "HighOffset", "Init", "ResizeMode", "Targets", "Upsample")
@@ -42,7 +42,7 @@ def names_of(module: Any) -> list[str]:
 
 PUBLIC = [
     (module.__name__, name)
-    for module in (dyhead_cuda, functional, modules, reference, record, figure)
+    for module in (dyhead_cuda, functional, modules, reference, record, figure, counters)
     for name in names_of(module)
 ]
 each_name = pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda part: part)

@@ -314,7 +314,8 @@ class DyHeadBlock(nn.Module):
         reason, levels = self.unfused_reason(), unpack(features)
         if reason is None:
             return repack(features, run_fused([self], levels, self.memory_format))
-        plain.say_once(self, self.label, reason)
+        if plain.say_once(self, self.label, reason):
+            plain.say_uncounted(self, self.label)
         return repack(features, self._unfused(levels))
 
     def _unfused(self, levels: list[Tensor]) -> list[Tensor]:

@@ -116,7 +116,8 @@ class UnifiedDyHeadBlock(nn.Module):
         """
         reason = self.unfused_reason()
         if reason is not None:
-            plain.say_once(self, "A UnifiedDyHeadBlock", reason)
+            if plain.say_once(self, "A UnifiedDyHeadBlock", reason):
+                plain.say_uncounted(self, "A UnifiedDyHeadBlock")
             return self._unfused(features)
         run = partial(functional.unified_block, targets=self.targets)
         arguments = features, self.parameters_tuple()

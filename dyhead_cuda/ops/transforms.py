@@ -4,6 +4,9 @@
 goes through a :class:`torch.autograd.Function`, which has rules for both, with the same formulas.
 vmap runs the operator once for each element of the batch: the kernels are told what to read by
 tables of integers, which have no place for a batch dimension.
+
+Either way a node of the graph has a readable name, such as ``DyHeadDeformConvBackward``: what
+``grad_fn.name()``, a profiler's row or a picture of the graph shows.
 """
 
 from __future__ import annotations
@@ -24,6 +27,17 @@ class Formula(NamedTuple):
 
 
 _formulas: dict[str, Formula] = {}
+_functions: dict[str, type[_Transformed]] = {}  # under a transform, each with a name of its own
+
+
+def node_name(name: str) -> str:
+    """The name of an operator's node in a graph, formed as PyTorch forms those of its own.
+
+    ``deform_conv_fwd`` has ``DyHeadDeformConvBackward``, and ``deform_conv_bwd``
+    ``DyHeadDeformConvBackwardBackward``.
+    """
+    words = name.removesuffix("_fwd").replace("_bwd", "_backward").split("_")
+    return f"DyHead{''.join(word.capitalize() for word in words)}Backward"
 
 
 def register_autograd(
@@ -39,15 +53,28 @@ def register_autograd(
         setup_context: keeps what the backward needs.
     """
     _formulas[name] = Formula(backward, setup_context)
+    function = node_name(name).removesuffix("Backward")
+    _functions[name] = type(function, (_Transformed,), {})
     torch.library.register_autograd(f"dyhead::{name}", backward, setup_context=setup_context)
+    # PyTorch has no argument for the names. The class that it made is found by the one it chose.
+    for made in torch.autograd.Function.__subclasses__():
+        if made.__name__ == f"GeneratedBackwardFor_dyhead_{name}_default":
+            made.__name__, made._backward_cls.__name__ = function, node_name(name)
 
 
 def call(name: str, *arguments: Any) -> Any:
     """``torch.ops.dyhead.name(*arguments)``, which may be inside a transform of torch.func."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return getattr(torch.ops.dyhead, name)(*arguments)
+    operator = getattr(torch.ops.dyhead, name)
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    if torch.jit.is_tracing():
+        # Sizes are tensors there, which the tracer takes for whole numbers, but not for symbolic
+        # ones. A trace is of one size; PyTorch warns of that here.
+        arguments = pytree.tree_map_only(Tensor, lambda x: x if x.dim() else int(x), arguments)
+    if not torch._C._are_functorch_transforms_active():
+        return operator(*arguments)
     leaves, structure = pytree.tree_flatten(arguments)
-    return _Transformed.apply(name, structure, *leaves)
+    return _functions[name].apply(name, structure, *leaves)
 
 
 def _flat(gradients: Sequence[Any], arguments: Sequence[Any]) -> list[Tensor | None]:
@@ -98,7 +125,7 @@ class _Transformed(torch.autograd.Function):
                 leaf if dim is None else leaf.select(dim, i)
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            results.append(_Transformed.apply(name, structure, *parts))
+            results.append(_functions[name].apply(name, structure, *parts))
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         outputs = tuple(torch.stack(group) for group in zip(*results, strict=True))

@@ -62,7 +62,8 @@ def stack_pyramid(
             return F.adaptive_max_pool2d(x, (height, width))
         return F.interpolate(x, (height, width), mode="nearest")
 
-    return torch.stack([resize(x) for x in features], dim=1)
+    with no_autocast(features[0]):  # on CPUs autocast refuses to stack the other half type
+        return torch.stack([resize(x) for x in features], dim=1)
 
 
 def scale_gates(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -246,7 +246,8 @@ def gflops(model: nn.Module, height: int, width: int) -> float:
     training = model.training
     model.eval()
     try:
-        # The counter sees only PyTorch's own operators, not the fused kernels.
+        # The counter has hooks for all modules, so blocks would log that they are not fused. The
+        # reference fuses nothing, and counts the same.
         with torch.no_grad(), backend("reference"), FlopCounterMode(display=False) as counter:
             model([image])
     finally:
