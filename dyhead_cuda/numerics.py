@@ -76,9 +76,11 @@ def to_compute(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off on the device of ``x``: the head chooses its own precision."""
-    if x.device.type == "meta":
+    kind = x.device.type
+    # Where it is off already, an exporter must not see a switch: it makes a subgraph of one.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 def resize(x: Tensor, size: Sequence[int], mode: Upsample) -> Tensor:
