@@ -59,7 +59,7 @@ def _beside(out: Tensor, x: Tensor | None) -> Tensor:
 
 def size_of(x: Tensor) -> Tensor:
     """(H, W) of x [..., H, W], as a tensor [2], int64, on the CPU."""
-    attributes = {"start": x.dim() - 2}
+    attributes: dict[str, Any] = {"start": x.dim() - 2}
     return torch.onnx.ops.symbolic("Shape", (x,), attributes, dtype=torch.int64, shape=[2])
 
 

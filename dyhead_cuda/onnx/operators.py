@@ -21,10 +21,13 @@ def modulated_deform_conv2d(
 ) -> Tensor:
     """See :func:`dyhead_cuda.reference.modulated_deform_conv2d`."""
     value = to_compute(input)
-    tensors = [t if t is None else t.to(value.dtype) for t in (weight, offset, bias, mask)]
+    dtype = value.dtype
     return nodes.deform_conv(
         value,
-        *tensors,
+        weight.to(dtype),
+        offset.to(dtype),
+        None if bias is None else bias.to(dtype),
+        None if mask is None else mask.to(dtype),
         stride=geometry.stride,
         padding=geometry.padding,
         dilation=geometry.dilation,

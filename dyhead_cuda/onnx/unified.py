@@ -83,7 +83,7 @@ def spatial_attention(
     stacked = nodes.reshape(value, target, [n, levels * channels, height, width])
     of_levels = nodes.split(stacked, levels, 1)
     # [L, C_out, C, 3, 3] to [C_out, L * C, 3, 3]
-    kernel = (weight.to(value.dtype) / levels).transpose(0, 1).flatten(1, 2)
+    kernel = weight.to(value.dtype).transpose(0, 1).flatten(1, 2) / levels
     offset_weight, offset_bias = offset_weight.to(value.dtype), offset_bias.to(value.dtype)
     outs = []
     for level in target_levels(targets, levels):
