@@ -83,13 +83,19 @@ def _needs_the_reference() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack) > 1
 
 
+@torch.compiler.assume_constant_result
+def _is_in_onnx_export() -> bool:
+    """As torch.onnx says; called here while dynamo traces too, where it would be taken as False."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def _is_exporting_onnx(requested: Backend) -> bool:
     """Whether ``torch.onnx.export`` traces this call for a graph of standard operators.
 
     Raises:
         RuntimeError: nothing here can be exported in the way that was asked for.
     """
-    if not torch.onnx.is_in_onnx_export():
+    if not _is_in_onnx_export():
         return False
     if not torch.compiler.is_exporting():
         raise RuntimeError(

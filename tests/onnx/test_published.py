@@ -1,0 +1,175 @@
+"""The published head as an ONNX file: numbers, open sizes, and how many nodes it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dyhead_cuda import DyHead, DyHeadBlock, accelerate
+from dyhead_cuda.pyramid import HIGH_OFFSETS, UPSAMPLES
+from tests.helpers import onnx_files, published_models
+from tests.helpers.inputs import halving_sizes, random_pyramid
+from tests.helpers.modules import randomise
+from tests.helpers.onnx_files import Each, Session, assert_same, export, operators, sizes_open
+
+CHANNELS = 16
+VARIANTS = [(offset, upsample) for offset in HIGH_OFFSETS for upsample in UPSAMPLES]
+# Each level takes a convolution, a split and a sigmoid for its predictions, and a Mean and five
+# nodes for the two lines; each branch a deformable convolution, a norm, a mean and a product; each
+# high branch a Resize, and three nodes for each of offset and mask.
+NODES_OF_FIVE_LEVELS = 5 * 9 + 13 * 4 + 4 * 7 + 18
+NODES_OF_SIZES = 25  # once, for all blocks: sizes that are open must be computed
+
+
+def pyramid(batch: int, height: int, width: int, levels: int = 2) -> list[Tensor]:
+    sizes = halving_sizes(height, width, levels)
+    return random_pyramid(batch, CHANNELS, sizes, torch.float32)
+
+
+def block(**options: Any) -> DyHeadBlock:
+    made = DyHeadBlock(CHANNELS, CHANNELS, **{"num_groups": 4, **options})
+    randomise(made)
+    return made
+
+
+class OneLevel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = block()
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        return cast(list[Tensor], self.block([levels[1]]))
+
+
+def hooked() -> DyHeadBlock:
+    made = block(high_offset="mmdet_main")
+    made.low.register_forward_hook(lambda module, inputs, out: 1.5 * out)
+    return made
+
+
+PARTS: Mapping[str, Callable[[], nn.Module]] = {
+    **{
+        f"{offset}-{upsample}": lambda o=offset, u=upsample: block(high_offset=o, upsample=u)
+        for offset, upsample in VARIANTS
+    },
+    "no attentions": lambda: block(attentions=()),
+    "scale only, no bias": lambda: block(attentions=("scale",), deform_bias=False),
+    "one level": OneLevel,
+    "module by module": hooked,
+}
+
+
+@cache
+def parts() -> tuple[Each, Session]:
+    """All parts of two levels with open sizes, exported once for a batch of 1."""
+    model = Each({name: make() for name, make in PARTS.items()})
+    shapes = {"dynamic_shapes": ([sizes_open(2)],)}
+    return model, Session(export(model, ([pyramid(1, 9, 12)],), **shapes))
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [pyramid(1, 9, 12), pyramid(3, 8, 7), pyramid(2, 1, 5), pyramid(2, 2, 2)],
+    ids=["as exported", "another batch and size", "a row", "one pixel"],
+)
+def test_every_variant_is_the_reference(levels: list[Tensor]) -> None:
+    model, session = parts()
+    onnx_files.assert_each_same(session, model, ([levels],), list(PARTS))
+
+
+def test_a_head_of_five_levels() -> None:
+    model = DyHead(CHANNELS, CHANNELS, 2, num_groups=4)
+    randomise(model)
+    levels = pyramid(2, 33, 47, 5)
+    file = export(model, (levels,), dynamic_shapes=(sizes_open(5),))
+    session = Session(file)
+    for features in (levels, pyramid(1, 64, 34, 5)):
+        assert_same(session, model, (features,))
+    counts = operators(file)
+    assert counts["DeformConv"] == counts["GroupNormalization"] == 2 * 13
+    assert counts["Resize"] == 2 * 4
+    assert counts.total() <= 2 * NODES_OF_FIVE_LEVELS + NODES_OF_SIZES
+
+
+def test_nodes_of_fixed_sizes() -> None:
+    model, levels = block(), pyramid(1, 32, 32, 5)
+    file = export(model, (levels,))
+    assert operators(file).total() <= NODES_OF_FIVE_LEVELS
+    assert_same(Session(file), model, (levels,))
+    aligned = operators(export(block(high_offset="aligned"), (levels,)))
+    assert aligned.total() <= NODES_OF_FIVE_LEVELS - 4 * 6
+    assert not {"Shape", "Concat", "Reshape"} & set(aligned - operators(file))
+
+
+@pytest.mark.parametrize("opset", [19, None], ids=["the oldest", "the default"])
+def test_before_opset_21_norms_are_instance_norms(opset: int | None) -> None:
+    model, levels = block(), pyramid(1, 6, 8)
+    file = export(model, (levels,), opset_version=opset)
+    assert [found.version for found in file.opset_import] == [opset or 20]
+    assert operators(file)["InstanceNormalization"] == 4
+    assert_same(Session(file), model, (levels,))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        lambda: [{0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}] * 2,
+        lambda: [{0: Dim("n"), 2: k * Dim("h"), 3: k * Dim("w")} for k in (2, 1)],
+    ],
+    ids=["Dim.AUTO", "multiples"],
+)
+def test_sizes_of_torch_export(sizes: Callable[[], list[Any]]) -> None:
+    model, levels = block(), pyramid(1, 8, 12)
+    session = Session(export(model, (levels,), dynamic_shapes=(sizes(),)))
+    assert_same(session, model, (pyramid(2, 6, 10),))
+
+
+def test_aligned_takes_any_sizes() -> None:
+    def levels(batch: int, *sizes: tuple[int, int]) -> list[Tensor]:
+        return random_pyramid(batch, CHANNELS, sizes, torch.float32)
+
+    model = block(high_offset="aligned")
+    features = levels(1, (11, 13), (4, 9), (5, 2))
+    session = Session(export(model, (features,), dynamic_shapes=(sizes_open(3),)))
+    assert_same(session, model, (features,))
+    assert_same(session, model, (levels(2, (12, 5), (7, 9), (3, 3)),))
+
+
+@pytest.mark.parametrize("name", ["mmdet", "microsoft"])
+def test_accelerated_models(name: str) -> None:
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = accelerate(published_models.MODELS[name]().float())
+
+        def forward(self, levels: list[Tensor]) -> list[Tensor]:
+            return published_models.run(self.model, levels)
+
+    model, levels = Levels(), published_models.pyramid(dtype=torch.float32)
+    assert len(published_models.fused(model)) == 2
+    file = export(model, (levels,))
+    assert operators(file)["DeformConv"] == 2 * 7
+    assert_same(Session(file), model, (levels,))
+
+
+def test_half_precision_computes_in_float32() -> None:
+    """Of a type that onnxruntime has no deformable convolution for."""
+    model, levels = block().half(), [x.half() for x in pyramid(2, 9, 12)]
+    file = export(model, (levels,))
+    assert operators(file)["Cast"] == 2 * len(levels)
+    found = Session(file)(levels)
+    assert {x.dtype for x in found} == {torch.float16}
+    assert_same(Session(file), model, (levels,), tolerance=1e-3)
+
+
+def test_export_of_a_model_that_is_elsewhere() -> None:
+    """PyTorch takes what an ONNX node returns for a tensor of the CPU, wherever the model is."""
+    model = block().to("meta")
+    levels = [x.to("meta") for x in pyramid(1, 6, 8)]
+    assert torch.onnx.export(model.eval(), (levels,), dynamo=True, verbose=False, optimize=False)
