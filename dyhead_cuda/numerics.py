@@ -118,7 +118,11 @@ def _flat_prefix(t: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _crop(t: Tensor, size: tuple[int, int]) -> Tensor:
-    return t[..., : size[0], : size[1]]
+    cropped = t[..., : size[0], : size[1]]
+    # Open sizes of an export: only this says that the map is at least as large.
+    torch._check(cropped.shape[-2] == size[0])
+    torch._check(cropped.shape[-1] == size[1])
+    return cropped
 
 
 # How the high branch reads offset and mask, by the name of the variant. "aligned" resizes the

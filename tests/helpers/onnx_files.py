@@ -38,6 +38,14 @@ def operators(file: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in file.graph.node)
 
 
+def output_sizes(file: onnx.ModelProto) -> list[list[int | str]]:
+    """What the file says of its outputs' shapes: numbers, or names of sizes that are open."""
+    return [
+        [d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim]
+        for output in file.graph.output
+    ]
+
+
 def sizes_open(levels: int) -> list[dict[int, str]]:
     """``dynamic_shapes`` of levels [N, C, H_l, W_l], all of whose sizes may change but C."""
     return [{0: "n", 2: f"h{level}", 3: f"w{level}"} for level in range(levels)]
