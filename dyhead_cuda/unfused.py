@@ -145,7 +145,9 @@ def dynamic_relu(
     with no_autocast(x):
         logits = fc2(F.relu(fc1(value.mean(positions) if positions else value)))
     gate = hsigmoid(logits) if activation == "hsigmoid" else logits.sigmoid()
-    lines = (2 * gate - 1)[(..., *(None,) * len(positions))]
+    lines = 2 * gate - 1
+    for _ in positions:
+        lines = lines.unsqueeze(-1)
     a1, b1, a2, b2 = lines.chunk(4, dim=1)
     return torch.maximum(value * (a1 + 1) + b1 / 2, value * a2 + b2 / 2).to(x.dtype)
 

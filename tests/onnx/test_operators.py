@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -63,7 +63,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: Relus("hsigmoid"),
     "relu, sigmoid": lambda: Relus("sigmoid"),
     "median": lambda: UnifiedDyHead(3, CHANNELS, 1, targets="median"),
-    **{mode: lambda m=mode: UnifiedDyHead(3, CHANNELS, 1, resize=m) for mode in RESIZE_MODES},
+    **{mode: partial(UnifiedDyHead, 3, CHANNELS, 1, resize=mode) for mode in RESIZE_MODES},
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -14,9 +16,10 @@ from torch.export import Dim
 from dyhead_cuda import DyHead, DyHeadBlock, accelerate
 from dyhead_cuda.pyramid import HIGH_OFFSETS, UPSAMPLES
 from tests.helpers import onnx_files, published_models
+from tests.helpers.compare import relative_l2
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import randomise
-from tests.helpers.onnx_files import Each, Session, assert_same, export, operators, sizes_open
+from tests.helpers.onnx_files import Each, Session, assert_same, export, operators, sizes_openfrom tests.helpers.paths import ROOT
 
 CHANNELS = 16
 VARIANTS = [(offset, upsample) for offset in HIGH_OFFSETS for upsample in UPSAMPLES]
@@ -65,7 +68,7 @@ def hooked() -> DyHeadBlock:
 
 PARTS: Mapping[str, Callable[[], nn.Module]] = {
     **{
-        f"{offset}-{upsample}": lambda o=offset, u=upsample: block(high_offset=o, upsample=u)
+        f"{offset}-{upsample}": partial(block, high_offset=offset, upsample=upsample)
         for offset, upsample in VARIANTS
     },
     "no attentions": lambda: block(attentions=()),
@@ -179,3 +182,14 @@ def test_export_of_a_model_that_is_elsewhere() -> None:
     model = block().to("meta")
     levels = [x.to("meta") for x in pyramid(1, 6, 8)]
     assert torch.onnx.export(model.eval(), (levels,), dynamo=True, verbose=False, optimize=False)
+
+
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "export.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    namespace: dict[str, Any] = {}
+    for code in blocks:
+        exec(compile(code, "export.md", "exec"), namespace)
+    assert len(blocks) == 2
+    assert relative_l2(torch.from_numpy(namespace["p3"]), namespace["expected"]) < 1e-5
