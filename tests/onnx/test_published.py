@@ -19,7 +19,8 @@ from tests.helpers import onnx_files, published_models
 from tests.helpers.compare import relative_l2
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import randomise
-from tests.helpers.onnx_files import Each, Session, assert_same, export, operators, sizes_openfrom tests.helpers.paths import ROOT
+from tests.helpers.onnx_files import Each, Session, assert_same, export, operators, sizes_open
+from tests.helpers.paths import ROOT
 
 CHANNELS = 16
 VARIANTS = [(offset, upsample) for offset in HIGH_OFFSETS for upsample in UPSAMPLES]
