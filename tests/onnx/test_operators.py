@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from dyhead_cuda import DynamicReLU, ModulatedDeformConv2d, UnifiedDyHead, backend, functional
 from dyhead_cuda.backends import select
-from dyhead_cuda.checks import RESIZE_MODES
+from dyhead_cuda.numerics import ResizeMode
 from tests.helpers import onnx_files
 from tests.helpers.inputs import random_pyramid
 from tests.helpers.modules import randomise
 from tests.helpers.onnx_files import Each, Session, assert_same, export, operators, sizes_open
 
+MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 CHANNELS = 8
 TAPS = 6
 GEOMETRY = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
@@ -63,7 +64,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: Relus("hsigmoid"),
     "relu, sigmoid": lambda: Relus("sigmoid"),
     "median": lambda: UnifiedDyHead(3, CHANNELS, 1, targets="median"),
-    **{mode: partial(UnifiedDyHead, 3, CHANNELS, 1, resize=mode) for mode in RESIZE_MODES},
+    **{mode: partial(UnifiedDyHead, 3, CHANNELS, 1, resize=mode) for mode in MODES},
 }
 
 
