@@ -1,4 +1,4 @@
-"""Which implementation runs: the reference, or the compiled kernels of the CPU or CUDA library."""
+"""Which implementation runs: the reference, the compiled kernels of a library, or ONNX nodes."""
 
 from __future__ import annotations
 
@@ -83,23 +83,53 @@ def _needs_the_reference() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack) > 1
 
 
-def select(x: Tensor) -> Literal["reference", "cpu", "cuda"]:
+@torch.compiler.assume_constant_result
+def _is_in_onnx_export() -> bool:
+    """As torch.onnx says; called here while dynamo traces too, where it would be taken as False."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def _is_exporting_onnx(requested: Backend) -> bool:
+    """Whether ``torch.onnx.export`` traces this call for a graph of standard operators.
+
+    Raises:
+        RuntimeError: nothing here can be exported in the way that was asked for.
+    """
+    if not _is_in_onnx_export():
+        return False
+    if not torch.compiler.is_exporting():
+        raise RuntimeError(
+            "expected torch.onnx.export(..., dynamo=True), got dynamo=False, whose exporter has no "
+            "deformable convolution"
+        )
+    if requested != "auto":
+        raise RuntimeError(
+            f'backend "{requested}" has no ONNX operators; use backend("auto"), which exports '
+            "standard ones"
+        )
+    return True
+
+
+def select(x: Tensor) -> Literal["reference", "cpu", "cuda", "onnx"]:
     """The backend that runs the operators on ``x``.
 
     Args:
         x: any of the inputs; its device decides where nothing was asked for.
 
     Returns:
-        "reference", "cpu" or "cuda".
+        "reference", "cpu" or "cuda"; "onnx" while ``torch.onnx.export`` traces.
 
     Raises:
         ValueError: a backend was asked for that does not take tensors of this device.
         RuntimeError: its library is not loaded, with the reason and what to do; or it was asked
-            for where derivatives are taken forward, or of derivatives, by torch.func.
+            for where derivatives are taken forward, or of derivatives, by torch.func; or where
+            torch.onnx exports; or the old exporter of torch.onnx runs.
     """
     requested, device = current(), x.device.type
     if requested == "reference":
         return "reference"
+    if _is_exporting_onnx(requested):
+        return "onnx"
     transformed = _needs_the_reference()
     if requested == "auto":
         if device not in ("cpu", "cuda"):

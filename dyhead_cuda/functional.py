@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dyhead_cuda import checks, fused, reference
+from dyhead_cuda import checks, fused, onnx, reference
 from dyhead_cuda.backends import select
 from dyhead_cuda.numerics import (
     Activation,
@@ -92,7 +92,10 @@ def modulated_deform_conv2d(
     geometry = checks.deform_conv_geometry(
         input, offset, weight, bias, stride, padding, dilation, mask
     )
-    if select(input) == "reference":
+    chosen = select(input)
+    if chosen == "onnx":
+        return onnx.modulated_deform_conv2d(input, offset, weight, bias, mask, geometry)
+    if chosen == "reference":
         out = reference.modulated_deform_conv2d(
             input, offset, weight, bias, stride, padding, dilation, mask
         )
@@ -138,7 +141,11 @@ def dynamic_relu(
         torch.Size([1, 8, 5, 5])
     """
     checks.dynamic_relu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
-    if select(x) == "reference" or x.numel() == 0:
+    chosen = select(x)
+    if chosen == "onnx":
+        layers = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        return onnx.dynamic_relu(x, *layers, activation=activation)
+    if chosen == "reference" or x.numel() == 0:
         return reference.dynamic_relu(
             x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
         )
@@ -172,6 +179,9 @@ def stack_pyramid(
         >>> stack_pyramid([torch.randn(1, 8, side, side) for side in (16, 8, 4)]).shape
         torch.Size([1, 3, 8, 8, 8])
     """
+    if len(features) > 0 and select(features[0]) == "onnx":
+        checks.stackable(features, mode)
+        return onnx.stack_pyramid(features, mode, size)
     return reference.stack_pyramid(features, mode, size)
 
 
@@ -281,7 +291,10 @@ def _spatial(
 ) -> Tensor:
     """:func:`spatial_attention` in whatever memory format it comes."""
     checks.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
-    if select(features) == "reference":
+    chosen = select(features)
+    if chosen == "onnx":
+        return onnx.spatial_attention(features, weight, offset_weight, offset_bias, targets, gates)
+    if chosen == "reference":
         return reference.spatial_attention(
             features, weight, offset_weight, offset_bias, targets=targets, gates=gates
         )
@@ -322,6 +335,11 @@ def task_attention(
         torch.Size([1, 3, 8, 4, 4])
     """
     checks.unified_features(features)
+    if select(features) == "onnx":
+        by_channel = features.transpose(1, 2)
+        layers = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        checks.dynamic_relu(by_channel, *layers, activation)
+        return onnx.task_attention(features, *layers, activation=activation)
     by_channel = features.transpose(1, 2)
     out = dynamic_relu(
         by_channel, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
@@ -440,7 +458,17 @@ def pyramid_blocks(
         in_channels = out_channels
     checks.one_of("upsample", upsample, UPSAMPLES)
     memory_format = output_format(features, memory_format)
-    if select(features[0]) != "reference":
+    chosen = select(features[0])
+    if chosen == "onnx":
+        return onnx.pyramid_blocks(
+            features,
+            blocks,
+            high_offset=high_offset,
+            upsample=upsample,
+            num_groups=num_groups,
+            eps=eps,
+        )
+    if chosen != "reference":
         return fused.pyramid_blocks(
             features,
             blocks,

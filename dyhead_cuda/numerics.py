@@ -76,9 +76,11 @@ def to_compute(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off on the device of ``x``: the head chooses its own precision."""
-    if x.device.type == "meta":
+    kind = x.device.type
+    # Where it is off already, an exporter must not see a switch: it makes a subgraph of one.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 def resize(x: Tensor, size: Sequence[int], mode: Upsample) -> Tensor:
@@ -116,7 +118,11 @@ def _flat_prefix(t: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _crop(t: Tensor, size: tuple[int, int]) -> Tensor:
-    return t[..., : size[0], : size[1]]
+    cropped = t[..., : size[0], : size[1]]
+    # Open sizes of an export: only this says that the map is at least as large.
+    torch._check(cropped.shape[-2] == size[0])
+    torch._check(cropped.shape[-1] == size[1])
+    return cropped
 
 
 # How the high branch reads offset and mask, by the name of the variant. "aligned" resizes the

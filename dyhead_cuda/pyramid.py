@@ -20,6 +20,11 @@ OFFSET_CHANNELS = 2 * TAPS
 Features = TypeVar("Features", list[Tensor], tuple[Tensor, ...], dict[str, Tensor])
 
 
+def _of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a type; one that has it already costs an exporter's trace nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class BranchParameters(NamedTuple):
     """One deformable branch: a 3x3 modulated deformable convolution and its group normalisation.
 
@@ -42,10 +47,9 @@ class BranchParameters(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> BranchParameters:
         """All of them in one type; what has it already is not copied."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return BranchParameters(
-            self.weight.to(dtype), bias, self.norm_weight.to(dtype), self.norm_bias.to(dtype)
-        )
+        bias = None if self.bias is None else _of(self.bias, dtype)
+        norm = _of(self.norm_weight, dtype), _of(self.norm_bias, dtype)
+        return BranchParameters(_of(self.weight, dtype), bias, *norm)
 
 
 class BlockParameters(NamedTuple):
@@ -92,14 +96,14 @@ class BlockParameters(NamedTuple):
     def to(self, dtype: torch.dtype) -> BlockParameters:
         """All of them in one type; what has it already is not copied."""
         return BlockParameters(
-            self.offset_weight.to(dtype),
-            self.offset_bias.to(dtype),
+            _of(self.offset_weight, dtype),
+            _of(self.offset_bias, dtype),
             self.low.to(dtype),
             self.mid.to(dtype),
             self.high.to(dtype),
-            self.gate_weight.to(dtype),
-            self.gate_bias.to(dtype),
-            *(tensor.to(dtype) for tensor in self.task),
+            _of(self.gate_weight, dtype),
+            _of(self.gate_bias, dtype),
+            *(_of(tensor, dtype) for tensor in self.task),
         )
 
 

@@ -138,15 +138,18 @@ def dynamic_relu(
         ValueError: an unknown activation.
     """
     checks.one_of("activation", activation, checks.ACTIVATIONS)
-    flat = x.to(dtype or x.dtype).flatten(2) if x.dim() > 2 else x.to(dtype or x.dtype).unsqueeze(2)
-    if flat.shape[2] == 0:
+    positions = tuple(range(2, x.dim()))
+    if 0 in x.shape[2:]:
         return x.clone()
+    value = x.to(dtype or x.dtype)
     with no_autocast(x):
-        logits = fc2(F.relu(fc1(flat.mean(2))))
+        logits = fc2(F.relu(fc1(value.mean(positions) if positions else value)))
     gate = hsigmoid(logits) if activation == "hsigmoid" else logits.sigmoid()
-    a1, b1, a2, b2 = (2 * gate - 1).unsqueeze(2).chunk(4, dim=1)
-    out = torch.maximum(flat * (a1 + 1) + b1 / 2, flat * a2 + b2 / 2)
-    return out.reshape(x.shape).to(x.dtype)
+    lines = 2 * gate - 1
+    for _ in positions:
+        lines = lines.unsqueeze(-1)
+    a1, b1, a2, b2 = lines.chunk(4, dim=1)
+    return torch.maximum(value * (a1 + 1) + b1 / 2, value * a2 + b2 / 2).to(x.dtype)
 
 
 def unified_block(

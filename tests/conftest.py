@@ -24,17 +24,27 @@ hypothesis.settings.load_profile("dyhead")
 
 
 # On a machine that is lent as it is, make gpu-check runs what can run.
-_MISSING = [name for name in ("pycocotools", "sklearn", "torchvision") if find_spec(name) is None]
-_DETECTION = ["detection", "commands/test_detection_commands.py", "benchmarks/test_study.py"]
-collect_ignore = _DETECTION if _MISSING else []
-if _MISSING and os.environ.get("CI"):
-    raise pytest.UsageError(f"the tests of detectors need {', '.join(_MISSING)}")
+_NEEDS = {
+    ("detection", "commands/test_detection_commands.py", "benchmarks/test_study.py"): (
+        *("pycocotools", "sklearn", "torchvision"),
+    ),
+    ("onnx",): ("onnx", "onnxscript", "onnxruntime"),
+}
+_MISSING = {
+    paths: [name for name in names if find_spec(name) is None] for paths, names in _NEEDS.items()
+}
+collect_ignore = [path for paths, missing in _MISSING.items() if missing for path in paths]
+if collect_ignore and os.environ.get("CI"):
+    wanted = [name for missing in _MISSING.values() for name in missing]
+    raise pytest.UsageError(f"all tests need {', '.join(wanted)}")
 
 
 def pytest_report_header() -> list[str]:
-    if not _MISSING:
-        return []
-    return [f"tests/detection is left out: {', '.join(_MISSING)} not installed (extra: detection)"]
+    return [
+        f"tests/{paths[0]} is left out: {', '.join(missing)} not installed"
+        for paths, missing in _MISSING.items()
+        if missing
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,8 @@ ROOMS = (
     ("modules",),  # the public modules
     ("unfused",),  # the head module by module, where inner modules must be called
     ("functional",),  # the public operators: checks, then a backend
-    ("fused", "reference"),  # the head on compiled operators; the same in plain PyTorch
+    # the head on compiled operators; the same in ONNX nodes, and in plain PyTorch
+    ("fused", "onnx", "reference"),
     ("ops",),  # the compiled operators
 )
 # What several rooms need. A neutral module imports neutral modules only.
@@ -87,6 +88,7 @@ def test_every_room_in_the_table_is_there(room: str) -> None:
         ("ops.common", "from ..reference import x", "ops imports reference"),
         ("ops.common", "from .. import reference", "ops imports reference"),
         ("ops.common", "from dyhead_cuda import fused", "ops imports fused"),
+        ("onnx.published", "from dyhead_cuda import reference", "onnx imports reference"),
         ("reference.unified", "import dyhead_cuda.fused", "reference imports fused"),
         ("functional", "from dyhead_cuda.modules import DyHead", "functional imports modules"),
         ("modules", "from dyhead_cuda import DyHead", "modules imports __init__"),

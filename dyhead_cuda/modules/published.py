@@ -342,7 +342,7 @@ class DyHeadBlock(nn.Module):
         """The scale gate of a branch [N, C, H, W], as [N, 1, 1, 1]."""
         if "scale" not in self.attentions:
             return y.new_ones(1)
-        return hsigmoid(F.relu(self.scale_gate(y.flatten(2).mean(2))))[:, :, None, None]
+        return hsigmoid(F.relu(self.scale_gate(y.mean((2, 3)))))[:, :, None, None]
 
     def extra_repr(self) -> str:
         return (
