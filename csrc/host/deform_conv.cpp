@@ -206,16 +206,18 @@ const void* optional_data(const char* name, const std::optional<Tensor>& t,
 // Returns out, mean, var and up_mean.
 std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
     const Tensor& source, const Tensor& predictions, const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& bias, const std::optional<Tensor>& gates, int64_t images,
-    const IntList& source_sizes, const IntList& prediction_sizes, const IntList& out_sizes,
-    const IntList& up_sizes, const IntList& geometry, const IntList& terms, const IntList& jobs,
-    bool mask_logits, bool out_in_compute_dtype, bool moments, bool allow_tf32) {
+    const std::optional<std::vector<Tensor>>& bias, const std::optional<Tensor>& gates,
+    int64_t images, const IntList& source_sizes, const IntList& prediction_sizes,
+    const IntList& out_sizes, const IntList& up_sizes, const IntList& geometry,
+    const IntList& terms, const IntList& jobs, bool mask_logits, bool out_in_compute_dtype,
+    bool moments, bool allow_tf32) {
   Call call(source);
   const DeformCall deform = read_deform_call(
       source, predictions, weights, {images, source_sizes, prediction_sizes, out_sizes, up_sizes},
       geometry, terms, jobs, mask_logits);
   const DeformShape& s = deform.shape;
-  const DeformWeights matrices = read_deform_weights(s, weights, bias, source);
+  const DeformWeights matrices =
+      read_deform_weights(s, weights, bias.value_or(std::vector<Tensor>{}), source);
   const ScalarType compute = compute_type_of(source);
   const int64_t job_count = moments ? static_cast<int64_t>(deform.jobs.size()) : 0;
   const auto statistics = [&] {
@@ -318,7 +320,7 @@ DYHEAD_SCHEMAS(m) {
   // `moments` is set, mean, biased variance and upsampled mean per job, image and channel. The rows
   // have the source's type, or the compute type where `out_in_compute_dtype` is set.
   m.def(
-      "deform_conv_fwd(Tensor source, Tensor predictions, Tensor[] weights, Tensor[] bias, "
+      "deform_conv_fwd(Tensor source, Tensor predictions, Tensor[] weights, Tensor[]? bias, "
       "Tensor? gates, SymInt images, SymInt[] source_sizes, SymInt[] prediction_sizes, "
       "SymInt[] out_sizes, SymInt[] up_sizes, int[] geometry, int[] terms, int[] jobs, "
       "bool mask_logits, bool out_in_compute_dtype, bool moments, bool allow_tf32) -> (Tensor, "

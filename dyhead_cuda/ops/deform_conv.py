@@ -55,7 +55,8 @@ def deform_conv(
         dense(source),
         dense(predictions, dtype),
         [dense(w, None if kept else dtype) for w in weights],
-        [dense(b, None if kept else dtype) for b in bias],
+        # AOTInductor knows no empty lists of tensors.
+        [dense(b, None if kept else dtype) for b in bias] if bias else None,
         None if gates is None else dense(gates, dtype),
         *plan.tables,
         plan.mask_logits,
@@ -69,7 +70,7 @@ def _fake_fwd(
     source: Tensor,
     predictions: Tensor,
     weights: list[Tensor],
-    bias: list[Tensor],
+    bias: list[Tensor] | None,
     gates: Tensor | None,
     images: int,
     source_sizes: list[int],
@@ -138,7 +139,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     out, mean, _, _ = output
     # Only the gradients of the moments read the outputs.
     ctx.save_for_backward(source, predictions, gates, out if moments else None, mean, *weights)
-    ctx.tables, ctx.biases = tables, len(bias)
+    ctx.tables, ctx.no_bias_gradients = tables, bias and [None] * len(bias)
     # torch takes an empty list for one of tensors, which has a list of gradients.
     ctx.no_gradients = [[] if table == [] else None for table in inputs[5:]]
     ctx.set_materialize_grads(False)
@@ -151,7 +152,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
     elif out is not None:
         grad_out = torch.zeros_like(out)
     else:
-        return (None, None, [None] * len(weights), [None] * ctx.biases, None, *ctx.no_gradients)
+        no_weights = [None] * len(weights)
+        return (None, None, no_weights, ctx.no_bias_gradients, None, *ctx.no_gradients)
     moments: list[Tensor | None] = [None, None, None]
     if out is not None and any(g is not None for g in grads):
         moments = [torch.zeros_like(mean) if g is None else dense(g) for g in grads]
@@ -166,7 +168,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
         grad_out if out is None else out,
         mean,
         *ctx.tables,
-        ctx.biases > 0,
+        bool(ctx.no_bias_gradients),
         ctx.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
     )
@@ -174,7 +176,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
         grad_source,
         grad_predictions,
         list(grad_weights.to(weights[0].dtype).unbind()),
-        list(grad_bias.to(weights[0].dtype).unbind()) if ctx.biases else [],
+        ctx.no_bias_gradients and list(grad_bias.to(weights[0].dtype).unbind()),
         None if gates is None else grad_gates,
         *ctx.no_gradients,
     )

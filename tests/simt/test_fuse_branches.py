@@ -40,11 +40,12 @@ class Operator:
     def call(self, case: Case, tensors: Sequence[Tensor]) -> Any:
         y, *parameters = tensors
         fuse = self.simt.fuse_branches
+        images, *tables = case.tables()
         return fuse.Call(
             name_of(y.dtype),
-            case.images,
+            images,
             case.channels,
-            *case.tables(),
+            *tables,
             flat_array(y, self.skew),
             *map(to_array, parameters),
             skew=self.skew,
