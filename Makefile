@@ -96,7 +96,7 @@ format: $(ENVIRONMENT) ## format all sources
 	$(RUN) -m ruff format .
 	$(call clang_format,-i)
 
-clang_format = find csrc tests/simt \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
+clang_format = find csrc examples tests/simt \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
   xargs -0 $(RUN) -c 'import clang_format; clang_format.clang_format()' $(1)
 
 bench: build ## measure speed and memory against what people run (docs/performance.md)
