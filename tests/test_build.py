@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,15 @@ def test_every_kernel_and_arithmetic_has_a_file_that_stays(tmp_path: Path) -> No
 
 
 @pytest.fixture
+def packing() -> Iterator[None]:
+    """Packing writes into the working tree, so one process at a time does it."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "packing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
 def packing_environment() -> dict[str, str]:
     """Variables under which a build of the working tree changes nothing of what is built."""
     cuda = library.read_build_record().get("cuda", {})
@@ -399,6 +409,7 @@ def packing_environment() -> dict[str, str]:
 
 
 @needs_cpu_library
+@pytest.mark.usefixtures("packing")
 def test_the_wheel_holds_the_libraries_for_every_python(
     tmp_path: Path, packing_environment: dict[str, str]
 ) -> None:
@@ -435,6 +446,7 @@ def test_the_wheel_holds_the_libraries_for_every_python(
     assert loaded.stdout.strip() == f"{unpacked / 'lib' / 'libdyhead_cpu.so'} True {built}"
 
 
+@pytest.mark.usefixtures("packing")
 def test_the_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> None:
     result = run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=ROOT)
     assert result.returncode == 0, result.stderr

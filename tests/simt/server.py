@@ -30,6 +30,9 @@ from tests.helpers.paths import ROOT
 # Set in the runs: where the Python module lies, already built.
 MODULE_DIRECTORY = "DYHEAD_SIMT_MODULE_DIRECTORY"
 
+# Whether this process was started under AddressSanitizer.
+SANITIZED = "ASAN_OPTIONS" in os.environ
+
 LIMIT_S = 600
 
 # A sanitizer ends the process, and with it the output that pytest would capture by default.
