@@ -9,6 +9,7 @@ TRAIN_STEPS ?= 3000
 TRAIN_OUT ?= runs/demo
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= auto
 DYHEAD_REQUIRE ?= cpu
 export DYHEAD_REQUIRE
 
@@ -49,6 +50,7 @@ help: ## list the targets and variables
 	@echo "  DEMO_IMAGE=path       the photograph of make demo; DEMO_ARGS: more of its options"
 	@echo "  TRAIN_STEPS=$(TRAIN_STEPS), TRAIN_OUT=$(TRAIN_OUT)  of make demo-train; one that was stopped goes on"
 	@echo "  PYTEST_ARGS, BENCH_ARGS, GPU_CHECK_ARGS  options of pytest, the benchmarks and gpu-check"
+	@echo "  PYTEST_WORKERS=auto   processes that share the tests: a number, auto: one for each CPU, none: no sharing"
 	@echo "  SECOND_TORCH=$(SECOND_TORCH)   the other torch that the library is tested under; none: skip that"
 	@echo "  DYHEAD_REQUIRE=cpu    libraries whose build must succeed, e.g. cpu,cuda"
 	@echo "  DYHEAD_CUDA_ARCHS, DYHEAD_CUDA=off, CXX, CUDACXX, MAX_JOBS: see setup.py"
@@ -74,8 +76,15 @@ second-venv: ## create the environment with the second torch that make test uses
 build: $(ENVIRONMENT) ## build the native libraries in place (dyhead_cuda/lib)
 	$(RUN) setup.py --quiet build_ext --inplace
 
+# Tests start processes of their own: threads that wait must not spin on the cores of others.
+test: export OMP_WAIT_POLICY ?= passive
+ifneq ($(PYTEST_WORKERS),none)
+# Processes fill the cores, so each has one thread; tests of several threads ask for them.
+test: export OMP_NUM_THREADS ?= 1
+test: PYTEST_SHARE := -n $(PYTEST_WORKERS) --dist worksteal
+endif
 test: build $(SECOND) ## run all tests
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest $(PYTEST_SHARE) $(PYTEST_ARGS)
 
 demo: build ## run the head on a photograph, compare with the reference, draw what it attends to
 	$(RUN) -m dyhead_cuda demo $(if $(DEMO_IMAGE),--image "$(DEMO_IMAGE)") $(DEMO_ARGS)

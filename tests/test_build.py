@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from dyhead_cuda.version import __version__
 from tests.helpers.paths import ROOT
 
 CI = os.environ.get("CI") == "true"
+# Prints why the CPU library is not used; an empty line where it is.
+REASON = "from dyhead_cuda import library as l, fused; print(l.reason('cpu'))"
 Build = Callable[..., "subprocess.CompletedProcess[str]"]
 
 needs_cpu_library = pytest.mark.skipif(
@@ -48,43 +52,68 @@ def build_directory(name: str) -> Path:
     return ROOT / "build" / f"torch-{library.read_build_record()['torch']['version']}" / name
 
 
-@pytest.fixture
-def skeleton(tmp_path: Path) -> Path:
+def write_skeleton(target: Path) -> None:
     """The sources with the schemas but without kernels: the whole build in two seconds."""
     for name in ("cmake", "dyhead_cuda", "csrc"):
         shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("lib", "__pycache__")
+            ROOT / name, target / name, ignore=shutil.ignore_patterns("lib", "__pycache__")
         )
     for kernel in ("cpu", "cuda", "host"):
-        shutil.rmtree(tmp_path / "csrc" / kernel)
-        (tmp_path / "csrc" / kernel).mkdir()
+        shutil.rmtree(target / "csrc" / kernel)
+        (target / "csrc" / kernel).mkdir()
     kept = [f"host/{name}" for name in ("tables.h", "tables.cpp", "tensors.h", "device.h")]
     for name in [*kept, "cpu/context.h", "cuda/context.h", "cuda/tile/launch.cuh"]:
-        (tmp_path / "csrc" / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / "csrc" / name, tmp_path / "csrc" / name)
+        (target / "csrc" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "csrc" / name, target / "csrc" / name)
     schemas = ['#include "device.h"']
     for path in sorted((ROOT / "csrc" / "host").glob("*.cpp")):
         schemas += re.findall(r"^DYHEAD_SCHEMAS\(m\) \{.*?^\}", path.read_text(), re.M | re.S)
     assert len(schemas) == 6
-    (tmp_path / "csrc" / "host" / "schemas.cpp").write_text("\n".join(schemas) + "\n")
+    (target / "csrc" / "host" / "schemas.cpp").write_text("\n".join(schemas) + "\n")
     for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, target)
+
+
+def build_in(source: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Builds the libraries in place, with these environment variables."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DYHEAD_", "CUDA"))}
+    return run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=source,
+        env={**kept, **variables},
+    )
+
+
+@pytest.fixture
+def skeleton(tmp_path: Path) -> Path:
+    """A skeleton that is not built."""
+    write_skeleton(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def build(skeleton: Path) -> Build:
-    """Builds the skeleton in place; keyword arguments are environment variables."""
+    """Builds the skeleton; keyword arguments are environment variables."""
+    return partial(build_in, skeleton)
 
-    def call(**variables: str) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("DYHEAD_", "CUDA"))}
-        return run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=skeleton,
-            env={**kept, **variables},
-        )
 
-    return call
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A skeleton with its CPU library, which is used as long as nothing changes."""
+    path = tmp_path_factory.mktemp("built")
+    write_skeleton(path)
+    result = build_in(path, DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off")
+    assert result.returncode == 0, result.stderr
+    assert python_in(path, "-c", REASON).stdout == "\n"
+    return path
+
+
+@pytest.fixture
+def built(built_once: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(
+        built_once, tmp_path, ignore=shutil.ignore_patterns("build"), dirs_exist_ok=True
+    )
 
 
 def record(source: Path) -> dict[str, Any]:
@@ -184,24 +213,18 @@ def test_a_cuda_compile_error_leaves_the_cpu_library_alone(skeleton: Path, build
     assert "unused" in record(skeleton)["cuda"]["reason"]  # warnings are errors
 
 
-REASON = "from dyhead_cuda import library as l, fused; print(l.reason('cpu'))"
-
-
 @pytest.mark.parametrize(
     "changed", ["host/tables.cpp", "common/sampling.h", "cpu/new.cpp", "../cmake/x"]
 )
-def test_a_library_of_other_sources_is_not_used(skeleton: Path, build: Build, changed: str) -> None:
-    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
-    assert python_in(skeleton, "-c", REASON).stdout == "\n"
-    with (skeleton / "csrc" / changed).open("a") as file:
+def test_a_library_of_other_sources_is_not_used(built: Path, changed: str) -> None:
+    with (built / "csrc" / changed).open("a") as file:
         file.write("// moved on\n")
-    assert "csrc as it is now" in python_in(skeleton, "-c", REASON).stdout
+    assert "csrc as it is now" in python_in(built, "-c", REASON).stdout
 
 
-def test_sources_of_the_other_library_do_not_matter(skeleton: Path, build: Build) -> None:
-    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
-    (skeleton / "csrc" / "cuda" / "new.cu").write_text("// moved on\n")
-    assert python_in(skeleton, "-c", REASON).stdout == "\n"
+def test_sources_of_the_other_library_do_not_matter(built: Path) -> None:
+    (built / "csrc" / "cuda" / "new.cu").write_text("// moved on\n")
+    assert python_in(built, "-c", REASON).stdout == "\n"
 
 
 @pytest.mark.parametrize(
@@ -211,15 +234,12 @@ def test_sources_of_the_other_library_do_not_matter(skeleton: Path, build: Build
         ('"stride_h", "stride_w"', '"stride_w", "stride_h"'),
     ],
 )
-def test_a_library_of_other_tables_is_not_used(
-    skeleton: Path, build: Build, old: str, new: str
-) -> None:
-    assert build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off").returncode == 0
-    jobs = skeleton / "dyhead_cuda" / "ops" / "jobs.py"
+def test_a_library_of_other_tables_is_not_used(built: Path, old: str, new: str) -> None:
+    jobs = built / "dyhead_cuda" / "ops" / "jobs.py"
     text = jobs.read_text()
     assert text.count(old) == 1
     jobs.write_text(text.replace(old, new).replace("CROP = 1", f"CROP = {int('SAME' not in old)}"))
-    result = python_in(skeleton, "-c", REASON)
+    result = python_in(built, "-c", REASON)
     assert "where this package writes" in result.stdout
     assert "not used" in result.stderr
 
@@ -368,6 +388,15 @@ def test_every_kernel_and_arithmetic_has_a_file_that_stays(tmp_path: Path) -> No
 
 
 @pytest.fixture
+def packing() -> Iterator[None]:
+    """Packing writes into the working tree, so one process at a time does it."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "packing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
 def packing_environment() -> dict[str, str]:
     """Variables under which a build of the working tree changes nothing of what is built."""
     cuda = library.read_build_record().get("cuda", {})
@@ -380,6 +409,7 @@ def packing_environment() -> dict[str, str]:
 
 
 @needs_cpu_library
+@pytest.mark.usefixtures("packing")
 def test_the_wheel_holds_the_libraries_for_every_python(
     tmp_path: Path, packing_environment: dict[str, str]
 ) -> None:
@@ -416,6 +446,7 @@ def test_the_wheel_holds_the_libraries_for_every_python(
     assert loaded.stdout.strip() == f"{unpacked / 'lib' / 'libdyhead_cpu.so'} True {built}"
 
 
+@pytest.mark.usefixtures("packing")
 def test_the_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> None:
     result = run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,33 @@ PYTHON = os.environ.get("DYHEAD_SECOND_PYTHON")
 
 WORKER = """
 import hashlib, json, sys
+from pathlib import Path
 import numpy as np
 import torch
 import dyhead_cuda
 from dyhead_cuda import library
 
-source, target = sys.argv[1:]
 torch.set_num_threads(1)
-with np.load(source) as inputs:
-    tensors = [torch.from_numpy(inputs[key]).requires_grad_() for key in inputs.files]
-with dyhead_cuda.backend("cpu"):
-    out = dyhead_cuda.functional.dynamic_relu(*tensors)
-    out.square().sum().backward()
-np.savez(target, out.detach().numpy(), *(t.grad.numpy() for t in tensors))
+for source in Path(sys.argv[1]).glob("*.npz"):
+    with np.load(source) as inputs:
+        tensors = [torch.from_numpy(inputs[key]).requires_grad_() for key in inputs.files]
+    with dyhead_cuda.backend("cpu"):
+        out = dyhead_cuda.functional.dynamic_relu(*tensors)
+        out.square().sum().backward()
+    np.savez(Path(sys.argv[2], source.name), out.detach(), *(t.grad for t in tensors))
 digest = hashlib.sha256(library.path("cpu").read_bytes()).hexdigest()
 print(json.dumps({"torch": str(torch.__version__), "digest": digest}))
 """
+
+DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one Python says of itself, and by dtype the output and gradients of dynamic_relu."""
+
+    versions: dict[str, str]
+    arrays: dict[str, list[np.ndarray]]
 
 
 def second_python() -> str:
@@ -57,8 +69,9 @@ def second_python() -> str:
     return PYTHON
 
 
-def run_worker(python: str, inputs: Path, outputs: Path) -> tuple[dict[str, str], list[np.ndarray]]:
-    """The versions, and the output and the gradients of dynamic_relu, under one Python."""
+def run_worker(python: str, inputs: Path, outputs: Path) -> Results:
+    """The results on all inputs under one Python."""
+    outputs.mkdir()
     result = subprocess.run(
         [python, "-c", WORKER, str(inputs), str(outputs)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -67,19 +80,33 @@ def run_worker(python: str, inputs: Path, outputs: Path) -> tuple[dict[str, str]
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    with np.load(outputs) as arrays:
-        return json.loads(result.stdout), [arrays[key] for key in arrays.files]
+    arrays = {}
+    for dtype in DTYPES:
+        with np.load(outputs / f"{dtype}.npz") as saved:
+            arrays[dtype] = [saved[key] for key in saved.files]
+    return Results(json.loads(result.stdout), arrays)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_same_library_gives_the_same_numbers(tmp_path: Path, dtype: type) -> None:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
+    """The results under this Python and under the second."""
     second = second_python()
+    directory = tmp_path_factory.mktemp("second")
     rng = np.random.default_rng(7)
     shapes: tuple[tuple[int, ...], ...] = ((2, 64, 9, 11), (16, 64), (16,), (256, 16), (256,))
-    inputs = tmp_path / "inputs.npz"
-    np.savez(inputs, *(rng.standard_normal(shape).astype(dtype) for shape in shapes))
-    ours, expected = run_worker(sys.executable, inputs, tmp_path / "ours.npz")
-    theirs, got = run_worker(second, inputs, tmp_path / "theirs.npz")
+    inputs = directory / "inputs"
+    inputs.mkdir()
+    for dtype in DTYPES:
+        values = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+        np.savez(inputs / f"{dtype}.npz", *values)
+    ours = run_worker(sys.executable, inputs, directory / "ours")
+    return ours, run_worker(second, inputs, directory / "theirs")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_library_gives_the_same_numbers(both: tuple[Results, Results], dtype: str) -> None:
+    ours, theirs = (results.versions for results in both)
+    expected, got = (results.arrays[dtype] for results in both)
     assert ours["torch"] == torch.__version__ != theirs["torch"]
     assert ours["digest"] == theirs["digest"]
     assert len(got) == len(expected) == 6

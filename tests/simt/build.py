@@ -5,23 +5,24 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.helpers.paths import ROOT
 
+from .server import MODULE_DIRECTORY, Run, Server
+
 SOURCE = Path(__file__).resolve().parent
 BUILDS = ROOT / "build"
-
-# Set in subprocesses: where the Python module lies, already built.
-MODULE_DIRECTORY = "DYHEAD_SIMT_MODULE_DIRECTORY"
 
 # The exit status of a process that a sanitizer stopped; pytest's own are smaller.
 SANITIZER_EXIT = 99
@@ -42,26 +43,19 @@ def load_module() -> Any:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernel libraries that take the place of the module's own in a subprocess."""
+    """A folder with the module and all kernel libraries, some of them built in another way."""
 
-    directories: tuple[Path, ...]
+    directory: Path
     sanitized: bool
 
-    def run_python(self, code: str) -> subprocess.CompletedProcess[str]:
+    def run_python(self, code: str) -> Run:
         """Runs Python code with these kernels: `simt` is the module, `np` is numpy."""
-        prelude = (
-            "import sys, numpy as np\n"
-            f"sys.path.insert(0, {str(_build_module())!r})\n"
-            "import dyhead_simt as simt\n"
-        )
-        return self._run([sys.executable, "-c", prelude + code])
+        return self._server().run_python(self.directory, code)
 
-    def run_pytest(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run_pytest(self, *arguments: str) -> Run:
         """Runs tests with these kernels, except those that start such runs or offend sanitizers."""
         marks = "not spawns and not guards" if self.sanitized else "not spawns"
-        # A sanitizer ends the process, and with it the output that pytest would capture by default.
-        options = ["-q", "-m", marks, "-p", "no:cacheprovider", "--capture=sys"]
-        return self._run([sys.executable, "-m", "pytest", *options, *arguments])
+        return self._server().run_pytest(self.directory, "-m", marks, *arguments)
 
     def assert_noticed(self, *arguments: str) -> None:
         """One of the tests fails with these kernels, and fails as a test."""
@@ -69,26 +63,17 @@ class Kernels:
         assert run.returncode == 1, run.stdout
         assert "1 failed" in run.stdout
 
-    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        environment = dict(os.environ)
-        environment[MODULE_DIRECTORY] = str(_build_module())
-        paths = [*map(str, self.directories), environment.get("LD_LIBRARY_PATH", "")]
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
-        if self.sanitized:
-            # Python links neither library; ASan must come first to see allocations and throws.
-            libraries = (_compiler_library("libasan.so"), _compiler_library("libstdc++.so.6"))
-            environment["LD_PRELOAD"] = " ".join(libraries)
-            environment["ASAN_OPTIONS"] = f"detect_leaks=0:exitcode={SANITIZER_EXIT}"
-            environment["UBSAN_OPTIONS"] = f"print_stacktrace=1:exitcode={SANITIZER_EXIT}"
-        return subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=600,
-            check=False,
+    def _server(self) -> Server:
+        if not self.sanitized:
+            return Server.of(())
+        # Python links neither library; ASan must come first to see allocations and throws.
+        libraries = (_compiler_library("libasan.so"), _compiler_library("libstdc++.so.6"))
+        return Server.of(
+            (
+                ("LD_PRELOAD", " ".join(libraries)),
+                ("ASAN_OPTIONS", f"detect_leaks=0:exitcode={SANITIZER_EXIT}"),
+                ("UBSAN_OPTIONS", f"print_stacktrace=1:exitcode={SANITIZER_EXIT}"),
+            )
         )
 
 
@@ -96,7 +81,8 @@ def sanitized() -> Kernels:
     """All kernels and the emulation under AddressSanitizer and UndefinedBehaviorSanitizer."""
     build = BUILDS / "simt-sanitized"
     _build(build, ["simt_runtime", "kernels"], SIMT_MODULE="OFF", SIMT_SANITIZE="ON")
-    return Kernels((build / "lib",), sanitized=True)
+    _link_others(build / "lib", _build_module())
+    return Kernels(build / "lib", sanitized=True)
 
 
 def mutate(
@@ -114,12 +100,12 @@ def mutate(
             parameter struct cannot be changed: the bindings are not rebuilt.
         pattern: the text to replace; it must occur once.
         replacement: the new text.
-        kernel: the .cu file, without its ending, to build with the change where `file` is a header;
-            without it all that are.
+        kernel: the .cu file, without its ending, to build with the change where `file` is a header.
         sanitize: build with sanitizers.
 
     Raises:
-        ValueError: `pattern` does not occur exactly once.
+        ValueError: `pattern` does not occur exactly once, or `file` is a header and `kernel` is
+            missing.
     """
     text = (ROOT / file).read_text()
     if (found := text.count(pattern)) != 1:
@@ -127,41 +113,55 @@ def mutate(
             f"{file}: expected exactly one occurrence of {pattern!r}, found {found}; "
             "adapt the pattern to the source"
         )
-    changed = text.replace(pattern, replacement)
-    key = hashlib.sha256(repr((file, pattern, replacement, kernel, sanitize)).encode())
-    build = BUILDS / "simt-mutants" / key.hexdigest()[:16]
-    tree = build / "tree"
-    for part in ("csrc", "tests/simt/kernels"):
-        _mirror(ROOT / part, tree / part, {ROOT / file: changed})
     if file.endswith(".cu"):
         kernel = Path(file).stem
-    _build(
-        build,
-        [f"simt_{kernel}" if kernel else "kernels"],
-        SIMT_MODULE="OFF",
-        SIMT_SANITIZE="ON" if sanitize else "OFF",
-        CMAKE_COMPILE_WARNING_AS_ERROR="OFF",
-        SIMT_CSRC=str(tree / "csrc"),
-        SIMT_KERNELS=str(tree / "tests/simt/kernels"),
-    )
-    others = sanitized().directories if sanitize else ()
-    return Kernels((build / "lib", *others), sanitized=sanitize)
+    if kernel is None:
+        raise ValueError(f"{file}: expected the kernel to build with this header, got None")
+    unchanged = sanitized().directory if sanitize else _build_module()
+    change = repr((file, pattern, replacement, kernel, sanitize))
+    build = BUILDS / "simt-mutants" / hashlib.sha256(change.encode()).hexdigest()[:16]
+    build.mkdir(parents=True, exist_ok=True)
+    with _locked(build / "lock"):
+        _build_mutant(build, unchanged, kernel, file, text.replace(pattern, replacement))
+    return Kernels(build / "lib", sanitized=sanitize)
 
 
-def _mirror(source: Path, target: Path, changes: dict[Path, str]) -> None:
-    """Copies a tree; files that are already right stay untouched, and builds incremental."""
-    wanted = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
-    for path in target.rglob("*"):
-        if path.is_file() and path.relative_to(target) not in wanted:
-            path.unlink()
-    for name in wanted:
-        content = changes[source / name].encode() if source / name in changes else None
-        content = (source / name).read_bytes() if content is None else content
-        copy = target / name
-        if copy.exists() and copy.read_bytes() == content:
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(content)
+def _build_mutant(build: Path, unchanged: Path, kernel: str, file: str, changed: str) -> None:
+    """Builds one library as in the build of the folder `unchanged`, but with `changed` in `file`.
+
+    CMake takes longer to configure a folder than most kernels take to compile: its command is used.
+    """
+    library = f"libsimt_{kernel}.so"
+    commands = json.loads((unchanged.parent / "compile_commands.json").read_text())
+    (command,) = (c["command"] for c in commands if Path(c["file"]).stem == kernel)
+    tree = build / "tree"
+    words = [word.replace(f"{ROOT}/csrc", f"{tree}/csrc") for word in shlex.split(command)]
+    words = [word.replace(f"{SOURCE}/kernels", f"{tree}/kernels") for word in words]
+    # A planted bug may leave things unused.
+    words[words.index("-o") :] = ["-Wno-error", "-shared", "-Wl,-Bsymbolic", words[-1]]
+    words += ["-o", str(build / "lib" / library)]
+    # The same sources make the same library.
+    state = hashlib.sha256(repr((words, changed)).encode())
+    state.update((unchanged / library).read_bytes())
+    stamp = build / "built"
+    if stamp.exists() and stamp.read_text() == state.hexdigest():
+        return
+    for part in (tree, build / "lib"):
+        shutil.rmtree(part, ignore_errors=True)
+    (build / "lib").mkdir()
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copytree(SOURCE / "kernels", tree / "kernels")
+    (tree / file.removeprefix("tests/simt/")).write_text(changed)
+    _call(words)
+    _link_others(build / "lib", unchanged)
+    stamp.write_text(state.hexdigest())
+
+
+def _link_others(directory: Path, others: Path) -> None:
+    """Links to the libraries of another folder that this one lacks: together they are a module."""
+    for library in others.glob("*.so"):
+        with suppress(FileExistsError):
+            (directory / library.name).symlink_to(library.resolve())
 
 
 def _build_module() -> Path:
