@@ -1,4 +1,4 @@
-"""torch.export and AOTInductor: programs of any size, which run where only the library is loaded."""
+"""torch.export and AOTInductor: programs of any size, which run with the library alone."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_program_is_few_operators() -> None:
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     ours = [name for name in names if name.startswith("dyhead.")]
     assert len(ours) == 2 + 2 * 4  # packing and unpacking, and four for each block
-    assert len([name for name in names if "sym_size" not in name]) <= 2 + 2 * 18
+    assert len([name for name in names if "sym_size" not in name]) <= 2 + 2 * 21
 
 
 # Loads the native library alone, as a C++ program would, and runs what was saved.

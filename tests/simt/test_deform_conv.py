@@ -271,7 +271,7 @@ def test_masks_outside_are_not_read(simt: Any) -> None:
     assert Operator(simt).run(work, tensors)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
 def test_many_jobs_take_several_launches(simt: Any, dtype: torch.dtype) -> None:
     check(ManyJobs(), dtype, Operator(simt))
     check_backward(ManyJobs(), dtype, Operator(simt))

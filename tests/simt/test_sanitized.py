@@ -24,8 +24,8 @@ REPORTS = {
 
 # What is left out of the long ones are the same kernels in other types or orders.
 _MATRICES = "not float16 and not float64 and not test_orders and not chunks"
-# dtype0 of many_jobs is float64; gradcheck makes one small call hundreds of times.
-_CONVOLUTION = f"{_MATRICES} and not (many_jobs and dtype0) and not gradcheck"
+# gradcheck makes one small call hundreds of times.
+_CONVOLUTION = f"{_MATRICES} and not gradcheck"
 PARTS = {"test_deform_conv.py": _CONVOLUTION, "test_deform_weights.py": _MATRICES}
 _NO_KERNELS = ("mutants", "nvcc", "sanitized", "tiling")
 SUITES = {
