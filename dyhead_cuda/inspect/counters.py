@@ -109,6 +109,13 @@ def _of_trace(value: Any) -> Any:
     """A value of a traced graph: the shape of a tensor, a constant, a list of those, or None."""
     if value.isCompleteTensor():
         return tuple(value.type().sizes())
+    # Results of a scripted function are a tuple, and have a shape where it is taken apart.
+    for use in value.uses():
+        if use.user.kind() == "prim::TupleConstruct":
+            (whole,) = use.user.outputs()
+            for taken in whole.uses():
+                if taken.user.kind() == "prim::TupleUnpack":
+                    return _of_trace(list(taken.user.outputs())[use.offset])
     if value.node().kind() == "prim::ListConstruct":
         return [_of_trace(item) for item in value.node().inputs()]
     return value.toIValue()

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dyhead_cuda.ops import scripted
+
 
 class Formula(NamedTuple):
     """What :func:`torch.library.register_autograd` takes."""
@@ -68,9 +70,7 @@ def call(name: str, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*arguments)
     if torch.jit.is_tracing():
-        # Sizes are tensors there, which the tracer takes for whole numbers, but not for symbolic
-        # ones. A trace is of one size; PyTorch warns of that here.
-        arguments = pytree.tree_map_only(Tensor, lambda x: x if x.dim() else int(x), arguments)
+        return scripted.call(name, arguments)
     if not torch._C._are_functorch_transforms_active():
         return operator(*arguments)
     leaves, structure = pytree.tree_flatten(arguments)
