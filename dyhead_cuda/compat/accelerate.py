@@ -15,6 +15,7 @@ from dyhead_cuda.compat import inner, structure
 from dyhead_cuda.compat.measure import LIMIT, CannotMeasureError, Variant, measure, variants
 from dyhead_cuda.compat.names import GLIP, MMDET, MMDET_GLIP, ULTRALYTICS, CodeBase
 from dyhead_cuda.modules import DyHeadBlock
+from dyhead_cuda.modules.scripted import NotScriptable
 from dyhead_cuda.pyramid import HIGH_OFFSETS, UPSAMPLES, HighOffset, Upsample, repack, unpack
 from dyhead_cuda.recompute import recomputed
 
@@ -23,7 +24,7 @@ _log = logging.getLogger("dyhead_cuda")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class AcceleratedBlock(nn.Module, ABC):
+class AcceleratedBlock(NotScriptable, nn.Module, ABC):
     """A public block with its own submodules, parameters and hooks, and a fused forward.
 
     It adopts the attributes of ``block``, so parameters stay the same objects and state-dict keys

@@ -8,6 +8,7 @@ is imported. They count a multiplication and an addition as one, ``FlopCounterMo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from dyhead_cuda import checks, library
 from dyhead_cuda.modules import DeformBranch, ModulatedDeformConv2d
 from dyhead_cuda.modules.unified import UnifiedDyHeadBlock
 from dyhead_cuda.ops.flops import MULTIPLY_ADDS, WITHOUT_PRODUCTS, multiply_adds
+
+logger = logging.getLogger("dyhead_cuda")
 
 ModuleHook = Callable[[nn.Module, Any, Tensor], None]
 Handle = Callable[[Sequence[Any], Sequence[Any]], int]
@@ -109,13 +112,6 @@ def _of_trace(value: Any) -> Any:
     """A value of a traced graph: the shape of a tensor, a constant, a list of those, or None."""
     if value.isCompleteTensor():
         return tuple(value.type().sizes())
-    # Results of a scripted function are a tuple, and have a shape where it is taken apart.
-    for use in value.uses():
-        if use.user.kind() == "prim::TupleConstruct":
-            (whole,) = use.user.outputs()
-            for taken in whole.uses():
-                if taken.user.kind() == "prim::TupleUnpack":
-                    return _of_trace(list(taken.user.outputs())[use.offset])
     if value.node().kind() == "prim::ListConstruct":
         return [_of_trace(item) for item in value.node().inputs()]
     return value.toIValue()
@@ -144,4 +140,18 @@ def fvcore_handles() -> dict[str, Handle | None]:
         return count
 
     handles: dict[str, Handle | None] = {f"dyhead::{name}": handle(name) for name in MULTIPLY_ADDS}
-    return {**handles, **{f"dyhead::{name}": None for name in WITHOUT_PRODUCTS}}
+    without = {f"dyhead::{name}": None for name in WITHOUT_PRODUCTS}
+    return {**handles, **without, "prim::CallFunction": _scripted_function}
+
+
+def _scripted_function(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """A call of a function of :mod:`dyhead_cuda.ops.scripted`, which calls one operator."""
+    name = inputs[0].node().s("name").removeprefix("_")
+    if name not in MULTIPLY_ADDS:
+        if name not in WITHOUT_PRODUCTS:
+            logger.warning("The operations of the scripted function %s are not counted", name)
+        return 0
+    (whole,) = outputs
+    (taken,) = (use.user for use in whole.uses() if use.user.kind() == "prim::TupleUnpack")
+    results = [_of_trace(x) for x in taken.outputs()]
+    return multiply_adds(name, [_of_trace(x) for x in inputs[1:]], results)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_cuda import checks, functional, plain, unfused
+from dyhead_cuda.modules.scripted import NotScriptable, ScriptableDeformConv2d
 from dyhead_cuda.numerics import Activation
 
 CONV3X3 = plain.kind(
@@ -123,6 +124,22 @@ class ModulatedDeformConv2d(nn.Module):
             x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
         )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in this module's place, on the same parameters."""
+
+        def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+            return (value, value) if isinstance(value, int) else value
+
+        return ScriptableDeformConv2d(
+            self.weight,
+            self.bias,
+            pair(self.stride),
+            pair(self.padding),
+            pair(self.dilation),
+            self.groups,
+            self.deform_groups,
+        )
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -132,7 +149,7 @@ class ModulatedDeformConv2d(nn.Module):
         )
 
 
-class DynamicReLU(nn.Module):
+class DynamicReLU(NotScriptable, nn.Module):
     """Task-aware attention: max(a1 . x + b1, a2 . x + b2) with coefficients predicted from x.
 
     Args:

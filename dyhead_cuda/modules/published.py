@@ -18,6 +18,7 @@ from dyhead_cuda.modules.layers import (
     dtype_of,
     reset_deform_weight,
 )
+from dyhead_cuda.modules.scripted import NotScriptable
 from dyhead_cuda.numerics import hsigmoid, output_format
 from dyhead_cuda.pyramid import (
     HIGH_OFFSETS,
@@ -49,7 +50,7 @@ def _normal(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-class DeformBranch(nn.Module):
+class DeformBranch(NotScriptable, nn.Module):
     """One branch of a block: a 3x3 modulated deformable convolution and its group normalisation.
 
     Args:
@@ -131,7 +132,7 @@ BRANCH = plain.kind(DeformBranch, ("weight",))
 NORM = plain.kind(nn.GroupNorm)
 
 
-class DyHeadBlock(nn.Module):
+class DyHeadBlock(NotScriptable, nn.Module):
     """One block of the published head.
 
     Args:
@@ -386,7 +387,7 @@ def fused_settings(block: nn.Module) -> tuple[Any, ...] | None:
     return block.high_offset, block.upsample, block.num_groups, block.eps, block.recompute
 
 
-class DyHead(nn.Module):
+class DyHead(NotScriptable, nn.Module):
     """The published Dynamic Head: a stack of blocks on a pyramid of feature maps.
 
     Args:

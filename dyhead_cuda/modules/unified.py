@@ -16,6 +16,7 @@ from dyhead_cuda.modules.layers import (
     dtype_of,
     reset_deform_weight,
 )
+from dyhead_cuda.modules.scripted import NotScriptable
 from dyhead_cuda.numerics import ResizeMode, Targets, UnifiedParameters
 from dyhead_cuda.pyramid import TAPS, unpack
 from dyhead_cuda.recompute import recomputed
@@ -23,7 +24,7 @@ from dyhead_cuda.recompute import recomputed
 RELU = plain.kind(DynamicReLU, (), activation="sigmoid")
 
 
-class UnifiedDyHeadBlock(nn.Module):
+class UnifiedDyHeadBlock(NotScriptable, nn.Module):
     """W(F) = pi_C(pi_S(pi_L(F) . F) . F) . F, one block of :class:`UnifiedDyHead`.
 
     Args:
@@ -135,7 +136,7 @@ class UnifiedDyHeadBlock(nn.Module):
         ).to(features.dtype)
 
 
-class UnifiedDyHead(nn.Module):
+class UnifiedDyHead(NotScriptable, nn.Module):
     """The paper's Dynamic Head on one tensor F of [N, L, C, H, W], stackable.
 
     Args:
