@@ -24,6 +24,15 @@ class NotScriptable:
         )
 
 
+def in_type(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` of a type. Without the ``if``, TorchScript would take several conversions in a row for
+    a part to differentiate by itself, and lose gradients that its first calls did not ask for.
+    """
+    if t.dtype != dtype:
+        return t.to(dtype)
+    return t
+
+
 class ScriptableDeformConv2d(nn.Module):
     """A ModulatedDeformConv2d, on its parameters, in the Python that ``torch.jit.script`` knows.
 
@@ -64,16 +73,20 @@ class ScriptableDeformConv2d(nn.Module):
         for i in range(2):
             covered = self.dilation[i] * (self.kernel[i] - 1) + 1
             out.append((size[i] + 2 * self.padding[i] - covered) // self.stride[i] + 1)
-        offset = offset.to(dtype)
+        offset = in_type(offset, dtype)
         if mask is None:
             mask = torch.ones_like(offset[:, : offset.size(1) // 2])
-        predictions = torch.cat([offset, mask.to(dtype)], 1)
-        bias = self.bias
+        predictions = torch.cat([offset, in_type(mask, dtype)], 1)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        weights, biases = [in_type(self.weight, dtype)], None
+        if self.bias is not None:
+            biases = [in_type(self.bias, dtype)]
         rows, _, _, _ = torch.ops.dyhead.deform_conv_fwd(
-            torch.ops.dyhead.pack_levels([x.contiguous()]),
-            torch.ops.dyhead.pack_levels([predictions.contiguous()]),
-            [self.weight.to(dtype).contiguous()],
-            None if bias is None else [bias.to(dtype).contiguous()],
+            torch.ops.dyhead.pack_levels([x]),
+            torch.ops.dyhead.pack_levels([predictions]),
+            weights,
+            biases,
             None,
             x.size(0),
             size,
