@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
-from torchvision.ops import clip_boxes_to_image, nms
+from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, nms, roi_align
 
 from dyhead_cuda.detection.models.adapters import PyramidAnchors
 from dyhead_cuda.detection.models.atss import ATSS
@@ -126,7 +126,7 @@ class TwoStage(nn.Module):
         size, features = images.shape[-2:], self.features(images)
         proposals = propose(model.rpn, list(features.values()), size)
         heads = model.roi_heads
-        pooled = heads.box_roi_pool(features, [proposals], [size])
+        pooled, proposals = pool(heads.box_roi_pool, features, proposals)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
 
         # Boxes [R, K, 4] and scores [R, K] of the classes but the background, as rows.
@@ -306,6 +306,34 @@ def propose(rpn: Any, levels: Sequence[Tensor], size: Size) -> Tensor:
     kept = torch.cat(passing) & (sides >= rpn.min_size).all(1)
     found = chosen(found, kept.nonzero()[:, 0])
     return suppress(found, rpn.nms_thresh, rpn.post_nms_top_n()).boxes
+
+
+def pool(
+    pooling: MultiScaleRoIAlign, features: dict[str, Tensor], proposals: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The regions of one image's proposals, level by level, and the proposals in the same order.
+
+    torchvision writes the regions of each level into one tensor, whose size cannot be traced.
+
+    Args:
+        pooling: of torchvision, with its scales.
+        features: by name the levels [1, C, H_l, W_l].
+        proposals: [R, 4].
+
+    Returns:
+        [R, C, 7, 7], where the pooling's regions have that size, and [R, 4].
+    """
+    settings: Any = pooling
+    level_of = settings.map_levels([proposals])
+    regions, order = [], []
+    for i, (name, scale) in enumerate(zip(settings.featmap_names, settings.scales, strict=True)):
+        index = (level_of == i).nonzero()[:, 0]
+        boxes = proposals[index]
+        rows = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)  # of image 0
+        ratio = settings.sampling_ratio
+        regions.append(roi_align(features[name], rows, settings.output_size, scale, ratio))
+        order.append(index)
+    return torch.cat(regions), proposals[torch.cat(order)]
 
 
 def most(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
