@@ -52,7 +52,10 @@ class Features(nn.Module):
         super().__init__()
         self.backbone: nn.Module = model.backbone
         self.divisor = int(model.transform.size_divisible)
-        for name, values in (("mean", model.transform.image_mean), ("std", model.transform.image_std)):
+        for name, values in (
+            ("mean", model.transform.image_mean),
+            ("std", model.transform.image_std),
+        ):
             device = next(model.parameters()).device
             self.register_buffer(name, torch.tensor(values, device=device).view(-1, 1, 1))
 
@@ -126,7 +129,8 @@ class TwoStage(nn.Module):
         size, features = images.shape[-2:], self.features(images)
         proposals = propose(model.rpn, list(features.values()), size)
         heads = model.roi_heads
-        pooled, proposals = pool(heads.box_roi_pool, features, proposals)
+        count = model.rpn.post_nms_top_n()
+        pooled, proposals = pool(heads.box_roi_pool, features, proposals, count)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
 
         # Boxes [R, K, 4] and scores [R, K] of the classes but the background, as rows.
@@ -268,7 +272,9 @@ def detect(found: Predictions, rules: Rules, size: Size) -> Detections:
         score = rules.score(probability, None if centered is None else centered.sigmoid()[:, None])
         values = {"probability": probability, "score": score}
         passes = values[rules.threshold_on] > rules.threshold
-        best, index = most(values[rules.rank_by].where(passes, -math.inf).flatten(), rules.candidates)
+        best, index = most(
+            values[rules.rank_by].where(passes, -math.inf).flatten(), rules.candidates
+        )
         anchor, kind = index // logits.shape[1], index % logits.shape[1]
         boxes = rules.decode(deltas[anchor], anchors[anchor])
         parts.append((boxes, score.flatten()[index], kind + 1))
@@ -309,7 +315,7 @@ def propose(rpn: Any, levels: Sequence[Tensor], size: Size) -> Tensor:
 
 
 def pool(
-    pooling: MultiScaleRoIAlign, features: dict[str, Tensor], proposals: Tensor
+    pooling: MultiScaleRoIAlign, features: dict[str, Tensor], proposals: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     """The regions of one image's proposals, level by level, and the proposals in the same order.
 
@@ -319,6 +325,7 @@ def pool(
         pooling: of torchvision, with its scales.
         features: by name the levels [1, C, H_l, W_l].
         proposals: [R, 4].
+        count: the greatest R.
 
     Returns:
         [R, C, 7, 7], where the pooling's regions have that size, and [R, 4].
@@ -328,6 +335,7 @@ def pool(
     regions, order = [], []
     for i, (name, scale) in enumerate(zip(settings.featmap_names, settings.scales, strict=True)):
         index = (level_of == i).nonzero()[:, 0]
+        torch._check(index.shape[0] <= count)
         boxes = proposals[index]
         rows = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], 1)  # of image 0
         ratio = settings.sampling_ratio
@@ -365,7 +373,11 @@ def suppress(found: Detections, threshold: float, count: int) -> Detections:
     with_origin = torch.cat([boxes.flatten(), boxes.new_zeros(1)])  # there may be no box
     apart = with_origin.max() - with_origin.min() + 1
     moved = boxes + (found.labels * apart)[:, None]
-    return chosen(found, nms(moved, found.scores, threshold)[:count])
+    best = nms(moved, found.scores, threshold)[:count]
+    torch._check(
+        best.shape[0] <= count
+    )  # exporters do not see it, and sums of sizes would overflow
+    return chosen(found, best)
 
 
 def _has_area(boxes: Tensor) -> Tensor:
