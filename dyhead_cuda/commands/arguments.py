@@ -34,6 +34,10 @@ from dyhead_cuda.pyramid import HIGH_OFFSETS
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
 MIN_SIZE, MAX_SIZE = 64, 4096  # longer side of its photograph in pixels
 DEFAULT_POINTS = 3  # that attend shows
+MIN_OPSET, OPSET = (
+    19,
+    21,
+)  # ONNX has DeformConv since 19, and normalises groups in one node since 21
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
 SCENE_SIZE = 128
 _USUAL = TrainConfig(1)  # for the defaults
@@ -175,9 +179,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         help="one-stage detectors: predictions before decoding and non-maximum suppression, for "
         "any number of images",
     )
-    parser.add_argument(
-        "--opset", type=integer(19), default=21, help="of onnx (default: %(default)s)"
-    )
+    parser.add_argument("--opset", type=integer(MIN_OPSET), help=f"of onnx (default: {OPSET})")
     parser.add_argument(
         "--image",
         type=Path,

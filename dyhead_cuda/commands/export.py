@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torchvision.transforms.functional import to_tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.commands import images
+from dyhead_cuda.commands.arguments import OPSET
 from dyhead_cuda.commands.common import fail
 from dyhead_cuda.detection import export_checks as checks
 from dyhead_cuda.detection import export_files as files
@@ -40,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         device = _device(arguments)
         model, config = load_model(arguments.checkpoint, device)
         size = _size(arguments, model)
+        photograph = None if arguments.image is None else images.load_photograph(arguments.image)[0]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         _say_what_comes(arguments, config, console)
         with files.beside(arguments.out) as path:
@@ -50,10 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
                 size,
                 raw=arguments.raw,
                 classes=config["classes"],
-                opset=arguments.opset,
+                opset=arguments.opset or OPSET,
             )
             _say_interface(arguments, size, written, model, config["classes"], console)
-            _verify(arguments, path, size, model, device, console)
+            _verify(arguments, path, size, model, device, photograph, console)
             megabytes = path.stat().st_size / 1e6
         console.print(f"{escape(str(arguments.out))}: {megabytes:.1f} MB, verified. To load it:")
         for line in _loading(arguments, written.namespaces, device):
@@ -71,6 +74,8 @@ def _check(arguments: argparse.Namespace) -> None:
             f"{arguments.out}"
         )
     if arguments.format != "onnx":
+        if arguments.opset is not None:
+            raise ValueError("--opset: only for --format onnx")
         return
     for name in _ONNX_PACKAGES:
         try:
@@ -95,7 +100,8 @@ def _device(arguments: argparse.Namespace) -> torch.device:
 def _size(arguments: argparse.Namespace, model: nn.Module) -> Size:
     if arguments.size == "dynamic":
         return files.dynamic(model, arguments.raw)
-    return files.fixed(*arguments.size, arguments.raw)
+    height, width = arguments.size
+    return files.fixed(height, width, arguments.raw)
 
 
 def _say_what_comes(
@@ -174,6 +180,7 @@ def _verify(
     size: Size,
     model: nn.Module,
     device: torch.device,
+    photograph: Image.Image | None,
     console: Console,
 ) -> None:
     """Prints how near the file is to the model on images of the sizes that it takes, and times."""
@@ -181,10 +188,10 @@ def _verify(
     for shape in (size.shape, size.another):
         if shape is None:
             continue
-        if arguments.image is None:
+        if photograph is None:
             pixels = checks.choose_images(expected, shape, device)
         else:
-            pixels = _photograph(arguments.image, shape).to(device)
+            pixels = _stretched(photograph, shape).to(device)
         with torch.no_grad():
             found = run(pixels)
         agreement = checks.compare(found, expected(pixels), max(shape[2:]))
@@ -204,18 +211,17 @@ def _verify(
             times = [1000 * checks.seconds(call, pixels) for call in (run, expected)]
             console.print(
                 f"speed  {times[0]:.1f} ms, the detector in PyTorch {times[1]:.1f} ms "
-                f"(median of 5, {device.type}, {torch.get_num_threads()} threads)"
+                f"(median of {checks.RUNS}, {device.type}, {torch.get_num_threads()} threads)"
             )
 
 
 _UNITS = {"boxes": " pixels"}
 
 
-def _photograph(path: Path, shape: tuple[int, int, int, int]) -> Tensor:
+def _stretched(photograph: Image.Image, shape: tuple[int, int, int, int]) -> Tensor:
     """A photograph [N, 3, H, W], N times the same, stretched to its size."""
-    image, _ = images.load_photograph(path)
     count, _, height, width = shape
-    pixels: Tensor = to_tensor(image.resize((width, height)))
+    pixels: Tensor = to_tensor(photograph.resize((width, height)))
     return pixels.expand(count, -1, -1, -1).contiguous()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyhead_cuda.detection.export_files import ExportError, Outputs
 from dyhead_cuda.detection.models.exportable import exportable
@@ -21,7 +21,7 @@ TOLERANCE = 1e-3
 # One in ten detections may have no partner: of boxes and scores that nearly tie, rounding decides
 # which one is kept.
 UNPAIRED = 10
-_RUNS = 5
+RUNS = 5  # of which the median time is taken
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _compare_detections(found: Outputs, expected: Outputs, longer_side: int) -> 
 def seconds(run: Callable[[Tensor], Any], images: Tensor) -> float:
     """The median time of a few calls, after one that does not count."""
     times = []
-    for _ in range(_RUNS + 1):
+    for _ in range(RUNS + 1):
         start = time.perf_counter()
         run(images)
         if images.is_cuda:

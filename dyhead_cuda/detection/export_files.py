@@ -20,6 +20,7 @@ from dyhead_cuda.detection.models.exportable import exportable
 from dyhead_cuda.detection.names import ExportFormat
 
 Outputs = dict[str, Tensor]
+Description = tuple[list[int | str], torch.dtype]  # shape, with names of open sizes, and type
 INPUT = "images"
 CLASSES = "classes"  # their names in the file, as a JSON list
 SUFFIXES: dict[ExportFormat, str] = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
@@ -93,7 +94,7 @@ class Written:
     """A file, and what running it takes."""
 
     namespaces: tuple[str, ...]  # of operators that are not torch's own: "dyhead", "torchvision"
-    outputs: dict[str, tuple[list[int | str], torch.dtype]]  # shapes and types by name
+    outputs: dict[str, Description]  # shapes and types by name
 
 
 def write(
@@ -128,10 +129,15 @@ def write(
     with torch.no_grad():
         expected = module(images)
     outputs = {name: _described(name, x, size, raw) for name, x in expected.items()}
+    names = json.dumps(list(classes))
     try:
         with torch.no_grad(), _quiet():
-            save = {"onnx": _save_onnx, "pt2": _save_pt2, "aoti": _save_aoti}[kind]
-            namespaces = save(module, images, size, path, json.dumps(list(classes)), opset, outputs)
+            if kind == "onnx":
+                namespaces: tuple[str, ...] = ()
+                _save_onnx(module, images, size, path, names, opset, outputs)
+            else:
+                program, namespaces = _trace(module, images, size)
+                _save_program(program, kind, path, names)
     except Exception as error:  # whatever torch's exporters and compilers raise
         reason = " ".join(str(error).split())
         raise ExportError(
@@ -142,7 +148,7 @@ def write(
     return Written(namespaces, outputs)
 
 
-def _described(name: str, x: Tensor, size: Size, raw: bool) -> tuple[list[int | str], torch.dtype]:
+def _described(name: str, x: Tensor, size: Size, raw: bool) -> Description:
     shape: list[int | str] = list(x.shape)
     if not raw:
         shape[0] = "detections"
@@ -179,8 +185,8 @@ def _save_onnx(
     path: Path,
     classes: str,
     opset: int,
-    outputs: dict[str, tuple[list[int | str], torch.dtype]],
-) -> tuple[str, ...]:
+    outputs: dict[str, Description],
+) -> None:
     program: Any = torch.onnx.export(
         module,
         (images,),
@@ -197,7 +203,6 @@ def _save_onnx(
         value.shape = onnx_ir.Shape(outputs[value.name][0])
     program.model.metadata_props[CLASSES] = classes
     program.save(path, external_data=False)
-    return ()
 
 
 def _trace(module: nn.Module, images: Tensor, size: Size) -> tuple[Any, tuple[str, ...]]:
@@ -207,24 +212,14 @@ def _trace(module: nn.Module, images: Tensor, size: Size) -> tuple[Any, tuple[st
     return program, tuple(sorted(spaces & {"dyhead", "torchvision"}))
 
 
-def _save_pt2(
-    module: nn.Module, images: Tensor, size: Size, path: Path, classes: str, *_: Any
-) -> tuple[str, ...]:
-    program, namespaces = _trace(module, images, size)
-    torch.export.save(program, path, extra_files={CLASSES: classes})
-    return namespaces
-
-
-def _save_aoti(
-    module: nn.Module, images: Tensor, size: Size, path: Path, classes: str, *_: Any
-) -> tuple[str, ...]:
-    program, namespaces = _trace(module, images, size)
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(path),
-        inductor_configs={"aot_inductor.metadata": {CLASSES: classes}},
-    )
-    return namespaces
+def _save_program(program: Any, kind: ExportFormat, path: Path, classes: str) -> None:
+    if kind == "pt2":
+        torch.export.save(program, path, extra_files={CLASSES: classes})
+    else:
+        configs = {"aot_inductor.metadata": {CLASSES: classes}}
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=configs
+        )
 
 
 def load(path: Path, kind: ExportFormat) -> Callable[[Tensor], Outputs]:

@@ -1,7 +1,7 @@
 """Detectors as one function of a tensor, for exporters.
 
-The detectors' own ``forward`` takes lists of images of any sizes, and has as many candidates as pass
-a threshold: neither can be traced. These modules compute the same from one tensor, where a fixed
+The detectors' own ``forward`` takes lists of images of any sizes, and has as many candidates as
+pass a threshold: neither can be traced. These modules compute the same from one tensor. A fixed
 number of candidates goes through, and those that do not pass are left out before non-maximum
 suppression.
 """
@@ -24,7 +24,7 @@ from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
 from dyhead_cuda.detection.models.two_stage import FasterRCNN
 
-Size = tuple[int, int]  # height, width; symbols while a program is traced
+Size = Sequence[int]  # height, width; symbols while a program is traced
 
 
 class Detections(NamedTuple):
@@ -47,6 +47,9 @@ class Predictions(NamedTuple):
 
 class Features(nn.Module):
     """Normalises and pads images, as the detector's own transform does; no resizing."""
+
+    mean: Tensor  # [3, 1, 1], of RGB in 0..1
+    std: Tensor
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -347,7 +350,8 @@ def pool(
 def most(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` greatest of values [A], and their places.
 
-    Where there are fewer, minus infinity fills up, with the last place: ``count`` is the same for all sizes.
+    Where there are fewer, minus infinity fills up, with the last place, so that ``count`` is the
+    same for images of all sizes.
     """
     best = F.pad(values, (0, count), value=-math.inf).topk(count)
     return best.values, best.indices.clamp(max=values.shape[0] - 1)
@@ -355,7 +359,7 @@ def most(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def clipped(found: Detections, size: Size) -> Detections:
     """The same with boxes cut at the borders of the image."""
-    return found._replace(boxes=clip_boxes_to_image(found.boxes, size))
+    return found._replace(boxes=clip_boxes_to_image(found.boxes, (size[0], size[1])))
 
 
 def chosen(found: Detections, index: Tensor) -> Detections:
