@@ -67,17 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if arguments.opset is not None and arguments.format != "onnx":
+        raise ValueError("--opset: only for --format onnx")
     suffix = files.SUFFIXES[arguments.format]
     if arguments.out.suffix != suffix:
         raise ValueError(
             f"expected --out with the suffix {suffix} for --format {arguments.format}, got "
             f"{arguments.out}"
         )
-    if arguments.format != "onnx":
-        if arguments.opset is not None:
-            raise ValueError("--opset: only for --format onnx")
-        return
-    for name in _ONNX_PACKAGES:
+    for name in _ONNX_PACKAGES if arguments.format == "onnx" else ():
         try:
             importlib.import_module(name)
         except ModuleNotFoundError:
