@@ -42,6 +42,17 @@ def test_both_ways_of_atss() -> None:
     assert min(found.values()) > 10
 
 
+def test_thresholds_and_boxes_in_the_padding() -> None:
+    for detector in ("atss", "fcos"):
+        model: Any = make(detector)
+        if detector == "atss":
+            model.detections, model.score_threshold = 1000, 0.4
+        else:
+            model.detections_per_img, model.score_thresh = 1000, 0.4
+        # Three quarters of the anchors are beyond the image.
+        assert assert_same(model, 33, 33) > 5
+
+
 @pytest.mark.parametrize("detector", ["atss", "fcos", "faster_rcnn"])
 def test_nothing_is_found(detector: str) -> None:
     model: Any = make(detector)
