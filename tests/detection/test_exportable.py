@@ -43,14 +43,14 @@ def test_both_ways_of_atss() -> None:
 
 
 def test_thresholds_and_boxes_in_the_padding() -> None:
-    for detector in ("atss", "fcos"):
-        model: Any = make(detector)
-        if detector == "atss":
-            model.detections, model.score_threshold = 1000, 0.4
-        else:
-            model.detections_per_img, model.score_thresh = 1000, 0.4
-        # Three quarters of the anchors are beyond the image.
-        assert assert_same(model, 33, 33) > 5
+    atss: Any = make("atss")
+    atss.detections = 1000
+    # Small boxes: those of anchors beyond the image have no part in it, and are dropped.
+    atss.head.boxes.bias.data[2:] = -10
+    assert assert_same(atss, 33, 33) > 5
+    fcos: Any = make("fcos")
+    fcos.detections_per_img, fcos.score_thresh = 1000, 0.5  # as many are above as below
+    assert assert_same(fcos, 33, 33) > 5
 
 
 @pytest.mark.parametrize("detector", ["atss", "fcos", "faster_rcnn"])
@@ -132,6 +132,12 @@ def test_other_detections_do_not(name: str) -> None:
         found = detections({"fewer": 17, "more": 23, "none": 0}[name])
     with pytest.raises(ExportError):
         checks.compare(found, expected, longer_side=400)
+
+
+def test_a_detection_has_one_partner() -> None:
+    same = {name: x[:1].expand(20, *x.shape[1:]) for name, x in detections(20).items()}
+    with pytest.raises(ExportError, match="of these only 1 have"):
+        checks.compare(detections(20), same, longer_side=400)
 
 
 @pytest.mark.parametrize("change", [0.01, float("nan")])
