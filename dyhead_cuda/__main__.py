@@ -43,6 +43,11 @@ COMMANDS = {
     "attend": Command(
         options.attend, "detection", "draw what the head of a trained detector attends to"
     ),
+    "export": Command(
+        options.export,
+        "detection",
+        "write a trained detector as ONNX, torch.export or AOTInductor file, and verify it",
+    ),
 }
 
 

@@ -10,8 +10,23 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from dyhead_cuda.commands.options import attentions, blocks, integer, levels, number, point
-from dyhead_cuda.detection.names import DETECTORS, DEVICES, Amp, Optimizer, Schedule
+from dyhead_cuda.commands.options import (
+    attentions,
+    blocks,
+    image_size,
+    integer,
+    levels,
+    number,
+    point,
+)
+from dyhead_cuda.detection.names import (
+    DETECTORS,
+    DEVICES,
+    Amp,
+    ExportFormat,
+    Optimizer,
+    Schedule,
+)
 from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.modules import ATTENTIONS, Init
 from dyhead_cuda.pyramid import HIGH_OFFSETS
@@ -19,6 +34,10 @@ from dyhead_cuda.pyramid import HIGH_OFFSETS
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
 MIN_SIZE, MAX_SIZE = 64, 4096  # longer side of its photograph in pixels
 DEFAULT_POINTS = 3  # that attend shows
+MIN_OPSET, OPSET = (
+    19,
+    21,
+)  # ONNX has DeformConv since 19, and normalises groups in one node since 21
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
 SCENE_SIZE = 128
 _USUAL = TrainConfig(1)  # for the defaults
@@ -129,6 +148,61 @@ def attend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("attention"), help="folder (default: %(default)s)"
     )
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda export``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXPORTED
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="RUN", help="a folder that train wrote, or a checkpoint"
+    )
+    parser.add_argument(
+        "--format",
+        choices=get_args(ExportFormat),
+        required=True,
+        help="onnx: standard ONNX, nothing of this package needed to run it (extra: export); pt2: "
+        "torch.export, needs PyTorch and this package's operators; aoti: the same compiled by "
+        "AOTInductor, which takes a C++ compiler and some minutes",
+    )
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        required=True,
+        metavar="HxW|dynamic",
+        help="of the images that the file takes, in pixels, e.g. 800x1088; dynamic: any height and "
+        "width that the pyramid divides",
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="one-stage detectors: predictions before decoding and non-maximum suppression, for "
+        "any number of images",
+    )
+    parser.add_argument("--opset", type=integer(MIN_OPSET), help=f"of onnx (default: {OPSET})")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        metavar="PHOTO",
+        help="compare file and detector on it (default: on random images)",
+    )
+    _add_device(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx or .pt2")
+
+
+_EXPORTED = """\
+input:
+  images [1, 3, H, W] float32, RGB in 0..1. Normalisation, and for a fixed size padding, are inside
+  the file; resizing is not. With --raw [n, 3, H, W].
+outputs, for n detections, best first, after non-maximum suppression:
+  boxes [n, 4] float32    x1, y1, x2, y2 in pixels of the input
+  scores [n] float32
+  labels [n] int64        from 1; the names are in the file as "classes"
+outputs with --raw, for A anchors of all levels, finest first:
+  logits [n, A, classes], deltas [n, A, 4], centerness [n, A] (not retinanet), anchors [A, 4]
+
+The file is loaded and compared with the detector before it gets its name.
+"""
 
 
 def _add_device(parser: Any) -> None:

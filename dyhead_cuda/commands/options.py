@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from dyhead_cuda.modules import ATTENTIONS
 
@@ -49,6 +50,18 @@ def levels(text: str) -> tuple[int, int]:
     if not (dash and first.isdecimal() and last.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected two levels such as 3-7, got {text!r}")
     return int(first), int(last)
+
+
+def image_size(text: str) -> tuple[int, int] | Literal["dynamic"]:
+    """A type of options: height and width in pixels, as "800x1088", or "dynamic"."""
+    if text == "dynamic":
+        return "dynamic"
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(
+            f"expected a height and a width such as 800x1088, or dynamic, got {text!r}"
+        )
+    return int(height), int(width)
 
 
 def attentions(text: str) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ Postprocess = Literal["mmdet", "microsoft"]
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
+ExportFormat = Literal["onnx", "pt2", "aoti"]
+
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "step"]
 Amp = Literal["off", "bf16", "fp16"]

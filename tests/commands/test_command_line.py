@@ -63,6 +63,7 @@ def test_help_shows_the_options_of_the_command(
     for key, option in (
         (("dyhead_cuda", "train"), "--offset-lr"),
         (("dyhead_cuda", "attend"), "--points"),
+        (("dyhead_cuda", "export"), "boxes [n, 4] float32"),
         (("benchmarks", None), "--peers"),
         (("benchmarks", "compare"), "--threshold"),
         (("benchmarks", "study"), "--seeds"),
@@ -77,6 +78,7 @@ def test_help_and_dry_run_of_the_gpu_check_need_no_extra() -> None:
         assert expected in done.stdout
 
 
+EXPORT = ("--format", "onnx", "--size", "dynamic", "--out", "a.onnx")
 RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("dyhead_cuda", ("info",)): None,
     ("dyhead_cuda", ("demo",)): "demo",
@@ -84,6 +86,7 @@ RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("dyhead_cuda", ("eval", "run")): "detection",
     ("dyhead_cuda", ("predict", "a.png", "--checkpoint", "run")): "detection",
     ("dyhead_cuda", ("attend", "a.png", "--checkpoint", "run")): "detection",
+    ("dyhead_cuda", ("export", "run", *EXPORT)): "detection",
     ("benchmarks", ("--quick",)): "bench",
     ("benchmarks", ("compare", *["benchmarks/results/cpu.json"] * 2)): None,
     ("benchmarks", ("report", "benchmarks/results/cpu.json")): "bench",
