@@ -52,7 +52,7 @@ class Emulated(TorchDispatchMode):
         source: Tensor,
         predictions: Tensor,
         weights: list[Tensor],
-        bias: list[Tensor],
+        bias: list[Tensor] | None,
         gates: Tensor | None,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
@@ -62,7 +62,7 @@ class Emulated(TorchDispatchMode):
             to_array(source),
             to_array(predictions),
             [to_array(w) for w in weights],
-            [to_array(b) for b in bias],
+            [to_array(b) for b in bias or ()],
             _name(weights[0]),
             _array(gates),
             tables,
