@@ -47,6 +47,12 @@ ACTIONS = {
         options.files,
         "which of the project's targets a GPU run reached",
     ),
+    "runtimes": Action(
+        "measuring.runtimes",
+        None,  # a runtime that is not installed is left out, and said so
+        options.runtimes,
+        "the exported head in onnxruntime and OpenVINO",
+    ),
     "study": Action(
         "study.command",
         "bench,detection",

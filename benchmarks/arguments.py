@@ -59,6 +59,25 @@ def report(parser: argparse.ArgumentParser) -> None:
     _add_write(parser, readme.BENCHMARKS)
 
 
+def runtimes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``runtimes``."""
+    parser.add_argument("--shapes", choices=list(SHAPE_SETS), default="glip")
+    parser.add_argument("--blocks", nargs="+", type=integer(1), default=[1, 6])
+    parser.add_argument(
+        "--rounds", type=integer(1), default=7, help="runs of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/results/runtimes/cpu.json"),
+        help="results (default: %(default)s)",
+    )
+    _add_write(parser, readme.RUNTIMES)
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: the table of --json as it is"
+    )
+
+
 def files(parser: argparse.ArgumentParser) -> None:
     """Adds the files of actions that have no options: ``plot`` and ``targets``."""
     parser.add_argument("files", nargs="+", type=Path)

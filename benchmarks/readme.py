@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-BENCHMARKS, STUDY = "bench", "study"  # the sections that there are
+BENCHMARKS, RUNTIMES, STUDY = "bench", "runtimes", "study"  # the sections that there are
 
 
 class SectionError(Exception):

@@ -92,6 +92,7 @@ RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("benchmarks", ("report", "benchmarks/results/cpu.json")): "bench",
     ("benchmarks", ("plot", "benchmarks/results/cpu.json")): "bench",
     ("benchmarks", ("targets", "benchmarks/results/cpu.json")): None,
+    ("benchmarks", ("runtimes", "--report")): None,
     ("benchmarks", ("study",)): "bench,detection",
 }
 

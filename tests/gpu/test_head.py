@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, accelerate, backend, library
 from dyhead_cuda.ops.common import compute_dtype
@@ -21,6 +22,7 @@ from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
     assert_gradients_close,
+    gradients,
     leaf,
     random_like,
     relative_l2,
@@ -360,6 +362,22 @@ def test_compiles_in_one_graph(recompute: bool, compiler: str) -> None:
     expected = block(features)
     assert_close(found, expected, torch.float32)
     assert_gradients_close(backward(found, inputs), backward(expected, inputs), torch.float32)
+
+
+def test_cuda_graphs_of_a_compiled_training_step() -> None:
+    head = DyHead(64, 64, 2, num_groups=4).to(DEVICE)
+    randomise(head)
+    features = [x.to(DEVICE) for x in random_pyramid(2, 64, SIZES[2:], torch.float32)]
+    expected_levels = [leaf(x) for x in features]
+    expected = gradients(head(expected_levels), [*expected_levels, *head.parameters()])
+    counters.clear()
+    compiled = torch.compile(head, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # the first compiles, the next ones warm up and record
+        torch.compiler.cudagraph_mark_step_begin()
+        levels = [leaf(x) for x in features]
+        found = gradients(compiled(levels), [*levels, *head.parameters()])
+        assert_gradients_close([g.clone() for g in found], expected, torch.float32)
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 # --- as users run it ----------------------------------------------------------------------------
