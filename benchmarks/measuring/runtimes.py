@@ -160,7 +160,7 @@ def section(data: dict[str, Any], link: str) -> str:
     header = ["head", OURS, *names[1:]]
     lines = []
     for head in data["heads"]:
-        cells = [f"{head['shapes']}, {head['blocks']} blocks"]
+        cells = [f"{head['shapes']}, {head['blocks']} block" + "s" * (head["blocks"] > 1)]
         own = head["rows"][OURS]["seconds"]
         cells.append(f"{own * 1e3:.0f} ms")
         for name in names[1:]:
@@ -185,7 +185,7 @@ def section(data: dict[str, Any], link: str) -> str:
 
 def _versions() -> dict[str, str]:
     return {
-        name: str(__import__(name).__version__)
+        name: str(__import__(name).__version__).partition("-")[0]
         for name in ("onnxruntime", "openvino", "torchvision")
         if find_spec(name) is not None
     }
