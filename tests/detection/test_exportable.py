@@ -149,3 +149,18 @@ def test_other_raw_predictions_do_not_agree(change: float) -> None:
         checks.compare(found, expected, 64)
     with pytest.raises(ExportError, match="expected outputs"):
         checks.compare({"logits": expected["logits"]}, expected, 64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("detector", ONE_STAGE)
+def test_raw_outputs_can_be_traced_for_all_sizes(detector: str) -> None:
+    model = exportable(make(detector), raw=True).eval()
+    with torch.no_grad():
+        trace = torch.jit.trace(model, (torch.rand(1, 3, 64, 96),), strict=False)
+        for shape in ((1, 3, 64, 96), (2, 3, 128, 160)):
+            images = torch.rand(shape)
+            expected = model(images)
+            found = trace(images)
+            assert found.keys() == expected.keys()
+            for name, x in expected.items():
+                torch.testing.assert_close(found[name], x)
