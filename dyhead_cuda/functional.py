@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -458,26 +459,18 @@ def pyramid_blocks(
         in_channels = out_channels
     checks.one_of("upsample", upsample, UPSAMPLES)
     memory_format = output_format(features, memory_format)
+    options: dict[str, Any] = {
+        "high_offset": high_offset,
+        "upsample": upsample,
+        "num_groups": num_groups,
+        "eps": eps,
+    }
     chosen = select(features[0])
     if chosen == "onnx":
-        return onnx.pyramid_blocks(
-            features,
-            blocks,
-            high_offset=high_offset,
-            upsample=upsample,
-            num_groups=num_groups,
-            eps=eps,
-        )
+        return onnx.pyramid_blocks(features, blocks, **options)
     if chosen != "reference":
         return fused.pyramid_blocks(
-            features,
-            blocks,
-            high_offset=high_offset,
-            upsample=upsample,
-            num_groups=num_groups,
-            eps=eps,
-            recompute=recompute,
-            memory_format=memory_format,
+            features, blocks, **options, recompute=recompute, memory_format=memory_format
         )
     run = partial(
         _reference_block, high_offset=high_offset, upsample=upsample, num_groups=num_groups, eps=eps

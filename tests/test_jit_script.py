@@ -82,3 +82,25 @@ def test_others_are_refused_in_one_sentence(module: nn.Module) -> None:
     with pytest.raises(RuntimeError, match=r"^torch.jit.script cannot compile a \w+: use") as error:
         torch.jit.script(module)
     assert "\n" not in str(error.value)
+
+
+class Doubled(ModulatedDeformConv2d):
+    def forward(self, *tensors: Any) -> Any:
+        return 2 * super().forward(*tensors)
+
+
+def convolution_with(attached: str) -> ModulatedDeformConv2d:
+    if attached == "subclass":
+        return Doubled(8, 8, 3)
+    conv = ModulatedDeformConv2d(8, 8, 3)
+    if attached == "hook":
+        conv.register_forward_hook(lambda module, inputs, out: 2 * out)
+    else:
+        nn.utils.parametrizations.weight_norm(conv)
+    return conv
+
+
+@pytest.mark.parametrize("attached", ["subclass", "hook", "parametrization"])
+def test_nothing_attached_to_a_convolution_is_lost(attached: str) -> None:
+    with pytest.raises(RuntimeError, match=r"^torch.jit.script cannot compile a \w+ that"):
+        torch.jit.script(convolution_with(attached))

@@ -125,7 +125,19 @@ class ModulatedDeformConv2d(nn.Module):
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles in this module's place, on the same parameters."""
+        """What torch.jit.script compiles in this module's place, on the same parameters.
+
+        Raises:
+            RuntimeError: hooks, a subclass or a parametrization, which would be lost.
+        """
+        reason = plain.why_not_plain(self, CONVOLUTION)
+        if reason is None and self._parameters.get("weight") is None:
+            reason = "has a weight that is computed"
+        if reason is not None:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile a {type(self).__name__} that {reason}: use "
+                "torch.jit.trace, torch.export or torch.compile (docs/export.md)"
+            )
 
         def pair(value: int | tuple[int, int]) -> tuple[int, int]:
             return (value, value) if isinstance(value, int) else value
@@ -147,6 +159,9 @@ class ModulatedDeformConv2d(nn.Module):
             f"groups={self.groups}, deform_groups={self.deform_groups}, "
             f"bias={self.bias is not None}"
         )
+
+
+CONVOLUTION = plain.kind(ModulatedDeformConv2d, ("weight",))
 
 
 class DynamicReLU(NotScriptable, nn.Module):
