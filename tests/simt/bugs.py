@@ -169,6 +169,13 @@ DEFORM_CONV = Suite(
             "cp_async_wait_group<kBwdStages - 1>",
             INPUT_KERNEL,
         ),
+        "values that are not finite go missing": Bug(
+            DEFORM_INPUT,
+            "if (p_.scatter == Scatter::kFixed) NonFiniteMarks",
+            "if (p_.scatter == Scatter::kSum) NonFiniteMarks",
+            INPUT_KERNEL,
+            "not_finite and float32",
+        ),
         "integer sums lose a digit": Bug(
             f"{CUDA}/deform_conv/deform_conv_scatter.cuh",
             "return sum / scale;",

@@ -201,6 +201,12 @@ T atomicMin(T* p, std::type_identity_t<T> value) {
 }
 
 template <class T>
+T atomicOr(T* p, std::type_identity_t<T> value) {
+  static_assert(std::is_integral_v<T>, "as on the device");
+  return dyhead::simt::atomic_update("atomicOr", p, [&](T old) { return old | value; });
+}
+
+template <class T>
 T atomicExch(T* p, std::type_identity_t<T> value) {
   return dyhead::simt::atomic_update("atomicExch", p, [&](T) { return value; });
 }

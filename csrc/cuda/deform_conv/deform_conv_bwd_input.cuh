@@ -253,8 +253,10 @@ class InputTile {
     for (int k = 0; k < kUnit; ++k) {
       if (k >= left) break;
       const F value = weight * grad[k];
-      if (p_.scatter == Scatter::kMeasure) {
-        largest_ = larger(largest_, fabs(value));
+      if (!is_finite(value)) {
+        if (p_.scatter == Scatter::kFixed) NonFiniteMarks::add(p_.largest, at + k, value);
+      } else if (p_.scatter == Scatter::kMeasure) {
+        largest_ = largest_ > fabs(value) ? largest_ : fabs(value);
       } else {
         constexpr int kWords = FixedPoint<F>::kWords;
         fixed_.add(static_cast<unsigned long long*>(p_.sums) + (at + k) * kWords, value);
