@@ -65,11 +65,13 @@ def write_skeleton(target: Path) -> None:
     for name in [*kept, "cpu/context.h", "cuda/context.h", "cuda/tile/launch.cuh"]:
         (target / "csrc" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "csrc" / name, target / "csrc" / name)
-    schemas = ['#include "device.h"']
+    schemas = []
     for path in sorted((ROOT / "csrc" / "host").glob("*.cpp")):
         schemas += re.findall(r"^DYHEAD_SCHEMAS\(m\) \{.*?^\}", path.read_text(), re.M | re.S)
-    assert len(schemas) == 6
-    (target / "csrc" / "host" / "schemas.cpp").write_text("\n".join(schemas) + "\n")
+    assert len(schemas) == 5
+    for i, schema in enumerate(schemas):  # each in a file, as each is a function of one name
+        file = target / "csrc" / "host" / f"schemas_{i}.cpp"
+        file.write_text(f'#include "device.h"\n{schema}\n')
     for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, target)
 
