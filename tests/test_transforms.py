@@ -127,6 +127,33 @@ def test_vmap_over_any_dimension(dims: int) -> None:
     assert_close(found, expected)
 
 
+@each_module
+def test_vmap_folds_the_batch(name: str) -> None:
+    """Into the images: as many calls of operators as without it."""
+    module, _, inputs = module_of(name)
+
+    def batched(x: Any, of: Callable[[Tensor], Tensor]) -> Any:
+        return [batched(y, of) for y in x] if isinstance(x, list) else of(x)
+
+    several = batched(list(inputs), lambda x: torch.stack([x, 0.9 * x, x.flip(0)]))
+
+    def loss(*inputs: Any) -> Tensor:
+        return loss_of(module(*inputs))
+
+    def run(*inputs: Any) -> list[Tensor]:
+        return as_list(module(*inputs))
+
+    found, gradient = vmap(run)(*several), vmap(grad(loss))(*several)
+    for i in range(3):
+        one = batched(several, lambda x, i=i: x[i])
+        assert_close([x[i] for x in found], run(*one))
+        expected = as_list(grad(loss)(*one))
+        assert_gradients_close([g[i] for g in as_list(gradient)], expected)
+    assert calls_of_operators(vmap(run), *several) == calls_of_operators(run, *inputs)
+    folded = calls_of_operators(vmap(grad(loss)), *several)
+    assert folded == calls_of_operators(grad(loss), *inputs)
+
+
 def test_vmap_of_vmap() -> None:
     module, _, (x,) = module_of("DynamicReLU")
     several = torch.stack([torch.stack([x, 2 * x]), torch.stack([x - 1, x * x])])

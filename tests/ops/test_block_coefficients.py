@@ -264,7 +264,7 @@ def backward_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]
     grads = [torch.randn_like(t) for t in (scale, shift, relu)]
     kept = (mean, up_mean, norms, layers)
     parameters = (weights, biases, gate_weight, fc1_weight, fc2_weight)
-    return (*grads, *kept, *parameters, *arguments[11:14])
+    return (*grads, *kept, *parameters, *arguments[11:14], [1] * 11)
 
 
 @computes
@@ -357,9 +357,9 @@ def test_bad_tables_raise(name: str) -> None:
     *tables, eps = (case.options() | changes).values()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dyhead.block_coefficients_fwd(*case.arguments(tensors), *tables, eps)
-    arguments = backward_arguments(case, tensors)[:-3]
+    *arguments, _, _, _, wanted = backward_arguments(case, tensors)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dyhead.block_coefficients_bwd(*arguments, *tables)
+        torch.ops.dyhead.block_coefficients_bwd(*arguments, *tables, wanted)
 
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {

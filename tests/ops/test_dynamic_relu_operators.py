@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
     not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
 )
 
+ALL = [1, 1, 1]  # gradients wanted
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -58,7 +59,7 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> 
         t.requires_grad_()
     torch.library.opcheck(torch.ops.dyhead.dynamic_relu_fwd.default, (*arguments, True))
     torch.library.opcheck(
-        torch.ops.dyhead.dynamic_relu_bwd.default, (*backward_arguments(inputs), False)
+        torch.ops.dyhead.dynamic_relu_bwd.default, (*backward_arguments(inputs), False, ALL)
     )
 
 
@@ -94,9 +95,9 @@ def test_direct_calls_of_the_forward_are_checked(fault: str, place: int) -> None
 @pytest.mark.parametrize("fault", WRONG)
 def test_direct_calls_of_the_backward_are_checked(fault: str, place: int) -> None:
     arguments = backward_arguments(random_relu_inputs((3, 6, 5), torch.float32, hidden=4))
-    torch.ops.dyhead.dynamic_relu_bwd(*arguments, True)
+    torch.ops.dyhead.dynamic_relu_bwd(*arguments, True, ALL)
     with pytest.raises(RuntimeError, match=r"expected"):
-        torch.ops.dyhead.dynamic_relu_bwd(*wrong(arguments, place, WRONG[fault]), True)
+        torch.ops.dyhead.dynamic_relu_bwd(*wrong(arguments, place, WRONG[fault]), True, ALL)
 
 
 # --- bitwise promises -----------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def test_bitwise_equal_for_any_number_of_threads(
         rows = [
             out.detach(),
             *torch.ops.dyhead.dynamic_relu_bwd(
-                *backward_arguments([t.detach() for t in inputs]), True
+                *backward_arguments([t.detach() for t in inputs]), True, ALL
             ),
         ]
         # Products that torch computes stay out of it: they may depend on the threads.
