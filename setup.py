@@ -11,7 +11,8 @@ Environment:
 * ``DYHEAD_CUDA=off``: do not build the CUDA library.
 * ``DYHEAD_CUDA_ARCHS``: compute capabilities, separated by semicolons, e.g. ``80;90a``; by default
   those of ``cmake/cuda_archs.cmake`` that nvcc knows, and those of the GPUs of this machine.
-* ``DYHEAD_WERROR=on``: warnings are errors. ``DYHEAD_LINEINFO=on``: the CUDA library has source lines.
+* ``DYHEAD_WERROR=on``: warnings are errors. ``DYHEAD_LINEINFO=on``: the CUDA library knows its
+  source lines, for profilers and compute-sanitizer.
 * ``CXX``, ``CUDACXX``: the C++ compiler and nvcc; ``CUDAHOSTCXX``: the compiler that nvcc uses, if
   it does not take ``CXX``; ``MAX_JOBS``: compile jobs at a time.
 """
