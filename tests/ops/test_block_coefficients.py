@@ -22,8 +22,10 @@ from tests.helpers.coefficients import (
     Case,
     all_gradients,
     at_a_corner,
+    backward_arguments,
     block_case,
     check,
+    operator_arguments,
     plain,
     run,
 )
@@ -250,21 +252,6 @@ def test_a_second_derivative_raises() -> None:
     (grad,) = torch.autograd.grad(run(case, tensors)[0].sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="not differentiable again"):
         grad.sum().backward()
-
-
-def operator_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return (*case.arguments(tensors), *case.options().values())
-
-
-def backward_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    plain_tensors = [t.detach() for t in tensors]
-    arguments = operator_arguments(case, plain_tensors)
-    mean, _, up_mean, weights, biases, gate_weight, _, fc1_weight, _, fc2_weight, _ = arguments[:11]
-    scale, shift, relu, norms, layers = torch.ops.dyhead.block_coefficients_fwd(*arguments)
-    grads = [torch.randn_like(t) for t in (scale, shift, relu)]
-    kept = (mean, up_mean, norms, layers)
-    parameters = (weights, biases, gate_weight, fc1_weight, fc2_weight)
-    return (*grads, *kept, *parameters, *arguments[11:14], [1] * 11)
 
 
 @computes

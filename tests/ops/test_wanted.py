@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead_cuda import DyHead, backend, library
+from tests.helpers.coefficients import backward_arguments as coefficient_arguments
 from tests.helpers.coefficients import block_case
 from tests.helpers.deform_work import WORKS
 from tests.helpers.fuse_cases import CASES
 from tests.helpers.inputs import halving_sizes, random_pyramid, random_relu_inputs
 from tests.helpers.modules import randomise
-
-from .test_block_coefficients import backward_arguments as coefficient_arguments
-from .test_dynamic_relu_operators import backward_arguments as relu_arguments
+from tests.helpers.relu_operators import backward_arguments as relu_arguments
 
 pytestmark = pytest.mark.skipif(
     not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
