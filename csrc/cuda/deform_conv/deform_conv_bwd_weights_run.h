@@ -2,7 +2,7 @@
 // gradient: host code, as deform_conv_fwd_run.h.
 #pragma once
 
-#include <numeric>
+#include <limits>
 
 #include "deform_conv_bwd_weights.h"
 #include "deform_conv_run.h"
@@ -44,22 +44,24 @@ inline std::vector<int64_t> weight_slices(const std::vector<int64_t>& tiles, int
                                           int64_t resident) {
   constexpr int64_t kSliceTiles = 12;
   constexpr int64_t kMaxRounds = 4;
-  std::vector<int64_t> best;
-  int64_t least = 0;
-  const int64_t max_tiles = *std::max_element(tiles.begin(), tiles.end());
-  for (int64_t length = std::max<int64_t>(max_tiles, 1); length > 0; length -= 1 + length / 64) {
-    std::vector<int64_t> slices;
-    for (int64_t count : tiles) slices.push_back(ceil_div(count, length));
-    const int64_t all = std::accumulate(slices.begin(), slices.end(), int64_t{0});
+  const int64_t longest = std::max<int64_t>(*std::max_element(tiles.begin(), tiles.end()), 1);
+  int64_t best = longest;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  // Hundreds of lengths are tried in each backward call, so nothing is stored for any of them.
+  for (int64_t length = longest; length > 0; length -= 1 + length / 64) {
+    int64_t all = 0;
+    for (int64_t count : tiles) all += ceil_div(count, length);
     const int64_t rounds = ceil_div(all * blocks, resident);
+    if (length < longest && rounds > kMaxRounds) break;
     const int64_t cost = rounds * (length + kSliceTiles);
-    if (!best.empty() && rounds > kMaxRounds) break;
-    if (best.empty() || cost < least) {
+    if (cost < least) {
       least = cost;
-      best = slices;
+      best = length;
     }
   }
-  return best;
+  std::vector<int64_t> counts;
+  for (int64_t count : tiles) counts.push_back(ceil_div(count, best));
+  return counts;
 }
 
 // The slices of the matrices that a launch's jobs use.
