@@ -17,6 +17,10 @@ Activation = Literal["hsigmoid", "sigmoid"]
 Targets = Literal["all", "median"]
 ResizeMode = Literal["bilinear", "nearest", "max"]
 
+# The relative L2 error against the reference in float64 that a result of one operator may have;
+# gradients may have twice that. "tf32": float32 whose products round their operands to TF32.
+TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
+
 
 class UnifiedParameters(NamedTuple):
     """All parameters of one block of the paper's form, as tensors of any floating type.
@@ -72,6 +76,39 @@ def hsigmoid(x: Tensor) -> Tensor:
 def to_compute(x: Tensor) -> Tensor:
     """float16 and bfloat16 as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def relative_l2(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """||actual - expected|| / ||expected|| in float64; NaN if there is one.
+
+    Args:
+        actual: of any shape and floating type.
+        expected: of the same shape; more precise, and on any device.
+        floor: the least norm to divide by. Upon a norm of zero the error is absolute.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"expected the shape {expected.shape}, got {actual.shape}")
+    a = actual.detach().double()
+    b = expected.detach().to(a.device).double()
+    error, size = float((a - b).norm()), max(float(b.norm()), floor)
+    return error / size if size > 0 else error
+
+
+def gradient_errors(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], floor: float = 1e-3
+) -> list[float]:
+    """The relative L2 error of each gradient, over its norm or ``floor`` times the largest norm.
+
+    The second is for gradients whose terms cancel: that of a bias before a normalisation, for one.
+
+    Raises:
+        ValueError: other numbers of gradients, or other shapes.
+    """
+    largest = max((float(g.detach().double().norm()) for g in expected), default=0.0)
+    return [relative_l2(a, b, floor * largest) for a, b in zip(actual, expected, strict=True)]
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -352,9 +352,7 @@ ptxas info    : Function properties for _Z1g
 
 @needs_cuda_build
 def test_no_kernel_spills() -> None:
-    built = {f"sm_{arch}" for arch in library.read_build_record()["cuda"]["archs"]}
-    checked = built & {"sm_80", "sm_90a"}
-    assert checked, f"expected a build for 80 or 90a, got {built}"
+    checked = {f"sm_{arch}" for arch in library.read_build_record()["cuda"]["archs"]}
     directory = build_directory("cuda")
     files = (directory / "build.ninja").read_text()
     objects = re.findall(r"^build (\S+\.cu\.o):", files, re.MULTILINE)

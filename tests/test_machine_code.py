@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dyhead_cuda
+from dyhead_cuda.library import read_build_record
 
 LIBRARY = Path(dyhead_cuda.__file__).parent / "lib" / "libdyhead_cuda.so"
 VECTOR_OF_TYPE = {"d": 2, "f": 4, "8bfloat16": 8, "7float16": 8}  # as names are mangled: 16 bytes
@@ -80,6 +81,12 @@ def instructions(code: str, name: str) -> set[str]:
     return {found for found in instructions_of(code) if re.fullmatch(rf"{name}(\..*)?", found)}
 
 
+def architectures() -> list[str]:
+    """Those that the library was built for, and those whose instructions are tested in detail."""
+    built = read_build_record().get("cuda", {}).get("archs", [])
+    return list(dict.fromkeys(["80", "90a", *built]))
+
+
 @pytest.fixture(params=["80", "90a"])
 def kernels(request: pytest.FixtureRequest) -> dict[str, str]:
     if not LIBRARY.exists():
@@ -102,6 +109,7 @@ def of_template(
             yield match, code
 
 
+@pytest.mark.parametrize("kernels", architectures(), indirect=True)
 def test_no_local_memory(kernels: dict[str, str]) -> None:
     for name, code in kernels.items():
         assert instructions(code, "EXIT"), name

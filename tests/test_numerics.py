@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -125,3 +126,16 @@ def test_an_unknown_name_is_an_error_that_lists_the_names(call: str, name: Any) 
     with pytest.raises(ValueError, match=re.escape(repr(name))) as error:
         function(name)
     assert all(repr(known) in str(error.value) for known in names)
+
+
+def test_errors() -> None:
+    ours, wanted = torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])
+    assert numerics.relative_l2(ours, wanted) == 0.1
+    assert numerics.relative_l2(ours, wanted, floor=50) == 0.01
+    assert numerics.relative_l2(ours - 3, ours - ours) == 1.5  # absolute
+    assert math.isnan(numerics.relative_l2(ours * math.nan, wanted))
+    with pytest.raises(ValueError, match="expected the shape"):
+        numerics.relative_l2(ours, wanted[None])
+    found = [torch.tensor([100.0]), torch.tensor([0.01])]
+    errors = numerics.gradient_errors(found, [torch.tensor([100.0]), torch.tensor([0.0])])
+    assert errors == pytest.approx([0, 0.1])

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dyhead_cuda.numerics import TOLERANCES as TOLERANCE
+
 # tf32: float32 tensors whose matrix products round their operands to TF32.
 PRECISIONS = {
     "float32": torch.float32,
@@ -17,8 +19,6 @@ PRECISIONS = {
     "float64": torch.float64,
 }
 
-# The relative L2 error that the outputs of one operator of ours may have.
-TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
 GRADIENT_TOLERANCE = {precision: 2 * error for precision, error in TOLERANCE.items()}
 
 # The same for blocks and heads. A rounded result moves the samples of the next step and flips

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import library
+from dyhead_cuda.numerics import TOLERANCES
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.jobs import Job, Plan
 from tests.helpers.compare import (
@@ -45,7 +46,7 @@ from .device import (
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-TF32 = 1e-3
+TF32 = TOLERANCES["tf32"]
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
 

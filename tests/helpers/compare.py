@@ -7,22 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Relative L2 error against the float64 reference; gradients may have twice that.
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
+from dyhead_cuda.numerics import TOLERANCES, gradient_errors
+from dyhead_cuda.numerics import relative_l2 as relative_l2
+
+# By type: what numerics.TOLERANCES says by name.
+TOLERANCE: dict[torch.dtype, float] = {
+    getattr(torch, name): error for name, error in TOLERANCES.items() if name != "tf32"
 }
-
-
-def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; NaN if there is one; absolute upon zeros."""
-    assert actual.shape == expected.shape, f"expected {expected.shape}, got {actual.shape}"
-    a = actual.detach().double()
-    b = expected.detach().to(a.device).double()
-    error, size = (a - b).norm(), b.norm()
-    return float(error / size) if size > 0 else float(error)
 
 
 def assert_close(
@@ -51,11 +42,7 @@ def assert_gradients_close(
 
     The second is for gradients whose terms cancel: that of a bias before a normalisation, for one.
     """
-    largest = max(float(g.double().norm()) for g in expected)
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert a.shape == b.shape, f"gradient {i}: expected {b.shape}, got {a.shape}"
-        difference = float((a.double() - b.double()).norm())
-        error = difference / max(float(b.double().norm()), floor * largest, 1e-300)
+    for i, error in enumerate(gradient_errors(actual, expected, floor)):
         assert error <= 2 * TOLERANCE[dtype], f"gradient {i}: relative L2 error {error:.3g}"
 
 
