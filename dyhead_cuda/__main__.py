@@ -28,6 +28,11 @@ COMMANDS = {
     "info": Command(
         options.info, None, "what runs here and why: versions, libraries, processors, operators"
     ),
+    "check": Command(
+        options.check,
+        None,
+        "whether the compiled kernels give the reference's numbers on this machine (2 minutes)",
+    ),
     "demo": Command(
         options.demo,
         "demo",

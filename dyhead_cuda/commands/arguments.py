@@ -48,6 +48,13 @@ def info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def check(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda check``."""
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="check this one alone (default: all there are)"
+    )
+
+
 def demo(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda demo``."""
     parser.add_argument("--image", type=Path, help="a photograph (default: one of scikit-image's)")

@@ -81,6 +81,7 @@ def test_help_and_dry_run_of_the_gpu_check_need_no_extra() -> None:
 EXPORT = ("--format", "onnx", "--size", "dynamic", "--out", "a.onnx")
 RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("dyhead_cuda", ("info",)): None,
+    ("dyhead_cuda", ("check", "--device", "cpu")): None,
     ("dyhead_cuda", ("demo",)): "demo",
     ("dyhead_cuda", ("train",)): "detection",
     ("dyhead_cuda", ("eval", "run")): "detection",

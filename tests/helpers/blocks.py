@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyhead_cuda import backend, functional
 from dyhead_cuda.backends import Backend
+from dyhead_cuda.commands.check_cases import keep_lines_apart
 from dyhead_cuda.pyramid import BlockParameters, HighOffset, Upsample
 from tests.helpers.compare import assert_close, assert_gradients_close, leaf, random_like
 from tests.helpers.devices import Device
@@ -134,9 +135,6 @@ def make_smooth(parameters: BlockParameters) -> None:
     A sample that crosses a pixel's border has another slope, and so has the dynamic ReLU where the
     other of its lines is the larger one: offsets are those of the bias, and the lines parallel.
     """
-    channels = parameters.gate_weight.shape[0]
     with torch.no_grad():
         parameters.offset_weight.zero_()
-        parameters.fc2_weight.mul_(0.01)
-        t = torch.tensor([-0.5, 0.5, 0.5, -0.5]).repeat_interleave(channels)
-        parameters.fc2_bias.copy_(3 * t)
+    keep_lines_apart(parameters.fc2_weight, parameters.fc2_bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_cuda import DyHead, DyHeadBlock, DynamicReLU, ModulatedDeformConv2d, UnifiedDyHead
+from dyhead_cuda.commands.check_cases import random_parameters
 from tests.helpers.inputs import halving_sizes, random_pyramid
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] = {
@@ -37,14 +37,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]
 
 
 def randomise(module: nn.Module, seed: int = 3) -> None:
-    source = torch.Generator().manual_seed(seed)
+    values = random_parameters(module, seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
-            noise = torch.randn(p.shape, generator=source, dtype=torch.float64)
-            fan_in = max(1, p[0].numel()) if p.dim() > 1 else 4
-            # Around one: the norm's weight, and the bias that keeps the gate's ReLU alive.
-            around = 1.0 if name.endswith(("norm.weight", "scale_gate.bias")) else 0.0
-            p.copy_(noise / math.sqrt(fan_in) + around)
+            p.copy_(values[name])
 
 
 def as_list(out: Any) -> list[Tensor]:
