@@ -70,12 +70,6 @@ class Outcome:
     remark: str = ""
 
 
-def target_of(capability: tuple[int, int]) -> str:
-    """The entry of DYHEAD_CUDA_ARCHS for a GPU; on Hopper with its specific instructions."""
-    major, minor = capability
-    return f"{major}{minor}{'a' if capability == (9, 0) else ''}"
-
-
 def _benchmarks(options: Mapping[str, Sequence[str]], output: Path) -> list[Step]:
     command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--shapes", "glip"]
     return [
@@ -97,7 +91,12 @@ def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list
         sanitizer: the compute-sanitizer program; None if there is none.
         output: the directory for results.
     """
-    build = {"DYHEAD_CUDA_ARCHS": ";".join(archs), "DYHEAD_REQUIRE": "cpu,cuda"}
+    # Sanitizers name the source lines.
+    build = {
+        "DYHEAD_CUDA_ARCHS": ";".join(archs),
+        "DYHEAD_REQUIRE": "cpu,cuda",
+        "DYHEAD_LINEINFO": "on",
+    }
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     steps = [
         Step(
@@ -109,6 +108,7 @@ def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list
             essential=True,
         ),
         Step("info", [sys.executable, "-m", "dyhead_cuda", "info"], 60, "build.log"),
+        Step("check", [sys.executable, "-m", "dyhead_cuda", "check"], 60, "build.log"),
         *_benchmarks(HEAD_BENCHMARKS, output),
         Step("tests", [*pytest, "tests", "-m", "gpu"], 210, "tests.log"),
     ]
@@ -233,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     import torch
+
+    from dyhead_cuda.archs import target_of
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     archs = sorted({target_of(torch.cuda.get_device_capability(gpu)) for gpu in gpus})

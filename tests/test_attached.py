@@ -20,18 +20,19 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from dyhead_cuda import DyHead, DyHeadBlock, DynamicReLU, UnifiedDyHead, backend, plain
-from dyhead_cuda.modules import ATTENTIONS
-from dyhead_cuda.pyramid import HIGH_OFFSETS, UPSAMPLES, HighOffset, Upsample
+from dyhead_cuda import DyHead, DyHeadBlock, DynamicReLU, UnifiedDyHead, plain
 from tests.helpers.compare import assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import randomise
 from tests.helpers.spy import calls_of_operators
-
-INNER = (
-    *(f"{branch}{part}" for branch in ("low", "mid", "high") for part in ("", ".norm")),
-    *("offset_conv", "scale_gate", "dynamic_relu", "dynamic_relu.fc1", "dynamic_relu.fc2"),
+from tests.helpers.unfused import (
+    assert_equal_to,
+    each_inner,
+    features,
+    make_block,
+    make_head,
+    no_hook,
 )
+
 # How often each is called for three levels, of which the first and the last have two branches.
 CALLS = {
     **{f"{b}{part}": n for b, n in (("low", 2), ("mid", 3), ("high", 2)) for part in ("", ".norm")},
@@ -41,121 +42,6 @@ CALLS = {
     "dynamic_relu.fc1": 3,
     "dynamic_relu.fc2": 3,
 }
-each_inner = pytest.mark.parametrize("inner", INNER)
-
-
-def make_block(**options: Any) -> DyHeadBlock:
-    block = DyHeadBlock(4, 8, **{"num_groups": 2, **options}).double()
-    randomise(block)
-    return block
-
-
-def make_head(**options: Any) -> DyHead:
-    head = DyHead(4, 8, 3, num_groups=2, **options).double()
-    randomise(head)
-    return head
-
-
-def features(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return random_pyramid(2, 4, halving_sizes(9, 6, 3), dtype)
-
-
-def no_hook(*_: Any) -> None:
-    """Changes nothing."""
-
-
-def assert_equal_to(module: Any, plain: Any) -> None:
-    """Outputs and gradients of ``module`` are those of ``plain``, which has the same parameters."""
-    results = []
-    for each in (module, plain):
-        levels = [leaf(x) for x in features()]
-        outs = each(levels)
-        results.append((outs, gradients(outs, [*levels, *each.parameters()])))
-    assert_close(results[0][0], results[1][0])
-    assert_gradients_close(results[0][1], results[1][1])
-
-
-# --- the block module by module is the fused block ------------------------------------------------
-
-
-@pytest.mark.parametrize("upsample", UPSAMPLES)
-@pytest.mark.parametrize("high_offset", HIGH_OFFSETS)
-@pytest.mark.parametrize("deform_bias", [True, False])
-def test_same_numbers(high_offset: HighOffset, upsample: Upsample, deform_bias: bool) -> None:
-    plain = make_block(high_offset=high_offset, upsample=upsample, deform_bias=deform_bias)
-    block = copy.deepcopy(plain)
-    block.scale_gate.register_forward_hook(no_hook)
-    assert_equal_to(block, plain)
-
-
-@pytest.mark.parametrize("attentions", [(), ATTENTIONS[:1], ATTENTIONS[1:2], ATTENTIONS[2:]])
-def test_same_numbers_where_attentions_are_left_out(attentions: Any) -> None:
-    plain = make_block(attentions=attentions)
-    block = copy.deepcopy(plain)
-    block.mid.register_forward_hook(no_hook)
-    assert_equal_to(block, plain)
-
-
-@each_inner
-def test_every_inner_module_counts(inner: str) -> None:
-    plain = make_block()
-    block = copy.deepcopy(plain)
-    block.get_submodule(inner).register_forward_pre_hook(no_hook)
-    assert block.unfused_reason() is not None
-    assert_equal_to(block, plain)
-
-
-def test_any_sizes_with_aligned() -> None:
-    levels = random_pyramid(2, 4, [(9, 7), (4, 5), (3, 1)])
-    plain = make_block(high_offset="aligned")
-    block = copy.deepcopy(plain)
-    block.low.register_forward_hook(no_hook)
-    assert_close(block(levels), plain(levels))
-
-
-@pytest.mark.parametrize("sizes", [[(1, 1)], [(2, 2), (1, 1)], [(0, 3)]])
-@pytest.mark.parametrize("images", [0, 1])
-def test_tiny_and_empty_levels(images: int, sizes: list[tuple[int, int]]) -> None:
-    plain = make_block(num_groups=8)  # one value per group on a level of one pixel
-    block = copy.deepcopy(plain)
-    block.low.register_forward_hook(no_hook)
-    levels = random_pyramid(images, 4, sizes)
-    assert_close(block(levels), plain(levels))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_other_types(dtype: torch.dtype) -> None:
-    exact = make_block()
-    block = copy.deepcopy(exact).to(dtype)
-    block.low.register_forward_hook(no_hook)
-    levels = features(dtype)
-    outs = block(levels)
-    assert {x.dtype for x in outs} == {dtype}
-    # In a half type the offsets are rounded, too.
-    expected = copy.deepcopy(block).double()([x.double() for x in levels])
-    assert_close(outs, expected, dtype, factor=20)
-
-
-def test_autocast_computes_in_the_type_of_the_parameters() -> None:
-    plain = make_block().float()
-    block = copy.deepcopy(plain)
-    block.low.register_forward_hook(no_hook)
-    levels = features(torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        outs = block(levels)
-        assert {x.dtype for x in outs} == {torch.bfloat16}
-        assert_close(outs, plain(levels), torch.bfloat16)
-
-
-def test_on_the_reference() -> None:
-    plain = make_block()
-    block = copy.deepcopy(plain)
-    block.low.register_forward_hook(no_hook)
-    with backend("reference"):
-        outs = block(features())
-    assert_close(outs, plain(features()))
-
-
 # --- hooks ----------------------------------------------------------------------------------------
 
 

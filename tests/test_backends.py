@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dyhead_cuda import DynamicReLU, backend, backends, library
 from dyhead_cuda.backends import Backend
+from tests.helpers.devices import needs_cpu_library
 from tests.helpers.paths import ROOT
 from tests.helpers.spy import Spy
 
@@ -99,7 +100,7 @@ def test_unknown_names(name: str) -> None:
     assert backends.current() == "auto"
 
 
-@pytest.mark.skipif(not library.loaded("cpu"), reason="the CPU library is not loaded")
+@needs_cpu_library
 def test_what_runs_on_the_cpu() -> None:
     assert compiled_calls() == 1
     with backend("cpu"):
@@ -289,7 +290,7 @@ def test_tasks_that_overlap_keep_their_own_backends() -> None:
     assert backends.current() == "auto"
 
 
-@pytest.mark.skipif(not library.loaded("cpu"), reason="the CPU library is not loaded")
+@needs_cpu_library
 def test_compiled_code_follows_the_backend() -> None:
     relu, x = DynamicReLU(8), torch.randn(2, 8, 3, 4)
     torch._dynamo.reset()

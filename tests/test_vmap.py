@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from dyhead_cuda import DyHead, DynamicReLU, ModulatedDeformConv2d, backend, library
+from dyhead_cuda import DyHead, DynamicReLU, ModulatedDeformConv2d, backend
 from dyhead_cuda.backends import Backend
 from dyhead_cuda.ops.folding import _foldings
 from tests.helpers.compare import assert_close, assert_gradients_close
+from tests.helpers.devices import needs_cpu_library
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import randomise
 from tests.helpers.spy import calls_of_operators
 
-pytestmark = pytest.mark.skipif(
-    not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
-)
+pytestmark = needs_cpu_library
 
 each_backend = pytest.mark.parametrize("runs", ["cpu", "reference"])
 BATCH = 3

@@ -53,8 +53,7 @@ def _deform_conv_fwd(call: Call) -> int:
 
 
 def _deform_conv_bwd(call: Call) -> int:
-    """The samples' gradient, which those of source, predictions and gates follow from, and the
-    weights'."""
+    """The samples' gradient, from which those of source, predictions and gates follow; weights'."""
     source, predictions, weights, _, gates = call.arguments["wanted"]
     products = (source or predictions or gates) + weights
     return products * _deform_conv(call, call.arguments["grad_out"][0])

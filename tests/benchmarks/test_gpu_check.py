@@ -35,6 +35,7 @@ def test_the_steps_build_test_sanitize_and_measure() -> None:
     assert [step.name for step in steps] == [
         "build",
         "info",
+        "check",
         "benchmark head-batch8",
         "benchmark head-batch1",
         "tests",
@@ -44,7 +45,11 @@ def test_the_steps_build_test_sanitize_and_measure() -> None:
         "benchmark operators",
     ]
     assert steps[0].essential
-    assert steps[0].environment == {"DYHEAD_CUDA_ARCHS": "90a", "DYHEAD_REQUIRE": "cpu,cuda"}
+    assert steps[0].environment == {
+        "DYHEAD_CUDA_ARCHS": "90a",
+        "DYHEAD_REQUIRE": "cpu,cuda",
+        "DYHEAD_LINEINFO": "on",
+    }
     for step in steps:
         assert (step.command[0] == "/tools/compute-sanitizer") == (
             step.name in gpu_check.SANITIZERS
@@ -104,13 +109,6 @@ def test_the_targets_are_told_from_the_results(tmp_path: Path) -> None:
     text = gpu_check.format_targets(tmp_path)
     assert text.count("  reached") + text.count("  not measured") == len(targets.TARGETS)
     assert "ms with a CUDA graph" in next(x for x in text.splitlines() if "not measured" in x)
-
-
-@pytest.mark.parametrize(
-    ("capability", "target"), [((8, 0), "80"), ((9, 0), "90a"), ((10, 0), "100"), ((12, 0), "120")]
-)
-def test_target_of(capability: tuple[int, int], target: str) -> None:
-    assert gpu_check.target_of(capability) == target
 
 
 def test_verdicts(tmp_path: Path) -> None:

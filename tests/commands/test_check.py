@@ -16,11 +16,10 @@ from dyhead_cuda.__main__ import main
 from dyhead_cuda.commands import check, check_cases
 from dyhead_cuda.commands.check_cases import SMALL, Case, Function, Shape
 from dyhead_cuda.numerics import TOLERANCES
+from tests.helpers.devices import needs_cpu_library
 
-needs_library = pytest.mark.skipif(not library.loaded("cpu"), reason="no CPU library")
 
-
-@needs_library
+@needs_cpu_library
 def test_everything_is_right_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -59,7 +58,7 @@ class OneGradientLost(torch.autograd.Function):
         return grad
 
 
-@needs_library
+@needs_cpu_library
 @pytest.mark.parametrize("precision", ["float64", "float32", "float16", "bfloat16"])
 def test_an_error_beyond_the_tolerance_is_noticed(precision: str) -> None:
     def result(factor: float) -> check.Result:
@@ -76,7 +75,7 @@ def test_an_error_beyond_the_tolerance_is_noticed(precision: str) -> None:
     assert backward > allowed_backward == 2 * TOLERANCES[precision]
 
 
-@needs_library
+@needs_cpu_library
 def test_one_wrong_gradient_is_noticed() -> None:
     result = check.compared_with_reference(relu_case(OneGradientLost.apply), "cpu", "float32")
     (forward, allowed), (backward, allowed_backward) = result.errors
@@ -95,21 +94,21 @@ class LargerGradient(torch.autograd.Function):
         return 1.01 * grad
 
 
-@needs_library
+@needs_cpu_library
 def test_gradients_that_differences_deny_are_noticed() -> None:
     assert check.with_finite_differences(relu_case(shape=SMALL), "cpu").right
     result = check.with_finite_differences(relu_case(LargerGradient.apply, SMALL), "cpu")
     assert "Jacobian" in result.problem
 
 
-@needs_library
+@needs_cpu_library
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_noticed(value: float) -> None:
     case = relu_case(lambda t: t.index_fill(0, torch.tensor([1]), value))
     assert not check.compared_with_reference(case, "cpu", "float32").right
 
 
-@needs_library
+@needs_cpu_library
 def test_another_type_and_an_exception_are_noticed() -> None:
     result = check.compared_with_reference(relu_case(Tensor.double), "cpu", "float32")
     assert "expected results of torch.float32" in str(result)
@@ -124,7 +123,7 @@ def test_another_type_and_an_exception_are_noticed() -> None:
     assert result.problem == told
 
 
-@needs_library
+@needs_cpu_library
 def test_the_exit_status_says_that_something_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

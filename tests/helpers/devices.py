@@ -11,7 +11,13 @@ from typing import Literal
 
 import pytest
 
+from dyhead_cuda import library
+
 Device = Literal["cpu", "cuda"]
+
+needs_cpu_library = pytest.mark.skipif(
+    not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
+)
 
 _GPU = pytest.mark.gpu
 _SANITIZED = (pytest.mark.gpu, pytest.mark.sanitize)

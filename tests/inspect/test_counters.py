@@ -23,13 +23,13 @@ from dyhead_cuda import (
     ModulatedDeformConv2d,
     UnifiedDyHead,
     functional,
-    library,
 )
 from dyhead_cuda.inspect import counters
+from tests.helpers.devices import needs_cpu_library
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import MODULES
 
-pytestmark = pytest.mark.skipif(not library.loaded("cpu"), reason="the library is not built")
+pytestmark = needs_cpu_library
 each_module = pytest.mark.parametrize("name", MODULES)
 
 

@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyhead_cuda import DynamicReLU, backend, functional, library, reference
+from dyhead_cuda import DynamicReLU, backend, functional, reference
 from dyhead_cuda.reference import Activation
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.devices import Device, each_device
+from tests.helpers.devices import Device, each_device, needs_cpu_library
 from tests.helpers.inputs import random_relu_inputs
 
-pytestmark = pytest.mark.skipif(
-    not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
-)
+pytestmark = needs_cpu_library
 
 activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)

@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyhead_cuda import backend, functional, library
+from dyhead_cuda import backend, functional
 from tests.helpers.compare import TOLERANCE, assert_close, gradients
-from tests.helpers.devices import Device, each_device
+from tests.helpers.devices import Device, each_device, needs_cpu_library
 from tests.helpers.inputs import random_relu_inputs
 from tests.helpers.relu_operators import backward_arguments, forward_arguments
 
-pytestmark = pytest.mark.skipif(
-    not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
-)
+pytestmark = needs_cpu_library
 
 ALL = [1, 1, 1]  # gradients wanted
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)

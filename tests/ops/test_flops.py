@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyhead_cuda import DyHead, backend, functional, library
+from dyhead_cuda import DyHead, backend, functional
 from dyhead_cuda.ops.flops import MULTIPLY_ADDS, WITHOUT_PRODUCTS, Call
 from dyhead_cuda.ops.jobs import JOB_FIELDS
+from tests.helpers.devices import needs_cpu_library
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import MODULES, as_list
 from tests.helpers.spy import calls_of_operators
 
-pytestmark = pytest.mark.skipif(not library.loaded("cpu"), reason="the library is not built")
+pytestmark = needs_cpu_library
 
 N, C_IN, C_OUT, HIDDEN = 2, 8, 16, 4
 SIZES = halving_sizes(9, 10, 3)

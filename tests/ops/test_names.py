@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from dyhead_cuda import DyHead, DynamicReLU, ModulatedDeformConv2d, UnifiedDyHead, library
+from dyhead_cuda import DyHead, DynamicReLU, ModulatedDeformConv2d, UnifiedDyHead
 from dyhead_cuda.ops.transforms import node_name
+from tests.helpers.devices import needs_cpu_library
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import as_list
 
 OPERATORS = ["DeformConv", "BlockCoefficients", "FuseBranches", "PackLevels", "UnpackLevels"]
 
-pytestmark = pytest.mark.skipif(not library.loaded("cpu"), reason="the library is not built")
+pytestmark = needs_cpu_library
 
 
 def loss_of(outs: Any) -> Tensor:

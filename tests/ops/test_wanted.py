@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyhead_cuda import DyHead, backend, functional, library
+from dyhead_cuda import DyHead, backend, functional
 from tests.helpers.coefficients import backward_arguments as coefficient_arguments
 from tests.helpers.coefficients import block_case
 from tests.helpers.coefficients import run as coefficients
 from tests.helpers.compare import gradients, leaf
 from tests.helpers.deform_work import WORKS
+from tests.helpers.devices import needs_cpu_library
 from tests.helpers.fuse_cases import CASES
 from tests.helpers.inputs import halving_sizes, random_pyramid, random_relu_inputs
 from tests.helpers.modules import randomise
 from tests.helpers.relu_operators import backward_arguments as relu_arguments
 
-pytestmark = pytest.mark.skipif(
-    not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
-)
+pytestmark = needs_cpu_library
 
 Run = Callable[[list[int]], tuple[Tensor, ...]]
 
@@ -166,3 +165,41 @@ def test_frozen_weights_cost_no_products() -> None:
         assert all(p.grad is not None for p in head.parameters())  # of the first time
     # Gradients of weights are half of the products.
     assert frozen < 0.55 * everything
+
+
+@each_operator
+def test_opcheck_of_a_part(operator: Callable[[], tuple[Run, int]]) -> None:
+    """Fake kernels have the shapes of what is not wanted, too."""
+    run, count = operator()
+    calls: list[tuple[Any, Any]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    for first in (0, 1):
+        with Record():
+            run([(i + first) % 2 for i in range(count)])
+    for func, args in calls:
+        torch.library.opcheck(func, args)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("frozen", ["weights", "features"])
+def test_compiled_code_asks_for_a_part(frozen: str) -> None:
+    head = DyHead(8, 16, 2, num_groups=2)
+    randomise(head)
+    levels = [x.float() for x in random_pyramid(2, 8, halving_sizes(8, 8, 3))]
+    if frozen == "weights":
+        head.requires_grad_(False)
+        levels = [x.requires_grad_() for x in levels]
+    leaves = levels if frozen == "weights" else list(head.parameters())
+    with backend("cpu"):
+        expected = gradients(head(levels), leaves)
+        torch._dynamo.reset()
+        compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+        with WantedOf() as wanted:
+            found = gradients(compiled(levels), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert any(0 in flags for flags in wanted.seen)
