@@ -85,6 +85,15 @@ def sanitized() -> Kernels:
     return Kernels(build / "lib", sanitized=True)
 
 
+def counted(*kernels: str) -> Kernels:
+    """All kernels, those named (.cu files without their ending; default all) built for counting."""
+    build = BUILDS / "simt-counted"
+    targets = [f"simt_{name}" for name in kernels] or ["kernels"]
+    _build(build, ["simt_runtime", *targets], SIMT_MODULE="OFF", SIMT_COUNT="ON")
+    _link_others(build / "lib", _build_module())
+    return Kernels(build / "lib", sanitized=False)
+
+
 def mutate(
     file: str,
     pattern: str,
