@@ -108,12 +108,13 @@ __forceinline__ T shuffle_value(const char* name, unsigned mask, T value, int so
   return result;
 }
 
-#if defined(__SANITIZE_THREAD__)  // a counting build: see counters.h
-// Counts an atomic access to `parts` neighbouring values of `bytes`.
+// Counts an atomic access to `parts` neighbouring values of `bytes`, as counters.h describes.
 void count_atomic(const void* p, size_t bytes, int parts);
+#if defined(__SANITIZE_THREAD__)  // a counting build
+#define DYHEAD_SIMT_COUNT_ATOMIC(p, bytes, parts) ::dyhead::simt::count_atomic(p, bytes, parts)
 #define DYHEAD_SIMT_UNCOUNTED __attribute__((noinline, no_sanitize_thread))
 #else
-inline void count_atomic(const void*, size_t, int) {}
+#define DYHEAD_SIMT_COUNT_ATOMIC(p, bytes, parts)
 #define DYHEAD_SIMT_UNCOUNTED
 #endif
 
@@ -250,27 +251,27 @@ T atomic_add(T* p, T value) {
 
 template <class T>
 __forceinline__ T atomicAdd(T* p, std::type_identity_t<T> value) {
-  dyhead::simt::count_atomic(p, sizeof(T), 1);
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_add(p, value);
 }
 
 template <class T>
 __forceinline__ T atomicMax(T* p, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>, "as on the device");
-  dyhead::simt::count_atomic(p, sizeof(T), 1);
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicMax", p, [&](T old) { return std::max(old, value); });
 }
 
 template <class T>
 __forceinline__ T atomicMin(T* p, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>, "as on the device");
-  dyhead::simt::count_atomic(p, sizeof(T), 1);
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicMin", p, [&](T old) { return std::min(old, value); });
 }
 
 template <class T>
 __forceinline__ T atomicExch(T* p, std::type_identity_t<T> value) {
-  dyhead::simt::count_atomic(p, sizeof(T), 1);
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicExch", p, [&](T) { return value; });
 }
 
@@ -278,7 +279,7 @@ template <class T>
 __forceinline__ T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value,
                             DYHEAD_SIMT_WHERE) {
   static_assert(std::is_integral_v<T>, "as on the device");
-  dyhead::simt::count_atomic(p, sizeof(T), 1);
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   const T old = dyhead::simt::atomic_update("atomicCAS", p,
                                             [&](T now) { return now == expected ? value : now; });
   if (old != expected) dyhead::simt::yield(where);

@@ -142,7 +142,7 @@ DYHEAD_DEVICE void red_add(float* p, float value) {
 DYHEAD_DEVICE void red_add_v4(float* p, float4 value) {
 #if defined(DYHEAD_SIMT)
   simt::check_aligned("red_add_v4", p, 16);
-  simt::count_atomic(p, sizeof(float), 4);
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(float), 4);
   simt::atomic_add(p, value.x);
   simt::atomic_add(p + 1, value.y);
   simt::atomic_add(p + 2, value.z);
