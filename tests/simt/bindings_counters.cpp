@@ -4,11 +4,13 @@
 
 #include "bindings.h"
 #include "counters.h"
+#include "device_array.h"
+#include "kernels/accesses.h"
 
 namespace dyhead::simt {
 namespace {
 
-namespace py = pybind11;
+using namespace dyhead::simt_test;
 
 const char* name_of(Access access) {
   switch (access) {
@@ -45,11 +47,41 @@ py::tuple place_of(uintptr_t address) {
   return py::make_tuple(info.dli_fname, address - reinterpret_cast<uintptr_t>(info.dli_fbase));
 }
 
+DeviceArray<float>::Array run_accesses(Pattern pattern, int stride) {
+  const auto input = DeviceArray<float>::zeros("in", {4096});
+  const auto output = DeviceArray<float>::zeros("out", {4096});
+  check_launch("launch_accesses",
+               launch_accesses(
+                   {.in = input.data(), .out = output.data(), .pattern = pattern, .stride = stride},
+                   nullptr));
+  return output.to_numpy();
+}
+
+void bind_patterns(py::module_& module) {
+  py::enum_<Pattern>(module, "Pattern")
+      .value("load4", Pattern::kLoad4)
+      .value("load16", Pattern::kLoad16)
+      .value("store4", Pattern::kStore4)
+      .value("shared4", Pattern::kShared4)
+      .value("shared8", Pattern::kShared8)
+      .value("shared16", Pattern::kShared16)
+      .value("shared_row", Pattern::kSharedRow)
+      .value("broadcast", Pattern::kBroadcast)
+      .value("ldmatrix", Pattern::kLdmatrix)
+      .value("async_copy", Pattern::kAsync)
+      .value("atomic4", Pattern::kAtomic4)
+      .value("atomic16", Pattern::kAtomic16)
+      .value("uneven", Pattern::kUneven)
+      .value("twice", Pattern::kTwice)
+      .value("mma", Pattern::kMma);
+  module.def("run_accesses", &run_accesses, "The test kernel whose costs are known.");
+}
+
 py::list read() {
   py::list records;
   for (const auto& [key, count] : counts()) {
     py::dict record;
-    record["kernel"] = kernel_counts().at(key.kernel).name;
+    record["kernel"] = place_of(key.kernel);
     record["place"] = place_of(key.site);
     record["access"] = name_of(key.access);
     record["bytes"] = key.bytes;
@@ -70,7 +102,7 @@ py::list kernels() {
   py::list records;
   for (const auto& [address, kernel] : kernel_counts()) {
     py::dict record;
-    record["kernel"] = kernel.name;
+    record["kernel"] = place_of(address);
     record["launches"] = kernel.launches;
     record["blocks"] = kernel.blocks;
     record["threads"] = kernel.threads;
@@ -100,6 +132,7 @@ void bind(py::module_& module) {
       "reset",
       [](bool vector_atomics, size_t l1_bytes) { reset_counts({vector_atomics, l1_bytes}); },
       py::kw_only(), py::arg("vector_atomics") = true, py::arg("l1_bytes") = 64 * 1024);
+  bind_patterns(m);
   m.def("read", &read, "Counts since the last reset, by kernel, place and kind of access.");
   m.def("kernels", &kernels, "Launches and arrays since the last reset, by kernel.");
 }

@@ -273,10 +273,9 @@ void reset_counts(const CounterOptions& chosen) {
   all_kernels.clear();
 }
 
-void count_launch(const Launch& launch, const std::string& kernel) {
+void count_launch(const Launch& launch) {
   running_kernel = reinterpret_cast<uintptr_t>(launch.kernel);
   KernelCount& count = all_kernels[running_kernel];
-  count.name = kernel;
   ++count.launches;
   count.blocks += size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   count.threads = size_t{launch.block.x} * launch.block.y * launch.block.z;

@@ -110,7 +110,6 @@ struct ArrayCount {
 };
 
 struct KernelCount {
-  std::string name;
   uint64_t launches = 0;
   uint64_t blocks = 0, threads = 0, shared_bytes = 0;  // of the last launch
   std::unordered_map<std::string, ArrayCount> arrays;
@@ -134,7 +133,7 @@ void reset_counts(const CounterOptions& options);
 // Whether kernels that were built for counting are loaded. Else nothing below needs to be called.
 extern bool counting;
 
-void count_launch(const Launch& launch, const std::string& kernel);
+void count_launch(const Launch& launch);
 void count_launch_end();
 // All lanes of the warp that still run are at one place.
 void count_meeting(Warp& warp);

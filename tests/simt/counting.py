@@ -1,7 +1,12 @@
 """What a device would charge for emulated kernels, by place in their sources.
 
-``build.counted()`` builds kernels that count; :func:`count` runs code with them. What is counted is
-in ``counters.h``.
+``build.counted()`` builds kernels that count; :func:`count` runs code with them. What is counted,
+and how, is in ``counters.h``.
+
+Example: where the forward kernel has bank conflicts, and what it loads.
+
+    counts = counting.count("simt.deform_conv.forward(...)")
+    print(counting.table(counts.select(kernel="deform_fwd_kernel")))
 """
 
 from __future__ import annotations
@@ -99,40 +104,68 @@ class Counts:
         return sum(getattr(r, number) for r in self.select(kernel, access, text))
 
 
-def count(code: str, *kernels: str, vector_atomics: bool = True, l1_bytes: int = 65536) -> Counts:
-    """Runs Python code with counting kernels.
+# Names that counted code sees beside simt and np.
+_PROGRAM = """
+steps = {{}}
+
+def step(name):
+    steps[name] = [simt.counters.read(), simt.counters.kernels()]
+    simt.counters.reset(vector_atomics={vector_atomics}, l1_bytes={l1_bytes})
+
+simt.counters.reset(vector_atomics={vector_atomics}, l1_bytes={l1_bytes})
+{code}
+step("")
+import json
+print({mark!r})
+print(json.dumps(steps))
+"""
+
+
+def count(
+    code: str,
+    kernels: build.Kernels | None = None,
+    *,
+    vector_atomics: bool = True,
+    l1_bytes: int = 65536,
+) -> Counts:
+    """Runs Python code with counting kernels, and counts what it does after its last ``step``.
 
     Args:
         code: ``simt`` is the module of the kernels, ``np`` is numpy.
-        kernels: which to build for counting, as :func:`build.counted` takes them.
+        kernels: of :func:`build.counted` or :func:`build.mutate`; by default all.
         vector_atomics: whether four neighbouring sums are one access, as on sm_90, or four.
         l1_bytes: of the L1 cache, for each block by itself.
 
     Raises:
         RuntimeError: the code fails.
     """
-    return run(build.counted(*kernels), code, vector_atomics=vector_atomics, l1_bytes=l1_bytes)
+    steps = count_steps(code, kernels, vector_atomics=vector_atomics, l1_bytes=l1_bytes)
+    return steps[""]
 
 
-def run(
-    kernels: build.Kernels, code: str, *, vector_atomics: bool = True, l1_bytes: int = 65536
-) -> Counts:
-    """:func:`count` with kernels that are built, as those with a planted bug."""
-    program = (
-        f"simt.counters.reset(vector_atomics={vector_atomics}, l1_bytes={l1_bytes})\n"
-        f"{code}\n"
-        "import json\n"
-        f"print({_MARK!r})\n"
-        "print(json.dumps([simt.counters.read(), simt.counters.kernels()]))\n"
+def count_steps(
+    code: str,
+    kernels: build.Kernels | None = None,
+    *,
+    vector_atomics: bool = True,
+    l1_bytes: int = 65536,
+) -> dict[str, Counts]:
+    """:func:`count` for code that calls ``step(name)``: what it did before each, by name."""
+    program = _PROGRAM.format(
+        code=code, mark=_MARK, vector_atomics=vector_atomics, l1_bytes=l1_bytes
     )
-    result = kernels.run_python(program)
+    result = (kernels or build.counted()).run_python(program)
     if result.returncode != 0:
         raise RuntimeError(f"the counted code failed:\n{result.stdout}")
-    found, launched = json.loads(result.stdout.rpartition(_MARK)[2])
-    return Counts(
-        tuple(merged(_resolved(found))),
-        {_short(kernel.pop("kernel")): kernel for kernel in launched},
-    )
+    steps: dict[str, Any] = json.loads(result.stdout.rpartition(_MARK)[2])
+    frames = _all_frames(steps)
+    return {
+        name: Counts(
+            tuple(merged(_record(record, frames) for record in records)),
+            {frames[tuple(k.pop("kernel"))][0][0]: k for k in launched},
+        )
+        for name, (records, launched) in steps.items()
+    }
 
 
 def merged(records: Iterable[Record]) -> list[Record]:
@@ -148,27 +181,33 @@ def merged(records: Iterable[Record]) -> list[Record]:
     return sorted(places.values(), key=lambda r: (r.kernel, r.file, r.line, r.access, r.bytes))
 
 
-def _resolved(found: list[dict[str, Any]]) -> list[Record]:
-    offsets: dict[str, set[int]] = {}
-    for record in found:
-        library, offset = record["place"]
-        offsets.setdefault(library, set()).add(offset)
-    frames = {
-        (library, offset): frame
-        for library, addresses in offsets.items()
-        for offset, frame in _frames(library, sorted(addresses)).items()
-    }
-    return [_record(record, frames[tuple(record["place"])]) for record in found]
-
-
 Frame = tuple[str, Path, int]
+Place = tuple[str, int]  # a library and an offset in it
 
 
-def _record(record: dict[str, Any], frames: list[Frame]) -> Record:
-    own = [f for f in frames if not any(mean in str(f[1]) for mean in _MEANS)] or frames
+def _all_frames(steps: dict[str, Any]) -> dict[Place, list[Frame]]:
+    """The frames of each kernel and each place in one, innermost first."""
+    offsets: dict[str, set[int]] = {}
+    for records, launched in steps.values():
+        for record in records:
+            library, offset = record["place"]
+            offsets.setdefault(library, set()).add(offset - 1)  # inside the call
+        for library, offset in (entry["kernel"] for entry in [*records, *launched]):
+            offsets.setdefault(library, set()).add(offset)
+    return {
+        (library, offset): frames
+        for library, addresses in offsets.items()
+        for offset, frames in _frames(library, sorted(addresses)).items()
+    }
+
+
+def _record(record: dict[str, Any], frames: dict[Place, list[Frame]]) -> Record:
+    library, offset = record["place"]
+    found = frames[library, offset - 1]
+    own = [f for f in found if not any(mean in str(f[1]) for mean in _MEANS)] or found
     function, path, line = own[0]
     return Record(
-        kernel=_short(record["kernel"]),
+        kernel=frames[tuple(record["kernel"])][0][0],
         function=function,
         calls=tuple(f[0] for f in own),
         file=path.name,
@@ -181,16 +220,14 @@ def _record(record: dict[str, Any], frames: list[Frame]) -> Record:
 
 
 def _frames(library: str, offsets: list[int]) -> dict[int, list[Frame]]:
-    """By offset of a call's end in a library: where it stands and what that is inlined into."""
-    command = ["addr2line", "-a", "-f", "-i", "-C", "-e", library]
-    command += [hex(offset - 1) for offset in offsets]
+    command = ["addr2line", "-a", "-f", "-i", "-C", "-e", library, *map(hex, offsets)]
     lines = subprocess.run(command, text=True, capture_output=True, check=True).stdout.splitlines()
     frames: dict[int, list[Frame]] = {}
     at: list[Frame] = []
     position = 0
     while position < len(lines):
         if re.fullmatch(r"0x[0-9a-f]+", lines[position]):
-            at = frames.setdefault(int(lines[position], 16) + 1, [])
+            at = frames.setdefault(int(lines[position], 16), [])
             position += 1
             continue
         path, _, number = lines[position + 1].partition(" ")[0].rpartition(":")
@@ -201,8 +238,9 @@ def _frames(library: str, offsets: list[int]) -> dict[int, list[Frame]]:
 
 
 def _short(function: str) -> str:
-    """A demangled name without return type, namespaces, arguments and default template arguments."""
+    """A demangled name without return type, namespaces and arguments."""
     name = re.sub(r"\[(?:abi|with)[^]]*\]| const(?=$|::)|\(anonymous namespace\)::", "", function)
+    name = name.replace("{anonymous}::", "")
     # Arguments of functions, from the innermost parentheses on.
     while (shorter := re.sub(r"\([^()]*\)", "", name)) != name:
         name = shorter

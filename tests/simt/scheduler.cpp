@@ -353,7 +353,7 @@ cudaError_t launch(const Launch& launch) {
   } scope(launch);
   blockDim = launch.block;
   gridDim = launch.grid;
-  if (counting) count_launch(launch, kernel_name(launch));
+  if (counting) count_launch(launch);
   run_grid(launch);
   if (counting) count_launch_end();
   return cudaSuccess;
