@@ -12,6 +12,9 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= auto
 DYHEAD_REQUIRE ?= cpu
 export DYHEAD_REQUIRE
+ifeq ($(CI),true)
+  export DYHEAD_WERROR ?= on
+endif
 
 SECOND_VENV := .venv-second
 
@@ -53,7 +56,7 @@ help: ## list the targets and variables
 	@echo "  PYTEST_WORKERS=auto   processes that share the tests: a number, auto: one for each CPU, none: no sharing"
 	@echo "  SECOND_TORCH=$(SECOND_TORCH)   the other torch that the library is tested under; none: skip that"
 	@echo "  DYHEAD_REQUIRE=cpu    libraries whose build must succeed, e.g. cpu,cuda"
-	@echo "  DYHEAD_CUDA_ARCHS, DYHEAD_CUDA=off, CXX, CUDACXX, MAX_JOBS: see setup.py"
+	@echo "  DYHEAD_CUDA_ARCHS, DYHEAD_CUDA=off, DYHEAD_WERROR=on, DYHEAD_LINEINFO=on, CXX, CUDACXX, MAX_JOBS: see setup.py"
 
 venv: $(ENVIRONMENT) ## create .venv with the pinned packages of constraints.txt
 

@@ -9,7 +9,10 @@ Environment:
 
 * ``DYHEAD_REQUIRE``: libraries that must be built, e.g. ``cpu`` or ``cpu,cuda``.
 * ``DYHEAD_CUDA=off``: do not build the CUDA library.
-* ``DYHEAD_CUDA_ARCHS``: compute capabilities, separated by semicolons, e.g. ``80;90a``.
+* ``DYHEAD_CUDA_ARCHS``: compute capabilities, separated by semicolons, e.g. ``80;90a``; by default
+  those of ``cmake/cuda_archs.cmake`` that nvcc knows, and those of the GPUs of this machine.
+* ``DYHEAD_WERROR=on``: warnings are errors. ``DYHEAD_LINEINFO=on``: the CUDA library knows its
+  source lines, for profilers and compute-sanitizer.
 * ``CXX``, ``CUDACXX``: the C++ compiler and nvcc; ``CUDAHOSTCXX``: the compiler that nvcc uses, if
   it does not take ``CXX``; ``MAX_JOBS``: compile jobs at a time.
 """
@@ -101,11 +104,16 @@ def find_program(variable: str, candidates: list[str], meaning: str) -> str:
     raise NotBuilt(f"no {meaning} found: install one, or set {variable} to it")
 
 
+def switch(variable: str, default: str) -> bool:
+    """What an environment variable says that is "on" or "off"."""
+    value = os.environ.get(variable) or default
+    if value not in ("on", "off"):
+        raise NotBuilt(f"{variable}: expected on or off, got {value!r}")
+    return value == "on"
+
+
 def find_nvcc(torch: Torch) -> str:
-    switch = os.environ.get("DYHEAD_CUDA", "on")
-    if switch not in ("on", "off"):
-        raise NotBuilt(f"DYHEAD_CUDA: expected on or off, got {switch!r}")
-    if switch == "off":
+    if not switch("DYHEAD_CUDA", "on"):
         raise NotBuilt("switched off by DYHEAD_CUDA=off")
     if torch.cuda is None:
         raise NotBuilt(f"torch {torch.version} has no CUDA: install a CUDA build of torch")
@@ -119,6 +127,19 @@ def find_nvcc(torch: Torch) -> str:
             f"{torch.cuda}: the major versions must be equal; set CUDACXX to a matching nvcc"
         )
     return nvcc
+
+
+def local_archs() -> list[str]:
+    """The entries of DYHEAD_CUDA_ARCHS for the GPUs of this machine that the kernels run on."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    archs = runpy.run_path(str(ROOT / "dyhead_cuda" / "archs.py"))
+    found = re.findall(r"^(\d+)\.(\d+)$", answer.stdout, re.MULTILINE)
+    capabilities = {(int(major), int(minor)) for major, minor in found}
+    return [archs["target_of"](c) for c in sorted(capabilities) if c >= archs["MINIMUM"]]
 
 
 def run(command: list[str], meaning: str, progress: bool = False) -> str:
@@ -161,13 +182,17 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
         f"-DCMAKE_CXX_COMPILER={compiler}",
         f"-DDYHEAD_LIBRARY={name}",
         f"-DDYHEAD_TORCH_DIR={torch.directory}",
+        f"-DDYHEAD_WERROR={switch('DYHEAD_WERROR', 'off')}",
     ]
     if name == "cuda":
         arguments.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc(torch)}")
         host_compiler = os.environ.get("CUDAHOSTCXX", compiler)
         arguments.append(f"-DCMAKE_CUDA_HOST_COMPILER={host_compiler}")
+        arguments.append(f"-DDYHEAD_LINEINFO={switch('DYHEAD_LINEINFO', 'off')}")
         if os.environ.get("DYHEAD_CUDA_ARCHS"):
             arguments.append(f"-DDYHEAD_CUDA_ARCHS={os.environ['DYHEAD_CUDA_ARCHS']}")
+        else:
+            arguments.append(f"-DDYHEAD_CUDA_LOCAL_ARCHS={';'.join(local_archs())}")
     return arguments
 
 

@@ -35,8 +35,9 @@ def backend(name: Backend) -> Iterator[None]:
 
     Args:
         name: "auto" (the default: the compiled library of the input's device, or the reference
-            where that is not there), "reference" (plain PyTorch on any device), "cpu" or "cuda"
-            (compiled kernels, or an error that says why they cannot run).
+            where that is not there or was not built for that GPU), "reference" (plain PyTorch on
+            any device), "cpu" or "cuda" (compiled kernels, or an error that says why they cannot
+            run).
 
     Returns:
         A context manager, which also decorates functions.
@@ -110,6 +111,23 @@ def _is_exporting_onnx(requested: Backend) -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
+def _why_not_on_gpu(index: int | None) -> str:
+    """Why the kernels cannot run on a GPU, and what to do; "" if they can.
+
+    Args:
+        index: of the GPU; None for the current one.
+    """
+    return _examine_gpu(index)
+
+
+@cache
+def _examine_gpu(index: int | None) -> str:
+    if not torch.cuda.is_available():
+        return ""  # a tensor without memory, which stands for one on another machine
+    return library.lacks_code_for(torch.cuda.get_device_capability(index))
+
+
 def select(x: Tensor) -> Literal["reference", "cpu", "cuda", "onnx"]:
     """The backend that runs the operators on ``x``.
 
@@ -121,9 +139,9 @@ def select(x: Tensor) -> Literal["reference", "cpu", "cuda", "onnx"]:
 
     Raises:
         ValueError: a backend was asked for that does not take tensors of this device.
-        RuntimeError: its library is not loaded, with the reason and what to do; or it was asked
-            for where derivatives are taken forward, or of derivatives, by torch.func; or where
-            torch.onnx exports; or the old exporter of torch.onnx runs.
+        RuntimeError: its library is not loaded, or has no code for this GPU, with the reason and
+            what to do; or it was asked for where derivatives are taken forward, or of derivatives,
+            by torch.func; or where torch.onnx exports; or the old exporter of torch.onnx runs.
     """
     requested, device = current(), x.device.type
     if requested == "reference":
@@ -141,6 +159,9 @@ def select(x: Tensor) -> Literal["reference", "cpu", "cuda", "onnx"]:
             if device == "cuda":
                 _warn_once(f"the CUDA library is not loaded: {library.reason('cuda')}")
             return "reference"
+        if device == "cuda" and (problem := _why_not_on_gpu(x.device.index)):
+            _warn_once(problem)
+            return "reference"
         return cast(Literal["cpu", "cuda"], device)
     library.require(requested)
     if device != requested:
@@ -148,6 +169,8 @@ def select(x: Tensor) -> Literal["reference", "cpu", "cuda", "onnx"]:
             f'backend "{requested}" takes {requested} tensors, got one on {x.device}; move the '
             'features and the module there, or use backend("auto")'
         )
+    if device == "cuda" and (problem := _why_not_on_gpu(x.device.index)):
+        raise RuntimeError(f'backend "cuda" cannot run here: {problem}')
     if transformed:
         raise RuntimeError(
             f'backend "{requested}" has no forward-mode derivatives (jvp, jacfwd, forward_ad) and '

@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy
 import torch
 
-from dyhead_cuda import library
+from dyhead_cuda import archs, library
 from dyhead_cuda.version import __version__
 
 NAMESPACE = "dyhead::"
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-
-
-def covering_code(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
-    """Which of the compiled ``archs`` a GPU runs: "sm_80", "PTX of compute_120" or None for none.
-
-    Machine code for X.Y runs on every X.Z with Z >= Y, that for an "a" target on X.Y alone; the
-    last of ``archs`` is also there as PTX, which the driver compiles for any newer GPU (but not
-    from an "a" target).
-    """
-    best: tuple[int, str] | None = None
-    for arch in archs:
-        number, specific = int(re.sub(r"\D", "", arch)), not arch.isdigit()
-        major, minor = divmod(number, 10)
-        exact = (major, minor) == capability
-        if exact or (not specific and major == capability[0] and minor < capability[1]):
-            # The later of two that fit is closer; an "a" target is preferred to the plain one.
-            best = max(best or (0, ""), (2 * number + specific, f"sm_{arch}"))
-    if best is not None:
-        return best[1]
-    last = archs[-1] if archs else ""
-    if last.isdigit() and divmod(int(last), 10) < capability:
-        return f"PTX of compute_{last}"
-    return None
 
 
 def _libraries(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -52,7 +28,7 @@ def _libraries(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _gpus(archs: Sequence[str]) -> list[dict[str, Any]]:
+def _gpus(built_for: Sequence[str]) -> list[dict[str, Any]]:
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -62,7 +38,8 @@ def _gpus(archs: Sequence[str]) -> list[dict[str, Any]]:
                 "name": properties.name,
                 "capability": "{}.{}".format(*capability),
                 "memory_gib": round(properties.total_memory / 2**30, 1),
-                "code": covering_code(archs, capability),
+                "code": archs.covering_code(built_for, capability),
+                "problem": library.lacks_code_for(capability),
             }
         )
     return gpus

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dyhead_cuda import archs
 from dyhead_cuda.sources import digest
 from dyhead_cuda.version import MINIMUM_TORCH
 
@@ -158,6 +159,26 @@ def require(name: str) -> None:
     state = _state(name)
     if not state.loaded:
         raise RuntimeError(_message(name, state))
+
+
+def lacks_code_for(capability: tuple[int, int]) -> str:
+    """Why the CUDA library cannot run on a GPU, and what to do; "" if it can.
+
+    Args:
+        capability: compute capability of the GPU, major and minor.
+    """
+    built_for = read_build_record().get("cuda", {}).get("archs")
+    # Without a record nothing can be told, and CUDA itself will say what is wrong.
+    if built_for is None or archs.covering_code(built_for, capability) is not None:
+        return ""
+    found, minimum = (".".join(map(str, c)) for c in (capability, archs.MINIMUM))
+    if capability < archs.MINIMUM:
+        return f"the kernels need compute capability {minimum} or newer, this GPU has {found}"
+    target = archs.target_of(capability)
+    return (
+        f"the CUDA library was built for {', '.join(built_for)}, and none of it runs on a GPU of "
+        f"compute capability {found}. To fix it: set DYHEAD_CUDA_ARCHS={target} and {_REBUILD}"
+    )
 
 
 def _tables(name: str) -> str:

@@ -41,9 +41,11 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, library._State
     """The libraries' states, to be changed by the test."""
     changed = dict(library._STATES)
     monkeypatch.setattr(library, "_STATES", changed)
-    backends._warn_once.cache_clear()
+    for cached in (backends._warn_once, backends._examine_gpu):
+        cached.cache_clear()
     yield changed
-    backends._warn_once.cache_clear()
+    for cached in (backends._warn_once, backends._examine_gpu):
+        cached.cache_clear()
 
 
 def compiled_calls() -> int:
@@ -141,6 +143,58 @@ def test_auto_without_libraries_is_the_reference(
     assert len(caplog.records) == 1
     assert "without CUDA" in caplog.text
     assert compiled_calls() == 0
+
+
+@pytest.fixture
+def two_gpus(states: dict[str, library._State], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An A100 and a T4, with a library for the first; how often each was asked what it is."""
+    asked = [0, 0]
+
+    def capability(index: int) -> tuple[int, int]:
+        asked[index] += 1
+        return ((8, 0), (7, 5))[index]
+
+    states.update(LOADED)
+    record = {"cuda": {"built": True, "archs": ["80"]}}
+    monkeypatch.setattr(library, "read_build_record", lambda: record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    return asked
+
+
+def test_auto_on_a_gpu_without_code_is_the_reference(
+    two_gpus: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "dyhead_cuda"):
+        assert [backends.select(on("cuda:0")) for _ in range(3)] == ["cuda"] * 3
+        assert caplog.records == []
+        assert [backends.select(on("cuda:1")) for _ in range(3)] == ["reference"] * 3
+    assert len(caplog.records) == 1
+    assert "need compute capability 8.0 or newer, this GPU has 7.5" in caplog.text
+    assert two_gpus == [1, 1]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_cuda_asked_for_on_a_gpu_without_code_raises() -> None:
+    with backend("cuda"):
+        assert backends.select(on("cuda:0")) == "cuda"
+        with pytest.raises(RuntimeError, match=r'backend "cuda" cannot run here: .* has 7\.5'):
+            backends.select(on("cuda:1"))
+
+
+def test_a_gpu_without_code_in_compiled_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Dynamo must take the answer as a constant: the question itself would break the graph.
+    monkeypatch.setattr(backends, "_examine_gpu", lambda index: "too old" if index == 1 else "")
+
+    def chosen(x: Tensor) -> Tensor:
+        first, second = backends._why_not_on_gpu(0), backends._why_not_on_gpu(1)
+        return x + (1 if first else 2) + (3 if second else 4)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == 5
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])

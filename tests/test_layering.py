@@ -28,7 +28,7 @@ ROOMS = (
 )
 # What several rooms need. A neutral module imports neutral modules only.
 NEUTRAL = (
-    *("library", "backends", "sources", "version", "info"),  # what is installed, and what runs
+    *("library", "backends", "archs", "sources", "version", "info"),  # what there is, what runs
     *("pyramid", "numerics", "checks", "recompute"),  # what is computed: types, formulas, checks
     "plain",  # whether a module is as its class made it
 )

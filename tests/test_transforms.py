@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,6 +126,33 @@ def test_vmap_over_any_dimension(dims: int) -> None:
     found = vmap(lambda x: module(x, offset, mask), dims, 1)(several)
     expected = torch.stack([module(y, offset, mask) for y in several.unbind(dims)], 1)
     assert_close(found, expected)
+
+
+@each_module
+def test_vmap_folds_the_batch(name: str) -> None:
+    """Into the images: as many calls of operators as without it."""
+    module, _, inputs = module_of(name)
+
+    def batched(x: Any, of: Callable[[Tensor], Tensor]) -> Any:
+        return [batched(y, of) for y in x] if isinstance(x, list) else of(x)
+
+    several = batched(list(inputs), lambda x: torch.stack([x, 0.9 * x, x.flip(0)]))
+
+    def loss(*inputs: Any) -> Tensor:
+        return loss_of(module(*inputs))
+
+    def run(*inputs: Any) -> list[Tensor]:
+        return as_list(module(*inputs))
+
+    found, gradient = vmap(run)(*several), vmap(grad(loss))(*several)
+    for i in range(3):
+        one = batched(several, partial(torch.select, dim=0, index=i))
+        assert_close([x[i] for x in found], run(*one))
+        expected = as_list(grad(loss)(*one))
+        assert_gradients_close([g[i] for g in as_list(gradient)], expected)
+    assert calls_of_operators(vmap(run), *several) == calls_of_operators(run, *inputs)
+    folded = calls_of_operators(vmap(grad(loss)), *several)
+    assert folded == calls_of_operators(grad(loss), *inputs)
 
 
 def test_vmap_of_vmap() -> None:

@@ -47,12 +47,13 @@ struct DeformBwdParams {
   const void* grad_var;       // [J, N, C_out]
   const void* grad_up_mean;   // [J, N, C_out]
   bool deterministic;         // the same bits in every run, even if that is slower
-  void* grad_source;          // [R, C]
-  void* grad_predictions;     // [Q, 3 D K]
-  void* grad_weights;         // [W, C_out, C / groups, kh, kw], of the compute type
-  void* grad_bias;            // [W, C_out] or null
-  void* grad_gates;           // [N, sources] or null
-  bool allow_tf32;            // as forward
+  // Null where not wanted; on CUDA the first two never are.
+  void* grad_source;       // [R, C]
+  void* grad_predictions;  // [Q, 3 D K]
+  void* grad_weights;      // [W, C_out, C / groups, kh, kw], of the compute type
+  void* grad_bias;         // [W, C_out]
+  void* grad_gates;        // [N, sources]
+  bool allow_tf32;         // as forward
 };
 
 // The kernels of a library; see csrc/host/device.h.

@@ -1,6 +1,8 @@
 // Backward in two steps: per level and image the gradients of the moments, and the shares in those
 // of the parameters; then the shares added up, in the order of levels or jobs and images, and in
 // float64, since there is no bound on the images.
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "block_coefficients.h"
@@ -17,8 +19,10 @@ void add_scaled(const F* in, Sum factor, int64_t count, Sum* __restrict out) {
   for (int64_t i = 0; i < count; ++i) out[i] += factor * in[i];
 }
 
+// `out` may be null.
 template <class F>
 void store(const double* in, int64_t count, void* out) {
+  if (out == nullptr) return;
   for (int64_t i = 0; i < count; ++i) static_cast<F*>(out)[i] = static_cast<F>(in[i]);
 }
 
@@ -118,6 +122,11 @@ class Backward {
       return {grad_scale_[c], grad_shift_[c], grad_mean_z_[c]};
     }
 
+    // One value of a result [J, N, C], if it is wanted.
+    void set(void* result, int32_t c, F value) const {
+      if (result != nullptr) static_cast<F*>(result)[first_ + c] = value;
+    }
+
     void run_group(int32_t g) const {
       const GroupMoments<F> moments = group(g);
       const int32_t begin = g * s_.group_width(), end = begin + s_.group_width();
@@ -131,13 +140,13 @@ class Backward {
         b_.partials_.norm_weight[first_ + c] = grad.a * moments.rstd;
         b_.partials_.norm_bias[first_ + c] = grad.bias;
         b_.partials_.gate_weight[first_ + c] = grad_logit_ * k.at(up_mean_[c]);
-        static_cast<F*>(b_.p_.grad_up_mean)[first_ + c] = grad.up_mean;
+        set(b_.p_.grad_up_mean, c, grad.up_mean);
       }
       const MomentGrads<F> grad = moment_grads(moments, grad_mean, grad_rstd, s_.group_width());
       for (int32_t c = begin; c < end; ++c) {
         const F mean = static_cast<const F*>(b_.p_.mean)[first_ + c];
-        static_cast<F*>(b_.p_.grad_mean)[first_ + c] = grad.of_mean(mean);
-        static_cast<F*>(b_.p_.grad_var)[first_ + c] = grad.var;
+        set(b_.p_.grad_mean, c, grad.of_mean(mean));
+        set(b_.p_.grad_var, c, grad.var);
       }
     }
 
@@ -150,10 +159,11 @@ class Backward {
   };
 
   // weight [width, inputs] = sum over rows of grads [rows, width] x values [rows, inputs], and bias
-  // [width] = sum of grads; values are the layers' of each row.
+  // [width] = sum of grads; values are the layers' of each row. Results may be null.
   void outer_products(const F* grads, int64_t width, const F* values, int64_t inputs, int64_t rows,
                       F* weight, F* bias) const {
     constexpr int64_t kOutputs = 64;
+    if (weight == nullptr && bias == nullptr) return;
     parallel_tasks(
         ceil_div(width, kOutputs), [&] { return std::vector<double>(inputs); },
         [&](int64_t task, std::vector<double>& sums) {
@@ -163,15 +173,21 @@ class Backward {
             for (int64_t row = 0; row < rows; ++row) {
               const double grad = grads[row * width + i];
               sum += grad;
+              if (weight == nullptr) continue;
               add_scaled(values + row * s_.layer_values(), grad, inputs, sums.data());
             }
-            bias[i] = static_cast<F>(sum);
-            store<F>(sums.data(), inputs, weight + i * inputs);
+            if (bias != nullptr) bias[i] = static_cast<F>(sum);
+            if (weight != nullptr) store<F>(sums.data(), inputs, weight + i * inputs);
           }
         });
   }
 
   void sum_jobs() const {
+    void* const results[] = {p_.grad_norm_weight, p_.grad_norm_bias, p_.grad_gate_weight,
+                             p_.grad_gate_bias};
+    if (std::all_of(std::begin(results), std::end(results), [](void* p) { return p == nullptr; })) {
+      return;
+    }
     const int64_t channels = s_.channels;
     std::vector<double> norm_weight(s_.norms * channels), norm_bias(s_.norms * channels),
         gate_weight(channels);

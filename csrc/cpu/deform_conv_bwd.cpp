@@ -71,30 +71,44 @@ class Backward {
   }
 
   void run() {
+    if (needs_samples()) run_samples();
+    if (p_.grad_weights != nullptr) weight_pass();
+    if (p_.grad_bias != nullptr) bias_pass();
+  }
+
+ private:
+  // Whether what each sample adds to predictions and gates is wanted.
+  bool needs_derivatives() const {
+    return p_.grad_predictions != nullptr || p_.grad_gates != nullptr;
+  }
+
+  bool needs_samples() const { return p_.grad_source != nullptr || needs_derivatives(); }
+
+  // The gradients that follow from those of the samples, a few images at a time.
+  void run_samples() {
     pack_weights();
     const int64_t slices = static_cast<int64_t>(input_slices_.size());
     const int64_t image_bytes =
         slices * use_rows_ * s_.taps() * 3 * static_cast<int64_t>(sizeof(F));
     const int64_t together =
         std::max<int64_t>(1, kDerivativeBytes / std::max<int64_t>(image_bytes, 1));
-    std::fill_n(static_cast<F*>(p_.grad_predictions),
-                tables_.prediction_rows * s_.prediction_columns(), F(0));
+    if (p_.grad_predictions != nullptr) {
+      std::fill_n(static_cast<F*>(p_.grad_predictions),
+                  tables_.prediction_rows * s_.prediction_columns(), F(0));
+    }
     if (p_.grad_gates != nullptr) {
       std::fill_n(static_cast<F*>(p_.grad_gates), s_.images * tables_.sources.size(), F(0));
     }
     for (int64_t first = 0; first < s_.images; first += together) {
       const int64_t images = std::min(together, s_.images - first);
-      derivatives_.resize(images * slices * use_rows_ * s_.taps() * 3);
+      if (needs_derivatives()) derivatives_.resize(images * slices * use_rows_ * s_.taps() * 3);
       input_pass(first, images);
-      prediction_pass(first, images);
+      if (needs_derivatives()) prediction_pass(first, images);
     }
     derivatives_ = {};
     packed_ = {};
-    weight_pass();
-    if (p_.grad_bias != nullptr) bias_pass();
   }
 
- private:
   struct Scratch {
     explicit Scratch(const Backward& b, int64_t width)
         : corners(kChunkRows),
@@ -207,11 +221,12 @@ class Backward {
             for (int64_t first = 0; first < pixels; first += kChunkRows) {
               const DeformChunk chunk{use.job, first_image + image, first,
                                       std::min<int64_t>(kChunkRows, pixels - first)};
-              input_chunk(use, chunk, slice_index,
-                          derivatives(image, slice_index, use.first_row + first), scratch,
-                          grad_source.data());
+              F* to = nullptr;
+              if (needs_derivatives()) to = derivatives(image, slice_index, use.first_row + first);
+              input_chunk(use, chunk, slice_index, to, scratch, grad_source.data());
             }
           }
+          if (p_.grad_source == nullptr) return;
           const int64_t row = map.first_row + (first_image + image) * map.pixels();
           T* to = static_cast<T*>(p_.grad_source) + row * s_.channels + slice.first;
           for (int64_t p = 0; p < map.pixels(); ++p) {
@@ -222,6 +237,7 @@ class Backward {
         });
   }
 
+  // `derivatives` may be null.
   void input_chunk(const Use& use, const DeformChunk& chunk, int64_t slice_index, F* derivatives,
                    Scratch& scratch, F* grad_source) const {
     const Slice& slice = input_slices_[slice_index];
@@ -244,6 +260,7 @@ class Backward {
                   scratch.points.data());
       kernels_.project_back(source, s_.channels, slice.count, scratch.corners.data(), chunk.rows,
                             scratch.columns.data(), cols, grad_source, dots);
+      if (derivatives == nullptr) continue;
       for (int64_t r = 0; r < chunk.rows; ++r) {
         const SamplePoint<F>& point = scratch.points[r];
         F* d = derivatives + (r * s_.taps() + tap) * 3;
@@ -286,7 +303,10 @@ class Backward {
     const DeformJob& job = tables_.jobs[use.job];
     const TapSampler<F> taps = sampler(use, image);
     const int64_t row = job.predictions.first_row + image * job.predictions.pixels();
-    F* grad = static_cast<F*>(p_.grad_predictions) + row * s_.prediction_columns();
+    F* grad = nullptr;
+    if (p_.grad_predictions != nullptr) {
+      grad = static_cast<F*>(p_.grad_predictions) + row * s_.prediction_columns();
+    }
     for (int32_t p = 0; p < static_cast<int32_t>(job.out.pixels()); ++p) {
       const OutputPixel pixel = output_pixel(job, p);
       for (int32_t d = 0; d < s_.deform_groups; ++d) {
@@ -304,7 +324,7 @@ class Backward {
           F mask;
           const F modulation = taps.modulation(d, tap, pixel, &mask);
           grad_gate += value * mask;
-          if (job.plain()) continue;
+          if (job.plain() || p_.grad_predictions == nullptr) continue;
           const int32_t k = d * s_.taps() + tap;
           const auto add = [&](ReadRule rule, int32_t column, int32_t value_index, F change) {
             grad[prediction_index(s_, job, rule, column, value_index, pixel)] += change;

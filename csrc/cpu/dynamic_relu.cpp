@@ -147,10 +147,12 @@ void backward(const DynamicReluBwdParams& params) {
     F* gm = grad_mean.data() + n * channels;
     for (int64_t j = 0; j < s.hidden; ++j) {
       if (!(hidden[n * s.hidden + j] > F(0))) gh[j] = F(0);
+      if (grad_rows == nullptr) continue;
       for (int64_t c = 0; c < channels; ++c) gm[c] += fc1_weight[j * channels + c] * gh[j];
     }
     for (int64_t c = 0; c < channels; ++c) gm[c] /= static_cast<F>(s.pixels);
   });
+  if (grad_rows == nullptr) return;
 
   parallel_for_each(s.images * chunks, [&](int64_t task) {
     const int64_t n = task / chunks;

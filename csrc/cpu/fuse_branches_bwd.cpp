@@ -76,7 +76,7 @@ class Backward {
       for (int32_t b = 0; b < level.branches; ++b) {
         const int32_t j = level.branch[b];
         const FuseBranch<F>& branch = branches_[j];
-        if (!branch.resized) continue;
+        if (!branch.resized || p_.grad_y == nullptr) continue;
         first_line_[j] = size;
         size += static_cast<int64_t>(level.out.height) * branch.map.width * t_.channels;
         for (int32_t y = 0; y < branch.map.height; ++y) resized_rows_.push_back({j, y});
@@ -157,7 +157,7 @@ class Backward {
       scratch.reader.start_row(level, image, y);
       for (int b = 0; b < kBranches; ++b) {
         const FuseBranch<F>& branch = branches_[level.branch[b]];
-        if (!branch.resized) continue;
+        if (!branch.resized || p_.grad_y == nullptr) continue;
         F* to = line(level.branch[b], y);
         std::fill(to, to + branch.map.width * channels, F(0));
       }
@@ -171,6 +171,7 @@ class Backward {
             sums + kA2 * channels, sums + kB2 * channels, sums + kShift * channels,
             sums + kScale * channels, sums + (kScale + 1) * channels,
             sums + (kScale + 2) * channels);
+        if (p_.grad_y == nullptr) continue;
         for (int b = 0; b < kBranches; ++b) {
           const FuseBranch<F>& branch = branches_[level.branch[b]];
           if (branch.resized) {
@@ -191,15 +192,16 @@ class Backward {
     const int64_t channels = t_.channels;
     const int64_t at = level_index * t_.images + image;
     F* to[kSums];
-    for (int i = 0; i < 4; ++i) {
-      to[i] = static_cast<F*>(p_.grad_coefficients) + (at * 4 + i) * channels;
-    }
-    to[kShift] = static_cast<F*>(p_.grad_shift) + at * channels;
+    const auto place = [&](void* result, int64_t index) {
+      return result == nullptr ? nullptr : static_cast<F*>(result) + index * channels;
+    };
+    for (int i = 0; i < 4; ++i) to[i] = place(p_.grad_coefficients, at * 4 + i);
+    to[kShift] = place(p_.grad_shift, at);
     for (int32_t b = 0; b < level.branches; ++b) {
-      to[kScale + b] =
-          static_cast<F*>(p_.grad_scale) + (level.branch[b] * t_.images + image) * channels;
+      to[kScale + b] = place(p_.grad_scale, level.branch[b] * t_.images + image);
     }
     for (int i = 0; i < kScale + level.branches; ++i) {
+      if (to[i] == nullptr) continue;
       std::fill(to[i], to[i] + channels, F(0));
       for (size_t task = 0; task < tasks_.size(); ++task) {
         if (tasks_[task].level != level_index) continue;

@@ -6,6 +6,7 @@
 
 #include "device.h"
 #include "maps.h"
+#include "wanted.h"
 
 namespace dyhead {
 namespace {
@@ -133,13 +134,13 @@ BlockCoefficientsFwdResult block_coefficients_fwd(
 }
 
 // Returns the gradients of mean, var, up_mean, of all norm weights [B, C] and biases [B, C], and of
-// the other parameters.
+// the other parameters, as far as wanted.
 BlockCoefficientsBwdResult block_coefficients_bwd(
     const Tensor& grad_scale, const Tensor& grad_shift, const Tensor& grad_coefficients,
     const Tensor& mean, const Tensor& up_mean, const Tensor& norms, const Tensor& layers,
     const TensorList& norm_weights, const TensorList& norm_biases, const Tensor& gate_weight,
     const Tensor& fc1_weight, const Tensor& fc2_weight, const IntList& job_levels,
-    const IntList& job_branches, int64_t num_groups) {
+    const IntList& job_branches, int64_t num_groups, const IntList& wanted_results) {
   Call call(mean);
   BlockCoefficientsBwdParams p{};
   fill_block_coefficients(p, mean, up_mean, norm_weights, norm_biases, gate_weight, fc1_weight,
@@ -160,10 +161,11 @@ BlockCoefficientsBwdResult block_coefficients_bwd(
   const Tensor workspace =
       torch::stable::new_empty(mean, {BlockCoefficientsPartials<double>::size(s)});
   p.workspace = workspace.mutable_data_ptr();
+  Wanted wanted(wanted_results, std::tuple_size_v<BlockCoefficientsBwdResult>);
+  size_t result = 0;
+  // The kernels on CUDA write all of them. (Initialisers in braces are evaluated in order.)
   const auto empty = [&](void*& data, std::initializer_list<int64_t> sizes) {
-    Tensor t = torch::stable::new_empty(mean, sizes);
-    data = t.mutable_data_ptr();
-    return t;
+    return wanted.allocate(result++, kIsCuda, mean, sizes, type, data);
   };
   BlockCoefficientsBwdResult results{empty(p.grad_mean, {s.jobs, s.images, s.channels}),
                                      empty(p.grad_var, {s.jobs, s.images, s.channels}),
@@ -194,13 +196,14 @@ DYHEAD_SCHEMAS(m) {
       "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, int[] job_levels, int[] job_branches, "
       "int num_groups, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Returns the gradients of mean, var, up_mean, of all norm_weights and norm_biases, stacked, and
-  // of the other parameters in the order above, all in the compute type.
+  // of the other parameters in the order above, all in the compute type. `wanted` has 1 or 0 for
+  // each (csrc/host/wanted.h).
   m.def(
       "block_coefficients_bwd(Tensor grad_scale, Tensor grad_shift, Tensor grad_coefficients, "
       "Tensor mean, Tensor up_mean, Tensor norms, Tensor layers, Tensor[] norm_weights, "
       "Tensor[] norm_biases, Tensor gate_weight, Tensor fc1_weight, Tensor fc2_weight, "
-      "int[] job_levels, int[] job_branches, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[] job_levels, int[] job_branches, int num_groups, int[] wanted) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 DYHEAD_REGISTER(m) {

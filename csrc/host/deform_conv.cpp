@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "maps.h"
+#include "wanted.h"
 
 namespace dyhead {
 namespace {
@@ -249,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
   return {out, mean, var, up_mean};
 }
 
-// Returns the gradients of source, predictions, weights, bias and gates.
+// Returns the gradients of source, predictions, weights, bias and gates, as far as wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
     const Tensor& grad_out, const std::optional<Tensor>& grad_mean,
     const std::optional<Tensor>& grad_var, const std::optional<Tensor>& grad_up_mean,
@@ -257,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
     const std::optional<Tensor>& gates, const Tensor& out, const Tensor& mean, int64_t images,
     const IntList& source_sizes, const IntList& prediction_sizes, const IntList& out_sizes,
     const IntList& up_sizes, const IntList& geometry, const IntList& terms, const IntList& jobs,
-    bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32,
+    bool mask_logits, bool out_in_compute_dtype, const IntList& wanted_results, bool allow_tf32,
     bool deterministic) {
   Call call(source);
   const DeformCall deform = read_deform_call(
@@ -277,16 +278,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
   if (moments) {
     check_tensor("mean", mean, {job_count, s.images, s.out_channels}, compute, source);
   }
-  const Tensor grad_source = torch::stable::empty_like(source);
-  const Tensor grad_predictions = torch::stable::empty_like(predictions);
-  const Tensor grad_weights = torch::stable::new_empty(
-      source, {deform.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w},
-      compute);
-  const Tensor grad_bias =
-      torch::stable::new_empty(source, {with_bias ? deform.weights : 0, s.out_channels}, compute);
-  const Tensor grad_gates =
-      torch::stable::new_empty(source, {gates.has_value() ? s.images : 0, source_count}, compute);
+  Wanted wanted(wanted_results, 5);
+  STD_TORCH_CHECK(gates.has_value() || !wanted[4],
+                  "expected gates, as their gradient is wanted, got none");
   DeformBwdParams params{};
+  // The input kernel on CUDA writes both of its results, whichever of them is wanted.
+  const Tensor grad_source = wanted.allocate(0, kIsCuda, source, {deform.source_rows, s.channels},
+                                             source.scalar_type(), params.grad_source);
+  const Tensor grad_predictions =
+      wanted.allocate(1, kIsCuda, source, {deform.prediction_rows, s.prediction_columns()}, compute,
+                      params.grad_predictions);
+  const Tensor grad_weights = wanted.allocate(
+      2, false, source,
+      {deform.weights, s.out_channels, s.channels / s.groups, s.kernel_h, s.kernel_w}, compute,
+      params.grad_weights);
+  const Tensor grad_bias = wanted.allocate(3, false, source, {deform.weights, s.out_channels},
+                                           compute, params.grad_bias);
+  const Tensor grad_gates =
+      wanted.allocate(4, false, source, {s.images, source_count}, compute, params.grad_gates);
   params.call = &deform;
   params.weights = &matrices;
   params.source = source.const_data_ptr();
@@ -302,11 +311,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
   params.grad_var = optional_data("grad_var", grad_var, statistics, source);
   params.grad_up_mean = optional_data("grad_up_mean", grad_up_mean, statistics, source);
   params.deterministic = deterministic;
-  params.grad_source = grad_source.mutable_data_ptr();
-  params.grad_predictions = grad_predictions.mutable_data_ptr();
-  params.grad_weights = grad_weights.mutable_data_ptr();
-  params.grad_bias = with_bias ? grad_bias.mutable_data_ptr() : nullptr;
-  params.grad_gates = gates.has_value() ? grad_gates.mutable_data_ptr() : nullptr;
   params.allow_tf32 = allow_tf32;
   run_deform_conv_bwd(params, call);
   return {grad_source, grad_predictions, grad_weights, grad_bias, grad_gates};
@@ -326,16 +330,14 @@ DYHEAD_SCHEMAS(m) {
       "bool mask_logits, bool out_in_compute_dtype, bool moments, bool allow_tf32) -> (Tensor, "
       "Tensor, Tensor, Tensor)");
   // Returns the gradients of source, predictions, weights, bias and gates; those of weights and
-  // bias are stacked and of the compute type, the last two are empty where they do not exist.
+  // bias are stacked and of the compute type. `wanted` has 1 or 0 for each (csrc/host/wanted.h).
   m.def(
       "deform_conv_bwd(Tensor grad_out, Tensor? grad_mean, Tensor? grad_var, "
       "Tensor? grad_up_mean, Tensor source, Tensor predictions, Tensor[] weights, Tensor? gates, "
       "Tensor out, Tensor mean, SymInt images, SymInt[] source_sizes, "
       "SymInt[] prediction_sizes, SymInt[] out_sizes, SymInt[] up_sizes, int[] geometry, "
-      "int[] terms, int[] jobs, bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool "
-      "allow_tf32, bool "
-      "deterministic) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[] terms, int[] jobs, bool mask_logits, bool out_in_compute_dtype, int[] wanted, "
+      "bool allow_tf32, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 DYHEAD_REGISTER(m) {

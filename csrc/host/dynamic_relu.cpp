@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "device.h"
+#include "wanted.h"
 
 namespace dyhead {
 namespace {
@@ -47,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_relu_fwd(
 std::tuple<Tensor, Tensor, Tensor> dynamic_relu_bwd(const Tensor& grad_out, const Tensor& rows,
                                                     const Tensor& hidden, const Tensor& logits,
                                                     const Tensor& fc1_weight,
-                                                    const Tensor& fc2_weight, bool hard_sigmoid) {
+                                                    const Tensor& fc2_weight, bool hard_sigmoid,
+                                                    const IntList& wanted_results) {
   Call call(rows);
   const DynamicReluShape shape = dynamic_relu_shape(rows, fc1_weight, hard_sigmoid);
   const ScalarType compute = compute_type_of(rows);
@@ -57,17 +59,24 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_relu_bwd(const Tensor& grad_out, cons
   check_tensor("logits", logits, {n, 4 * channels}, compute, rows);
   check_tensor("fc1_weight", fc1_weight, {width, channels}, compute, rows);
   check_tensor("fc2_weight", fc2_weight, {4 * channels, width}, compute, rows);
-  const Tensor grad_rows = torch::stable::empty_like(rows);
-  const Tensor grad_logits = torch::stable::empty_like(logits);
-  const Tensor grad_hidden = torch::stable::empty_like(hidden);
-  if (n > 0) {
-    run_dynamic_relu_bwd(
-        {shape, grad_out.const_data_ptr(), rows.const_data_ptr(), hidden.const_data_ptr(),
-         logits.const_data_ptr(), fc1_weight.const_data_ptr(), fc2_weight.const_data_ptr(),
-         grad_rows.mutable_data_ptr(), grad_logits.mutable_data_ptr(),
-         grad_hidden.mutable_data_ptr()},
-        call);
-  }
+  Wanted wanted(wanted_results, 3);
+  DynamicReluBwdParams p{shape,
+                         grad_out.const_data_ptr(),
+                         rows.const_data_ptr(),
+                         hidden.const_data_ptr(),
+                         logits.const_data_ptr(),
+                         fc1_weight.const_data_ptr(),
+                         fc2_weight.const_data_ptr(),
+                         nullptr,
+                         nullptr,
+                         nullptr};
+  // The kernel on CUDA writes all three; on the CPU the rows' gradient follows from the others.
+  const Tensor grad_rows = wanted.allocate(0, kIsCuda, rows, {n, shape.pixels, channels},
+                                           rows.scalar_type(), p.grad_rows);
+  const Tensor grad_logits =
+      wanted.allocate(1, true, rows, {n, 4 * channels}, compute, p.grad_logits);
+  const Tensor grad_hidden = wanted.allocate(2, true, rows, {n, width}, compute, p.grad_hidden);
+  if (n > 0) run_dynamic_relu_bwd(p, call);
   return {grad_rows, grad_logits, grad_hidden};
 }
 
@@ -81,10 +90,12 @@ DYHEAD_SCHEMAS(m) {
       "dynamic_relu_fwd(Tensor rows, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
       "Tensor fc2_bias, bool hard_sigmoid) -> (Tensor, Tensor, Tensor, Tensor)");
   // Returns the gradients of rows, of the logits [N, 4 C] and of the hidden layer before its ReLU
-  // [N, H]; those of the parameters are products of these with what the forward returned.
+  // [N, H]; those of the parameters are products of these with what the forward returned. `wanted`
+  // has 1 or 0 for each (csrc/host/wanted.h).
   m.def(
       "dynamic_relu_bwd(Tensor grad_out, Tensor rows, Tensor hidden, Tensor logits, "
-      "Tensor fc1_weight, Tensor fc2_weight, bool hard_sigmoid) -> (Tensor, Tensor, Tensor)");
+      "Tensor fc1_weight, Tensor fc2_weight, bool hard_sigmoid, int[] wanted) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 DYHEAD_REGISTER(m) {

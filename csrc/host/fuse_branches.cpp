@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "maps.h"
+#include "wanted.h"
 
 namespace dyhead {
 namespace {
@@ -85,25 +86,40 @@ Tensor fuse_branches_fwd(const Tensor& y, const Tensor& scale, const Tensor& shi
   return out;
 }
 
-// Returns the gradients of y, scale, shift and coefficients.
+// Returns the gradients of y, scale, shift and coefficients, as far as wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd(
     const Tensor& grad_out, const Tensor& y, const Tensor& scale, const Tensor& shift,
     const Tensor& coefficients, int64_t images, const IntList& branch_sizes,
-    const IntList& level_sizes, const IntList& level_branches, int64_t up_mode) {
+    const IntList& level_sizes, const IntList& level_branches, int64_t up_mode,
+    const IntList& wanted_results) {
   Call call(y);
   const FuseTables tables = read_fuse_tables(y, scale, shift, coefficients, images, branch_sizes,
                                              level_sizes, level_branches, up_mode);
   check_tensor("grad_out", grad_out, {tables.out_rows, tables.channels}, y.scalar_type(), y);
-  const Tensor grad_y = torch::stable::empty_like(y);
-  const Tensor grad_scale = torch::stable::empty_like(scale);
-  const Tensor grad_shift = torch::stable::empty_like(shift);
-  const Tensor grad_coefficients = torch::stable::empty_like(coefficients);
-  run_fuse_branches_bwd(
-      {&tables, grad_out.const_data_ptr(), y.const_data_ptr(), scale.const_data_ptr(),
-       shift.const_data_ptr(), coefficients.const_data_ptr(), grad_y.mutable_data_ptr(),
-       grad_scale.mutable_data_ptr(), grad_shift.mutable_data_ptr(),
-       grad_coefficients.mutable_data_ptr()},
-      call);
+  Wanted wanted(wanted_results, 4);
+  const ScalarType compute = compute_type_of(y);
+  const int64_t channels = tables.channels;
+  const int64_t maps = std::ssize(tables.maps), levels = std::ssize(tables.levels);
+  FuseBranchesBwdParams p{&tables,
+                          grad_out.const_data_ptr(),
+                          y.const_data_ptr(),
+                          scale.const_data_ptr(),
+                          shift.const_data_ptr(),
+                          coefficients.const_data_ptr(),
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+  // The kernels on CUDA write all of them.
+  const Tensor grad_y =
+      wanted.allocate(0, kIsCuda, y, {y.size(0), channels}, y.scalar_type(), p.grad_y);
+  const Tensor grad_scale =
+      wanted.allocate(1, kIsCuda, y, {maps, images, channels}, compute, p.grad_scale);
+  const Tensor grad_shift =
+      wanted.allocate(2, kIsCuda, y, {levels, images, channels}, compute, p.grad_shift);
+  const Tensor grad_coefficients =
+      wanted.allocate(3, kIsCuda, y, {levels, images, 4, channels}, compute, p.grad_coefficients);
+  run_fuse_branches_bwd(p, call);
   return {grad_y, grad_scale, grad_shift, grad_coefficients};
 }
 
@@ -116,12 +132,12 @@ DYHEAD_SCHEMAS(m) {
       "fuse_branches_fwd(Tensor y, Tensor scale, Tensor shift, Tensor coefficients, "
       "SymInt images, SymInt[] branch_sizes, SymInt[] level_sizes, int[] level_branches, "
       "int up_mode) -> Tensor");
-  // Returns the gradients of y, scale, shift and coefficients.
+  // Returns the gradients of y, scale, shift and coefficients; `wanted` has 1 or 0 for each
+  // (csrc/host/wanted.h).
   m.def(
       "fuse_branches_bwd(Tensor grad_out, Tensor y, Tensor scale, Tensor shift, "
       "Tensor coefficients, SymInt images, SymInt[] branch_sizes, SymInt[] level_sizes, "
-      "int[] level_branches, int up_mode) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "int[] level_branches, int up_mode, int[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 DYHEAD_REGISTER(m) {

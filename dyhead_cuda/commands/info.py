@@ -28,7 +28,7 @@ def format_text(facts: dict[str, Any]) -> str:
         f"CPU          {cpu['machine']}, {cpu['capability']}, {cpu['threads']} threads",
     ]
     for gpu in facts["gpus"]:
-        code = f"runs {gpu['code']}" if gpu["code"] else "not in DYHEAD_CUDA_ARCHS of the build"
+        code = f"runs {gpu['code']}" if gpu["code"] else gpu["problem"] or "no code is built for it"
         lines.append(
             f"GPU          {gpu['name']}, compute capability {gpu['capability']}, "
             f"{gpu['memory_gib']} GiB; {code}"

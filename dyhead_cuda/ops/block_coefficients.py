@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import dense, forbid_second_derivative
+from dyhead_cuda.ops.common import dense, forbid_second_derivative, wanted_gradients
+from dyhead_cuda.ops.folding import Images, Summed, register_folding
 from dyhead_cuda.ops.transforms import call, register_autograd
 
 
@@ -124,6 +125,7 @@ def _fake_bwd(
     job_levels: list[int],
     job_branches: list[int],
     num_groups: int,
+    wanted: list[int],
 ) -> tuple[Tensor, ...]:
     channels, hidden = mean.shape[2], fc1_weight.shape[0]
     shapes: list[tuple[int, ...]] = [
@@ -136,7 +138,9 @@ def _fake_bwd(
         (4 * channels, hidden),
         (4 * channels,),
     ]
-    return tuple(mean.new_empty(shape) for shape in shapes)
+    return tuple(
+        mean.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -162,7 +166,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         mean.new_zeros(shape) if g is None else dense(g)
         for g, shape in zip(grads[:3], ctx.shapes, strict=True)
     ]
-    grad_mean, grad_var, grad_up_mean, grad_weights, grad_biases, *others = call(
+    wanted = wanted_gradients(ctx.needs_input_grad[:11])
+    results = call(
         "block_coefficients_bwd",
         *given,
         mean,
@@ -177,19 +182,21 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         ctx.job_levels,
         ctx.job_branches,
         ctx.num_groups,
+        wanted,
     )
+    found = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
     used = set(ctx.job_branches)  # what no job has gets no gradient, as if it were not there
 
-    def unstack(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor | None]:
+    def unstack(stacked: Tensor | None, like: Sequence[Tensor]) -> list[Tensor | None]:
+        if stacked is None:
+            return [None] * len(like)
         return [stacked[b].to(t.dtype) if b in used else None for b, t in enumerate(like)]
 
     return (
-        grad_mean,
-        grad_var,
-        grad_up_mean,
-        unstack(grad_weights, norm_weights),
-        unstack(grad_biases, norm_biases),
-        *(g.to(dtype) for g, dtype in zip(others, ctx.dtypes, strict=True)),
+        *found[:3],
+        unstack(found[3], norm_weights),
+        unstack(found[4], norm_biases),
+        *(g if g is None else g.to(t) for g, t in zip(found[5:], ctx.dtypes, strict=True)),
         *[None] * 4,
     )
 
@@ -199,3 +206,18 @@ if library.loaded("cpu"):
     torch.library.register_fake("dyhead::block_coefficients_bwd", _fake_bwd)
     register_autograd("block_coefficients_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("block_coefficients_bwd")
+
+    def _with_images(*names: str) -> dict[str, Images]:
+        return dict.fromkeys(names, Images(1))
+
+    register_folding(
+        "block_coefficients_fwd", _with_images("mean", "var", "up_mean"), *[Images(1)] * 5
+    )
+    register_folding(
+        "block_coefficients_bwd",
+        _with_images(
+            "grad_scale", "grad_shift", "grad_coefficients", "mean", "up_mean", "norms", "layers"
+        ),
+        *[Images(1)] * 3,
+        *[Summed()] * 8,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ def dense(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype is not None and t.dtype != dtype:
         t = t.to(dtype)
     return t if t.is_contiguous() else t.contiguous()
+
+
+def wanted_gradients(needs: Sequence[bool | Sequence[bool]]) -> list[int]:
+    """The argument ``wanted`` of a backward operator: 1 for each gradient that somebody needs.
+
+    Args:
+        needs: ``ctx.needs_input_grad`` of the arguments that the gradients belong to, in their
+            order; a list of tensors has one gradient, the stacked one of all of them.
+    """
+    return [int(any(need) if isinstance(need, Sequence) else need) for need in needs]
 
 
 def forbid_second_derivative(name: str) -> None:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import compute_dtype, dense, forbid_second_derivative, tf32_allowed
+from dyhead_cuda.ops.common import (
+    compute_dtype,
+    dense,
+    forbid_second_derivative,
+    tf32_allowed,
+    wanted_gradients,
+)
+from dyhead_cuda.ops.folding import Images, Rows, Summed, register_folding
 from dyhead_cuda.ops.jobs import Plan, pixels_of
 from dyhead_cuda.ops.transforms import call, register_autograd
 
@@ -119,18 +126,19 @@ def _fake_bwd(
     jobs: list[int],
     mask_logits: bool,
     out_in_compute_dtype: bool,
-    with_bias: bool,
+    wanted: list[int],
     allow_tf32: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gated_images = 0 if gates is None else images
-    return (
-        torch.empty_like(source),
-        torch.empty_like(predictions),
-        predictions.new_empty(len(weights), *weights[0].shape),
-        predictions.new_empty(len(weights) if with_bias else 0, weights[0].shape[0]),
-        predictions.new_empty(gated_images, len(source_sizes) // 2),
-    )
+) -> tuple[Tensor, ...]:
+    shapes: list[Sequence[int]] = [
+        source.shape,
+        predictions.shape,
+        (len(weights), *weights[0].shape),
+        (len(weights), weights[0].shape[0]),
+        (images, len(source_sizes) // 2),
+    ]
+    first, *others = (shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True))
+    return (source.new_empty(first), *(predictions.new_empty(shape) for shape in others))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     out, mean, _, _ = output
     # Only the gradients of the moments read the outputs.
     ctx.save_for_backward(source, predictions, gates, out if moments else None, mean, *weights)
-    ctx.tables, ctx.no_bias_gradients = tables, bias and [None] * len(bias)
+    ctx.tables, ctx.biases = tables, bias and len(bias)
     # torch takes an empty list for one of tensors, which has a list of gradients.
     ctx.no_gradients = [[] if table == [] else None for table in inputs[5:]]
     ctx.set_materialize_grads(False)
@@ -152,12 +160,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
     elif out is not None:
         grad_out = torch.zeros_like(out)
     else:
-        no_weights = [None] * len(weights)
-        return (None, None, no_weights, ctx.no_bias_gradients, None, *ctx.no_gradients)
+        no_weights, no_biases = [None] * len(weights), ctx.biases and [None] * ctx.biases
+        return (None, None, no_weights, no_biases, None, *ctx.no_gradients)
     moments: list[Tensor | None] = [None, None, None]
     if out is not None and any(g is not None for g in grads):
         moments = [torch.zeros_like(mean) if g is None else dense(g) for g in grads]
-    grad_source, grad_predictions, grad_weights, grad_bias, grad_gates = call(
+    wanted = wanted_gradients(ctx.needs_input_grad[:5])
+    results = call(
         "deform_conv_bwd",
         grad_out,
         *moments,
@@ -168,16 +177,20 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
         grad_out if out is None else out,
         mean,
         *ctx.tables,
-        bool(ctx.no_bias_gradients),
+        wanted,
         ctx.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
     )
+    found = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
+
+    def unstack(stacked: Tensor | None, count: int) -> list[Tensor | None]:
+        return [None] * count if stacked is None else [*stacked.to(weights[0].dtype).unbind()]
+
     return (
-        grad_source,
-        grad_predictions,
-        list(grad_weights.to(weights[0].dtype).unbind()),
-        ctx.no_bias_gradients and list(grad_bias.to(weights[0].dtype).unbind()),
-        None if gates is None else grad_gates,
+        *found[:2],
+        unstack(found[2], len(weights)),
+        ctx.biases and unstack(found[3], ctx.biases),
+        found[4],
         *ctx.no_gradients,
     )
 
@@ -187,3 +200,22 @@ if library.loaded("cpu"):
     torch.library.register_fake("dyhead::deform_conv_bwd", _fake_bwd)
     register_autograd("deform_conv_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("deform_conv_bwd")
+    _maps: dict[str, Images | Rows] = {
+        "source": Rows("source_sizes"),
+        "predictions": Rows("prediction_sizes"),
+        "gates": Images(0),
+    }
+    register_folding("deform_conv_fwd", _maps, Rows("out_sizes"), *[Images(1)] * 3)
+    _grads: dict[str, Images | Rows] = {"grad_out": Rows("out_sizes"), "out": Rows("out_sizes")}
+    _moments: dict[str, Images | Rows] = dict.fromkeys(
+        ("grad_mean", "grad_var", "grad_up_mean", "mean"), Images(1)
+    )
+    register_folding(
+        "deform_conv_bwd",
+        {**_grads, **_moments, **_maps},
+        _maps["source"],
+        _maps["predictions"],
+        Summed(),
+        Summed(),
+        _maps["gates"],
+    )

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import checks, library
-from dyhead_cuda.ops.common import compute_dtype, dense, forbid_second_derivative
+from dyhead_cuda.ops.common import (
+    compute_dtype,
+    dense,
+    forbid_second_derivative,
+    wanted_gradients,
+)
+from dyhead_cuda.ops.folding import Images, register_folding
 from dyhead_cuda.ops.transforms import call, register_autograd
 
 
@@ -69,8 +75,12 @@ def _fake_bwd(
     fc1_weight: Tensor,
     fc2_weight: Tensor,
     hard_sigmoid: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(logits), torch.empty_like(hidden)
+    wanted: list[int],
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t) if want else t.new_empty(0)
+        for t, want in zip((rows, logits, hidden), wanted, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -83,6 +93,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     rows, mean, hidden, logits, fc1_weight, fc2_weight = ctx.saved_tensors
+    of_rows, *of_parameters, _ = ctx.needs_input_grad
+    of_fc1_weight, of_fc1_bias, of_fc2_weight, of_fc2_bias = of_parameters
+    of_fc1, of_fc2 = of_fc1_weight or of_fc1_bias, of_fc2_weight or of_fc2_bias
     grad_rows, grad_logits, grad_hidden = call(
         "dynamic_relu_bwd",
         dense(grad_out, rows.dtype),
@@ -92,13 +105,14 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
         fc1_weight,
         fc2_weight,
         ctx.hard_sigmoid,
+        wanted_gradients([of_rows, of_fc2, of_fc1]),
     )
     return (
-        grad_rows,
-        grad_hidden.t() @ mean,
-        grad_hidden.sum(0),
-        grad_logits.t() @ hidden,
-        grad_logits.sum(0),
+        grad_rows if of_rows else None,
+        grad_hidden.t() @ mean if of_fc1_weight else None,
+        grad_hidden.sum(0) if of_fc1_bias else None,
+        grad_logits.t() @ hidden if of_fc2_weight else None,
+        grad_logits.sum(0) if of_fc2_bias else None,
         None,
     )
 
@@ -108,3 +122,6 @@ if library.loaded("cpu"):
     torch.library.register_fake("dyhead::dynamic_relu_bwd", _fake_bwd)
     register_autograd("dynamic_relu_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("dynamic_relu_bwd")
+    register_folding("dynamic_relu_fwd", {"rows": Images(0)}, *[Images(0)] * 4)
+    _tensors = dict.fromkeys(("grad_out", "rows", "hidden", "logits"), Images(0))
+    register_folding("dynamic_relu_bwd", _tensors, *[Images(0)] * 3)

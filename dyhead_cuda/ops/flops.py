@@ -53,32 +53,43 @@ def _deform_conv_fwd(call: Call) -> int:
 
 
 def _deform_conv_bwd(call: Call) -> int:
-    """The samples' gradient and the weights': both are always computed."""
-    return 2 * _deform_conv(call, call.arguments["grad_out"][0])
+    """The samples' gradient, which those of source, predictions and gates follow from, and the
+    weights'."""
+    source, predictions, weights, _, gates = call.arguments["wanted"]
+    products = (source or predictions or gates) + weights
+    return products * _deform_conv(call, call.arguments["grad_out"][0])
 
 
-def _layers(fc1_weight: Shape, fc2_weight: Shape) -> int:
-    return prod(fc1_weight) + prod(fc2_weight)
-
-
-def _block_coefficients_fwd(call: Call) -> int:
+def _coefficient_products(call: Call) -> tuple[int, int, int]:
     """A gate for each job, and the two layers of the dynamic ReLU for each level."""
     a = call.arguments
     _, images, channels = a["mean"]
-    levels = max(a["job_levels"]) + 1
-    layers = _layers(a["fc1_weight"], a["fc2_weight"])
-    return images * (len(a["job_levels"]) * channels + levels * layers)
+    levels = images * (max(a["job_levels"]) + 1)
+    gates = images * len(a["job_levels"]) * channels
+    return gates, levels * prod(a["fc1_weight"]), levels * prod(a["fc2_weight"])
+
+
+def _block_coefficients_fwd(call: Call) -> int:
+    return sum(_coefficient_products(call))
 
 
 def _block_coefficients_bwd(call: Call) -> int:
-    """The inputs' gradients and the weights'."""
-    return 2 * _block_coefficients_fwd(call)
+    """The inputs' gradients, which everything else follows from, and the weights'."""
+    gates, fc1, fc2 = _coefficient_products(call)
+    *_, of_gates, _, of_fc1, _, of_fc2, _ = call.arguments["wanted"]
+    return gates + fc1 + fc2 + of_gates * gates + of_fc1 * fc1 + of_fc2 * fc2
 
 
-def _dynamic_relu(call: Call) -> int:
-    """Two layers; of the backward the inputs' gradients: torch multiplies for the weights'."""
+def _dynamic_relu_fwd(call: Call) -> int:
     a = call.arguments
-    return a["rows"][0] * _layers(a["fc1_weight"], a["fc2_weight"])
+    return a["rows"][0] * (prod(a["fc1_weight"]) + prod(a["fc2_weight"]))
+
+
+def _dynamic_relu_bwd(call: Call) -> int:
+    """The inputs' gradients, of the first layer for the rows'; torch multiplies for weights."""
+    a = call.arguments
+    of_rows, _, _ = a["wanted"]
+    return a["rows"][0] * (of_rows * prod(a["fc1_weight"]) + prod(a["fc2_weight"]))
 
 
 MULTIPLY_ADDS: dict[str, Callable[[Call], int]] = {
@@ -86,8 +97,8 @@ MULTIPLY_ADDS: dict[str, Callable[[Call], int]] = {
     "deform_conv_bwd": _deform_conv_bwd,
     "block_coefficients_fwd": _block_coefficients_fwd,
     "block_coefficients_bwd": _block_coefficients_bwd,
-    "dynamic_relu_fwd": _dynamic_relu,
-    "dynamic_relu_bwd": _dynamic_relu,
+    "dynamic_relu_fwd": _dynamic_relu_fwd,
+    "dynamic_relu_bwd": _dynamic_relu_bwd,
 }
 WITHOUT_PRODUCTS = (
     "fuse_branches_fwd",

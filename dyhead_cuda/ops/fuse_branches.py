@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import library
-from dyhead_cuda.ops.common import compute_dtype, dense, forbid_second_derivative
+from dyhead_cuda.ops.common import (
+    compute_dtype,
+    dense,
+    forbid_second_derivative,
+    wanted_gradients,
+)
+from dyhead_cuda.ops.folding import Images, Rows, register_folding
 from dyhead_cuda.ops.jobs import Size, UpsampleMode, level_numbers, pixels_of, size_numbers
 from dyhead_cuda.ops.transforms import call, register_autograd
 
@@ -98,12 +104,12 @@ def _fake_bwd(
     level_sizes: list[int],
     level_branches: list[int],
     up_mode: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(y),
-        torch.empty_like(scale),
-        torch.empty_like(shift),
-        torch.empty_like(coefficients),
+    wanted: list[int],
+) -> tuple[Tensor, ...]:
+    tensors = (y, scale, shift, coefficients)
+    return tuple(
+        torch.empty_like(t) if want else t.new_empty(0)
+        for t, want in zip(tensors, wanted, strict=True)
     )
 
 
@@ -114,13 +120,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
+    wanted = wanted_gradients(ctx.needs_input_grad[:4])
     grads = call(
         "fuse_branches_bwd",
         dense(grad_out, tensors[0].dtype),
         *tensors,
         *ctx.tables,
+        wanted,
     )
-    return (*grads, *[None] * len(ctx.tables))
+    needed = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return (*needed, *[None] * len(ctx.tables))
 
 
 if library.loaded("cpu"):
@@ -128,3 +137,10 @@ if library.loaded("cpu"):
     torch.library.register_fake("dyhead::fuse_branches_bwd", _fake_bwd)
     register_autograd("fuse_branches_fwd", _backward, setup_context=_setup_context)
     forbid_second_derivative("fuse_branches_bwd")
+    _out = Rows("level_sizes")
+    _tensors: dict[str, Images | Rows] = {
+        "y": Rows("branch_sizes"),
+        **dict.fromkeys(("scale", "shift", "coefficients"), Images(1)),
+    }
+    register_folding("fuse_branches_fwd", _tensors, _out)
+    register_folding("fuse_branches_bwd", {"grad_out": _out, **_tensors}, *_tensors.values())

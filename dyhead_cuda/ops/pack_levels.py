@@ -11,6 +11,7 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.numerics import is_channels_last
 from dyhead_cuda.ops.common import dense
+from dyhead_cuda.ops.folding import Images, Rows, register_folding
 from dyhead_cuda.ops.jobs import Size, map_rows, size_numbers
 from dyhead_cuda.ops.transforms import call, register_autograd
 
@@ -97,3 +98,5 @@ if library.loaded("cpu"):
     torch.library.register_fake("dyhead::unpack_levels", _fake_unpack)
     register_autograd("pack_levels", _pack_backward, setup_context=_setup_pack)
     register_autograd("unpack_levels", _unpack_backward)
+    register_folding("pack_levels", {"levels": Images(0)}, Rows("levels"))
+    register_folding("unpack_levels", {"rows": Rows("sizes")}, Images(0))

@@ -2,8 +2,7 @@
 
 ``torch.library.register_autograd`` serves ordinary autograd only. Under a transform an operator
 goes through a :class:`torch.autograd.Function`, which has rules for both, with the same formulas.
-vmap runs the operator once for each element of the batch: the kernels are told what to read by
-tables of integers, which have no place for a batch dimension.
+Under vmap the batch becomes part of the images where it can; see :mod:`dyhead_cuda.ops.folding`.
 
 Either way a node of the graph has a readable name, such as ``DyHeadDeformConvBackward``: what
 ``grad_fn.name()``, a profiler's row or a picture of the graph shows.
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dyhead_cuda.ops import scripted
+from dyhead_cuda.ops.folding import Batched
 
 
 class Formula(NamedTuple):
@@ -108,7 +108,13 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        gradients = ctx.formula.backward(ctx, *([grads] if ctx.returns_list else grads))
+        needs = ctx.needs_input_grad
+        # As register_autograd has it: in the structure of the operator's arguments.
+        ctx.needs_input_grad = pytree.tree_unflatten(list(needs[2:]), ctx.structure)
+        try:
+            gradients = ctx.formula.backward(ctx, *([grads] if ctx.returns_list else grads))
+        finally:
+            ctx.needs_input_grad = needs
         if not isinstance(gradients, tuple):
             gradients = (gradients,)
         arguments = pytree.tree_unflatten(range(ctx.leaves), ctx.structure)
@@ -118,15 +124,15 @@ class _Transformed(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], name: str, structure: Any, *leaves: Any
     ) -> tuple[Any, Any]:
-        dims = in_dims[2:]
-        results = []
-        for i in range(info.batch_size):
-            parts = [
-                leaf if dim is None else leaf.select(dim, i)
-                for leaf, dim in zip(leaves, dims, strict=True)
-            ]
-            results.append(_functions[name].apply(name, structure, *parts))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        outputs = tuple(torch.stack(group) for group in zip(*results, strict=True))
-        return outputs, (0,) * len(outputs)
+        names = [a.name for a in getattr(torch.ops.dyhead, name).default._schema.arguments]
+
+        def by_name(values: Sequence[Any]) -> dict[str, Any]:
+            return dict(zip(names, pytree.tree_unflatten(values, structure), strict=True))
+
+        def run(arguments: dict[str, Any]) -> Any:
+            flat, others = pytree.tree_flatten(tuple(arguments[key] for key in names))
+            return _functions[name].apply(name, others, *flat)
+
+        batched = Batched(name, by_name(leaves), by_name(in_dims[2:]), info.batch_size, run)
+        results = batched.results()
+        return results, 0 if isinstance(results, Tensor) else (0,) * len(results)

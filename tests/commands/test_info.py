@@ -50,15 +50,18 @@ def test_info_shows_what_failed_and_which_gpus_are_covered() -> None:
         "fix": "install nvcc",
         "log_tail": ["error: planted"],
     }
-    gpu = {"name": "GPU X", "capability": "7.5", "memory_gib": 15.0, "code": None}
-    facts["gpus"] = [gpu, {**gpu, "capability": "9.0", "code": "sm_90a"}]
+    gpu = {"name": "GPU X", "capability": "7.5", "memory_gib": 15.0}
+    facts["gpus"] = [
+        {**gpu, "code": None, "problem": "the kernels need 8.0"},
+        {**gpu, "capability": "9.0", "code": "sm_90a", "problem": ""},
+    ]
     facts["operators"] = {}
     text = format_text(facts)
     for part in (
         "compiling failed",
         "install nvcc",
         "error: planted",
-        "not in DYHEAD_CUDA_ARCHS",
+        "the kernels need 8.0",
         "runs sm_90a",
         "everything runs on the reference",
     ):

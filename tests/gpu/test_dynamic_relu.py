@@ -154,7 +154,7 @@ def test_no_images() -> None:
     out, _, hidden, logits = torch.ops.dyhead.dynamic_relu_fwd(rows, *arguments, True)
     fc1_weight, _, fc2_weight, _ = arguments
     grad_rows, _, _ = torch.ops.dyhead.dynamic_relu_bwd(
-        out, rows, hidden, logits, fc1_weight, fc2_weight, True
+        out, rows, hidden, logits, fc1_weight, fc2_weight, True, [1, 1, 1]
     )
     assert out.shape == grad_rows.shape == rows.shape
 

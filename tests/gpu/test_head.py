@@ -103,7 +103,8 @@ def test_small_block(high_offset: HighOffset) -> None:
 @dtypes
 def test_block_of_an_image(dtype: torch.dtype) -> None:
     need_memory(60)
-    check_block(replace(REAL, device=DEVICE), dtype, smooth=dtype.itemsize == 2)
+    # Of millions of values some always lie at a kink, but for rounding of float64.
+    check_block(replace(REAL, device=DEVICE), dtype, smooth=dtype != torch.float64)
 
 
 @pytest.mark.parametrize("block", [Block(in_channels=16, out_channels=24), MIDDLE], ids=str)

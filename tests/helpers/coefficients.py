@@ -194,3 +194,20 @@ def check(case: Case, tensors: Sequence[Tensor]) -> None:
     grads = all_gradients(actual, tensors)
     assert [g.dtype for g in grads] == [t.dtype for t in tensors]
     check_gradients(grads, all_gradients(expected, exact), dtype)
+
+
+def operator_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Of ``block_coefficients_fwd``."""
+    return (*case.arguments(tensors), *case.options().values())
+
+
+def backward_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Of ``block_coefficients_bwd``, which is to compute all gradients."""
+    plain_tensors = [t.detach() for t in tensors]
+    arguments = operator_arguments(case, plain_tensors)
+    mean, _, up_mean, weights, biases, gate_weight, _, fc1_weight, _, fc2_weight, _ = arguments[:11]
+    *outputs, norms, layers = torch.ops.dyhead.block_coefficients_fwd(*arguments)
+    grads = [torch.randn_like(t) for t in outputs]
+    kept = (mean, up_mean, norms, layers)
+    parameters = (weights, biases, gate_weight, fc1_weight, fc2_weight)
+    return (*grads, *kept, *parameters, *arguments[11:14], [1] * 11)

@@ -20,6 +20,7 @@ from tests.helpers.compare import leaf
 from tests.helpers.resizing import resized
 
 Tensors = dict[str, Tensor]
+GRADIENTS = ("source", "predictions", "weights", "bias", "gates")  # of deform_conv_bwd
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Call(ABC):
         grads = [torch.randn_like(mean) if self.moments else None for _ in range(3)]
         source, predictions, weights, _, gates, *tables, _, _ = arguments
         first = [torch.randn_like(out), *grads, source, predictions, weights, gates, out, mean]
-        return (*first, *tables, "bias" in tensors, False, False)
+        wanted = [int(name in tensors) for name in GRADIENTS]
+        return (*first, *tables, wanted, False, False)
 
     def reference(self, tensors: Tensors) -> list[Tensor]:
         """The same in float64: map by map, with the reference's 3x3 convolution."""

@@ -22,8 +22,10 @@ from tests.helpers.coefficients import (
     Case,
     all_gradients,
     at_a_corner,
+    backward_arguments,
     block_case,
     check,
+    operator_arguments,
     plain,
     run,
 )
@@ -252,21 +254,6 @@ def test_a_second_derivative_raises() -> None:
         grad.sum().backward()
 
 
-def operator_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return (*case.arguments(tensors), *case.options().values())
-
-
-def backward_arguments(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    plain_tensors = [t.detach() for t in tensors]
-    arguments = operator_arguments(case, plain_tensors)
-    mean, _, up_mean, weights, biases, gate_weight, _, fc1_weight, _, fc2_weight, _ = arguments[:11]
-    scale, shift, relu, norms, layers = torch.ops.dyhead.block_coefficients_fwd(*arguments)
-    grads = [torch.randn_like(t) for t in (scale, shift, relu)]
-    kept = (mean, up_mean, norms, layers)
-    parameters = (weights, biases, gate_weight, fc1_weight, fc2_weight)
-    return (*grads, *kept, *parameters, *arguments[11:14])
-
-
 @computes
 @each_device
 @pytest.mark.parametrize("images", [0, 2])
@@ -357,9 +344,9 @@ def test_bad_tables_raise(name: str) -> None:
     *tables, eps = (case.options() | changes).values()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dyhead.block_coefficients_fwd(*case.arguments(tensors), *tables, eps)
-    arguments = backward_arguments(case, tensors)[:-3]
+    *arguments, _, _, _, wanted = backward_arguments(case, tensors)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dyhead.block_coefficients_bwd(*arguments, *tables)
+        torch.ops.dyhead.block_coefficients_bwd(*arguments, *tables, wanted)
 
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,31 +12,14 @@ from dyhead_cuda import backend, functional, library
 from tests.helpers.compare import TOLERANCE, assert_close, gradients
 from tests.helpers.devices import Device, each_device
 from tests.helpers.inputs import random_relu_inputs
+from tests.helpers.relu_operators import backward_arguments, forward_arguments
 
 pytestmark = pytest.mark.skipif(
     not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
 )
 
+ALL = [1, 1, 1]  # gradients wanted
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def forward_arguments(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """rows [N, P, C] and the parameters as the operator takes them."""
-    x, *parameters = inputs
-    rows = x.detach().transpose(1, 2).contiguous()
-    return [rows, *(t.detach().to(compute_dtype(x.dtype)) for t in parameters)]
-
-
-def backward_arguments(inputs: Sequence[Tensor]) -> list[Tensor]:
-    rows, w1, b1, w2, b2 = forward_arguments(inputs)
-    _, _, hidden, logits = torch.ops.dyhead.dynamic_relu_fwd(rows, w1, b1, w2, b2, True)
-    source = torch.Generator().manual_seed(5)
-    grad_out = torch.randn(rows.shape, generator=source, dtype=torch.float64).to(rows)
-    return [grad_out, rows, hidden, logits, w1, w2]
 
 
 def test_forward_statistics() -> None:
@@ -58,7 +41,7 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> 
         t.requires_grad_()
     torch.library.opcheck(torch.ops.dyhead.dynamic_relu_fwd.default, (*arguments, True))
     torch.library.opcheck(
-        torch.ops.dyhead.dynamic_relu_bwd.default, (*backward_arguments(inputs), False)
+        torch.ops.dyhead.dynamic_relu_bwd.default, (*backward_arguments(inputs), False, ALL)
     )
 
 
@@ -94,9 +77,9 @@ def test_direct_calls_of_the_forward_are_checked(fault: str, place: int) -> None
 @pytest.mark.parametrize("fault", WRONG)
 def test_direct_calls_of_the_backward_are_checked(fault: str, place: int) -> None:
     arguments = backward_arguments(random_relu_inputs((3, 6, 5), torch.float32, hidden=4))
-    torch.ops.dyhead.dynamic_relu_bwd(*arguments, True)
+    torch.ops.dyhead.dynamic_relu_bwd(*arguments, True, ALL)
     with pytest.raises(RuntimeError, match=r"expected"):
-        torch.ops.dyhead.dynamic_relu_bwd(*wrong(arguments, place, WRONG[fault]), True)
+        torch.ops.dyhead.dynamic_relu_bwd(*wrong(arguments, place, WRONG[fault]), True, ALL)
 
 
 # --- bitwise promises -----------------------------------------------------------------------------
@@ -115,7 +98,7 @@ def test_bitwise_equal_for_any_number_of_threads(
         rows = [
             out.detach(),
             *torch.ops.dyhead.dynamic_relu_bwd(
-                *backward_arguments([t.detach() for t in inputs]), True
+                *backward_arguments([t.detach() for t in inputs]), True, ALL
             ),
         ]
         # Products that torch computes stay out of it: they may depend on the threads.

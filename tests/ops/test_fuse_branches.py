@@ -75,7 +75,7 @@ def test_opcheck(images: int, dtype: torch.dtype, device: str) -> None:
     torch.library.opcheck(torch.ops.dyhead.fuse_branches_fwd, (*tensors, *tables))
     plain = [t.detach() for t in tensors]
     grad_out = torch.randn_like(case.run(plain))
-    torch.library.opcheck(torch.ops.dyhead.fuse_branches_bwd, (grad_out, *plain, *tables))
+    torch.library.opcheck(torch.ops.dyhead.fuse_branches_bwd, (grad_out, *plain, *tables, ALL))
 
 
 def test_a_tie_is_split() -> None:
@@ -162,6 +162,7 @@ def test_a_second_derivative_raises() -> None:
 
 
 # Three branches of 2x3, 1x2 and 2x3 pixels, and two levels of 2x3.
+ALL = [1] * 4  # gradients wanted
 GOOD: dict[str, Any] = {
     "branch_sizes": [2, 3, 1, 2, 2, 3],
     "level_sizes": [2, 3, 2, 3],
@@ -217,7 +218,7 @@ def test_bad_tables_raise(name: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dyhead.fuse_branches_fwd(*tensors, **{**good, argument: value})
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dyhead.fuse_branches_bwd(out, *tensors, **{**good, argument: value})
+        torch.ops.dyhead.fuse_branches_bwd(out, *tensors, **{**good, argument: value}, wanted=ALL)
 
 
 @pytest.mark.parametrize("position", range(4))
@@ -243,6 +244,6 @@ def test_a_bad_number_of_images_or_gradient_raises() -> None:
             bad_call(*tensors, images=images)
     for bad in (torch.randn(23, 4), torch.randn(24, 3), torch.randn(24, 4).double()):
         with pytest.raises(RuntimeError, match="expected grad_out"):
-            torch.ops.dyhead.fuse_branches_bwd(bad, *tensors, 2, **GOOD)
+            torch.ops.dyhead.fuse_branches_bwd(bad, *tensors, 2, **GOOD, wanted=ALL)
     with pytest.raises(RuntimeError, match="at least one channel"):
         bad_call(*(t[..., :0] for t in tensors))

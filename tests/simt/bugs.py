@@ -157,6 +157,13 @@ DEFORM_CONV = Suite(
         "columns used before they are there": Bug(
             DEFORM_INPUT, f"      {BARRIER}\n      consume(", "      consume(", INPUT_KERNEL
         ),
+        "channels of a lane taken for neighbours": Bug(
+            f"{CUDA}/deform_conv/deform_conv.cuh",
+            "return k / kPiece * kSpacing + k % kPiece;",
+            "return k;",
+            "deform_conv_bwd_input_float16",
+            "test_convolutions and vectors and float16",
+        ),
         "dots of another corner": Bug(
             DEFORM_INPUT,
             "2 * (lane & 1) + (lane >> 1)",
@@ -168,6 +175,13 @@ DEFORM_CONV = Suite(
             "cp_async_wait_group<kBwdStages - 2>",
             "cp_async_wait_group<kBwdStages - 1>",
             INPUT_KERNEL,
+        ),
+        "values that are not finite go missing": Bug(
+            DEFORM_INPUT,
+            "if (p_.scatter == Scatter::kFixed) NonFiniteMarks",
+            "if (p_.scatter == Scatter::kSum) NonFiniteMarks",
+            INPUT_KERNEL,
+            "not_finite and float32",
         ),
         "integer sums lose a digit": Bug(
             f"{CUDA}/deform_conv/deform_conv_scatter.cuh",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,11 @@ def _name(t: Tensor) -> str:
 
 def _array(t: Tensor | None) -> Any:
     return None if t is None else to_array(t)
+
+
+def _as_wanted(results: Sequence[Tensor], wanted: Sequence[int]) -> tuple[Tensor, ...]:
+    """As an operator returns them: empty where they are not wanted."""
+    return tuple(t if want else t.new_empty(0) for t, want in zip(results, wanted, strict=True))
 
 
 class Emulated(TorchDispatchMode):
@@ -90,7 +96,7 @@ class Emulated(TorchDispatchMode):
         mean: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
-        *tables, mask_logits, out_in_compute_dtype, with_bias, allow_tf32, deterministic = rest
+        *tables, mask_logits, out_in_compute_dtype, wanted, allow_tf32, deterministic = rest
         moments = None if grad_mean is None else [grad_mean, grad_var, grad_up_mean]
         results = self.simt.deform_conv.backward(
             _name(source),
@@ -106,31 +112,30 @@ class Emulated(TorchDispatchMode):
             tables,
             mask_logits,
             out_in_compute_dtype,
-            with_bias=with_bias,
+            with_bias=bool(wanted[3]),
             allow_tf32=allow_tf32,
             deterministic=deterministic,
             device=self.device,
         )
-        grad_weights = self.simt.deform_weights.gradient(
-            _name(source),
-            to_array(source),
-            to_array(predictions),
-            _array(gates),
-            results["rows"],
-            len(weights),
-            tables,
-            mask_logits,
-            allow_tf32=allow_tf32,
-            device=self.device,
-        )
+        if wanted[2]:
+            results["weights"] = self.simt.deform_weights.gradient(
+                _name(source),
+                to_array(source),
+                to_array(predictions),
+                _array(gates),
+                results["rows"],
+                len(weights),
+                tables,
+                mask_logits,
+                allow_tf32=allow_tf32,
+                device=self.device,
+            )
         wide = compute_dtype(source.dtype)
-        none = predictions.new_empty(0)
-        return (
-            to_tensor(results["source"], source.dtype),
-            to_tensor(results["predictions"], wide),
-            to_tensor(grad_weights, wide),
-            to_tensor(results["bias"], wide) if with_bias else none,
-            none if gates is None else to_tensor(results["gates"], wide),
+        names = ("source", "predictions", "weights", "bias", "gates")
+        dtypes = (source.dtype, wide, wide, wide, wide)
+        return tuple(
+            to_tensor(results[name], dtype) if want else torch.empty(0, dtype=dtype)
+            for name, dtype, want in zip(names, dtypes, wanted, strict=True)
         )
 
     def _fuse_call(self, y: Tensor, *rest: Any) -> Any:
@@ -150,9 +155,10 @@ class Emulated(TorchDispatchMode):
         return to_tensor(self._fuse_call(y, *rest).forward(), y.dtype).view(-1, y.shape[1])
 
     def _fuse_branches_bwd(self, grad_out: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        results = self._fuse_call(y, *rest).backward(to_array(grad_out).ravel())
+        *tables, wanted = rest
+        results = self._fuse_call(y, *tables).backward(to_array(grad_out).ravel())
         grad_y, *others = (to_tensor(array, y.dtype) for array in results.values())
-        return grad_y.view(y.shape), *others
+        return _as_wanted((grad_y.view(y.shape), *others), wanted)
 
     def _coefficients(self, function: Callable[..., Any], plain: int, args: Sequence[Any]) -> Any:
         def named(p: Any) -> Any:
@@ -167,5 +173,6 @@ class Emulated(TorchDispatchMode):
         return tuple(to_tensor(array, args[0].dtype) for array in arrays)
 
     def _block_coefficients_bwd(self, *args: Any) -> tuple[Tensor, ...]:
-        arrays = self._coefficients(self.simt.block_coefficients.backward, 7, args)
-        return tuple(to_tensor(array, args[0].dtype) for array in arrays)
+        *arguments, wanted = args
+        arrays = self._coefficients(self.simt.block_coefficients.backward, 7, arguments)
+        return _as_wanted([to_tensor(array, args[0].dtype) for array in arrays], wanted)

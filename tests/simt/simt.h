@@ -270,6 +270,13 @@ __forceinline__ T atomicMin(T* p, std::type_identity_t<T> value) {
 }
 
 template <class T>
+__forceinline__ T atomicOr(T* p, std::type_identity_t<T> value) {
+  static_assert(std::is_integral_v<T>, "as on the device");
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
+  return dyhead::simt::atomic_update("atomicOr", p, [&](T old) { return old | value; });
+}
+
+template <class T>
 __forceinline__ T atomicExch(T* p, std::type_identity_t<T> value) {
   DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicExch", p, [&](T) { return value; });

@@ -222,17 +222,29 @@ def test_deterministic(simt: Any, dtype: torch.dtype) -> None:
     assert all(torch.equal(grads[1][name], g) for name, g in grads[0].items())
 
 
-def test_deterministic_gradients_that_are_not_finite(simt: Any) -> None:
-    work = Convolution()
-    tensors = work.tensors(torch.float32)
-    results = Operator(simt).run(work, tensors)
-    for bad in (math.inf, math.nan):
-        cotangent = torch.ones_like(results[0])
+@dtypes
+def test_deterministic_gradients_that_are_not_finite(simt: Any, dtype: torch.dtype) -> None:
+    """They stay in the sums that they are added to, as in floating-point sums."""
+    work = Convolution(images=2)
+    tensors = {name: t.detach() for name, t in work.tensors(dtype).items()}
+    operator = Operator(simt)
+    results = operator.run(work, tensors)
+    for bad in (math.inf, -math.inf, math.nan):
+        cotangent = random_like(results[0])[0].to(dtype)
         cotangent[3, 2] = bad
-        grads = Operator(simt).backward(
-            work.plan, tensors, results, [cotangent], deterministic=True
+        expected, actual = (
+            operator.backward(
+                work.plan, tensors, results, [cotangent], deterministic=deterministic
+            )["source"]
+            for deterministic in (False, True)
         )
-        assert grads["source"].isnan().all()
+        finite = expected.isfinite()
+        assert finite.any()
+        assert not finite.all()
+        if not math.isnan(bad):
+            assert expected.isinf().any()
+        assert torch.equal(actual[~finite].nan_to_num(7.0), expected[~finite].nan_to_num(7.0))
+        assert_close([actual[finite]], [expected[finite]], dtype)
 
 
 @dtypes

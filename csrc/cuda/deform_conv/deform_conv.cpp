@@ -31,6 +31,7 @@ void run_deform_conv_bwd(const DeformBwdParams& params, Context& context) {
   void* rows = allocate(params.call->out_rows * s.out_channels * element_bytes(s.dtype));
   context.check(cuda::run_deform_bwd_input(params, rows, params.allow_tf32, limits, allocate,
                                            context.stream()));
+  if (params.grad_weights == nullptr) return;
   context.check(cuda::run_deform_bwd_weights(params, rows, params.allow_tf32, limits, allocate,
                                              context.stream()));
 }

@@ -82,8 +82,9 @@ DYHEAD_DEVICE void stage_corners(const DeformLaunch& launch, const TilePlace& pl
   }
 }
 
-// One unit (16 bytes) of samples: its loads in flight, then its blended values.
-template <class Op, bool kVectors>
+// One unit (16 bytes) of samples: its loads in flight, then its blended values. Its channels are
+// consecutive, or equal pieces that are kSpacing channels apart.
+template <class Op, bool kVectors, int kPieces = 1, int kSpacing = 0>
 class Gather {
  public:
   using T = typename Operand<Op>::Storage;
@@ -91,8 +92,14 @@ class Gather {
   static constexpr int kUnit = Operand<Op>::kUnit;
   using Values = Vec<T, kUnit>;
 
-  // Starts the loads of the first `count` channels from `source` on, which points to a channel of
-  // the map's first pixel; the unit's other channels become zero.
+  // The channel of value k, from the unit's first channel on.
+  DYHEAD_DEVICE static constexpr int channel(int k) {
+    constexpr int kPiece = kUnit / kPieces;
+    return k / kPiece * kSpacing + k % kPiece;
+  }
+
+  // Starts the loads of the unit's channels that are among the first `count` from `source` on,
+  // which points to a channel of the map's first pixel; the others become zero.
   DYHEAD_DEVICE void load(const Corners<F>& corners, const T* source, int channels, int count) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -103,15 +110,23 @@ class Gather {
         // An image's map has fewer than 2^32 units (64 GiB), so the product needs no 64 bits.
         const uint32_t unit =
             static_cast<uint32_t>(pixel) * static_cast<uint32_t>(channels / kUnit);
-        if (pixel >= 0 && count > 0) {
-          words_[i] = load_vec_readonly<4>(reinterpret_cast<const uint32_t*>(source) +
-                                           static_cast<uint64_t>(unit) * 4);
+        constexpr int kWords = 4 / kPieces;
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          if (pixel < 0 || count <= piece * kSpacing) continue;
+          const auto* from = reinterpret_cast<const uint32_t*>(source + piece * kSpacing) +
+                             static_cast<uint64_t>(unit) * 4;
+          const Vec<uint32_t, kWords> words = load_vec_readonly<kWords>(from);
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) words_[i][piece * kWords + w] = words[w];
         }
       } else {
         const T* from = source + static_cast<int64_t>(pixel) * channels;
         Values values;
 #pragma unroll
-        for (int k = 0; k < kUnit; ++k) values[k] = pixel >= 0 && k < count ? from[k] : T{};
+        for (int k = 0; k < kUnit; ++k) {
+          values[k] = pixel >= 0 && channel(k) < count ? from[channel(k)] : T{};
+        }
         words_[i] = __builtin_bit_cast(Words, values);
       }
     }

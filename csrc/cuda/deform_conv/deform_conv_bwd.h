@@ -11,8 +11,9 @@
 //   finish       rounds the sums to the source's type
 //
 // Only the scatter depends on the order of threads. In deterministic mode the tiles run twice:
-// first to find the largest magnitude that is scattered, then to add integers, in steps of 2^-k of
-// it, whose sum is the same in any order.
+// first to find the largest finite magnitude that is scattered, then to add integers, in steps of
+// 2^-k of it, whose sum is the same in any order. Values that are not finite are marked beside the
+// sums that they belong to.
 #pragma once
 
 #include "deform_conv.h"
@@ -25,9 +26,18 @@ inline constexpr int kBwdStages = 3;  // panels of weights in flight
 
 enum class Scatter : int32_t {
   kSum,      // floating-point atomics on `sums`
-  kMeasure,  // only the largest magnitude, in `largest`
+  kMeasure,  // only the largest finite magnitude, in `largest`
   kFixed,    // integer atomics on `sums`, in steps derived from `largest`
 };
+
+// The words of `largest`: the bits of a float or double and, if sums are fixed-point, the marks of
+// those to which a value was added that is not finite (deform_conv_scatter.cuh).
+inline constexpr int64_t kLargestWords = 2;
+inline constexpr int64_t kMarkedSums = 16;  // by a word
+
+inline int64_t largest_words(bool fixed, int64_t sums) {
+  return kLargestWords + (fixed ? (sums + kMarkedSums - 1) / kMarkedSums : 0);
+}
 
 struct DeformBwdRowsParams {
   DeformLaunch launch;  // of tiles of kBwdRows rows
@@ -56,7 +66,7 @@ struct DeformBwdInputParams {
   const void* rows;
   Scatter scatter;
   void* sums;                   // [R, C]: floating-point or fixed-point (deform_conv_scatter.cuh)
-  unsigned* largest;            // the bits of a float or double
+  unsigned* largest;            // see largest_words
   int32_t sum_bits;             // log2 of the max number of values in one sum, rounded up
   void* derivatives;            // [uses, 3 D K], with the columns of the predictions
   void* gate_partial;           // [tiles, max_terms] or null

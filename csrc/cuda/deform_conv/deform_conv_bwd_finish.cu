@@ -17,7 +17,9 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
     const auto fixed = FixedPoint<F>::of(p.largest, p.sum_bits);
     const auto* sums = static_cast<const long long*>(p.sums);
     for (int64_t i = first; i < p.count; i += threads) {
-      out[i] = from_compute<T>(fixed.value(sums + i * FixedPoint<F>::kWords));
+      const unsigned marks = NonFiniteMarks::bits(p.largest, i);
+      const F sum = fixed.value(sums + i * FixedPoint<F>::kWords);
+      out[i] = from_compute<T>(marks == 0u ? sum : NonFiniteMarks::value<F>(marks));
     }
     return;
   }

@@ -78,6 +78,12 @@ class InputTile {
   static constexpr int kPitch = kBwdCols + 8;
   static constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
   static constexpr int kLanes = kBwdCols / kUnit;  // sharing the channels of a row
+  // A lane's channels are pieces of 16 bytes of F, so that neighbouring lanes read neighbouring
+  // columns and add to whole sectors.
+  static constexpr int kPiece = 16 / static_cast<int>(sizeof(F));
+  static constexpr int kPieces = kUnit / kPiece;
+  static constexpr int kSpacing = kBwdCols / kPieces;
+  using Values = Gather<Op, kVectors, kPieces, kSpacing>;
 
   // In shared memory, since the products need the registers.
   struct Place {
@@ -204,25 +210,29 @@ class InputTile {
   // first pixel.
   DYHEAD_DEVICE void consume(int64_t at, int channels, int tap) {
     const int thread = tile_thread();
-    const int unit = thread % kLanes;
-    const int left = channels - unit * kUnit;
-    const T* source = static_cast<const T*>(p_.source) + at + unit * kUnit;
+    const int first = thread % kLanes * kPiece;
+    const int left = channels - first;
+    const T* source = static_cast<const T*>(p_.source) + at + first;
     const int stride = static_cast<int>(launch_.shape.channels);
 #pragma unroll 1
     for (int row = thread / kLanes; row < kBwdRows; row += kTileThreads / kLanes) {
       const Corners<F>& corners = corners_[tap * kBwdRows + row];
       const bool measure = p_.scatter == Scatter::kMeasure;
-      Gather<Op, kVectors> values;
+      Values values;
       if (!measure) values.load(corners, source, stride, left);
       F grad[kUnit];
 #pragma unroll
-      for (int k = 0; k < kUnit; ++k) grad[k] = columns_[row * kPitch + unit * kUnit + k];
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const auto part = load_vec<kPiece>(columns_ + row * kPitch + piece * kSpacing + first);
+#pragma unroll
+        for (int k = 0; k < kPiece; ++k) grad[piece * kPiece + k] = part[k];
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int32_t pixel = corners.pixel[i];
         if (pixel < 0 || left <= 0) continue;
         const int64_t offset = static_cast<int64_t>(pixel) * stride;
-        scatter(at + unit * kUnit + offset, corners.weight[i], grad, left);
+        scatter(at + first + offset, corners.weight[i], grad, left);
       }
       if (measure) continue;
       F dots[4];
@@ -238,26 +248,31 @@ class InputTile {
       if constexpr (kVectors && std::is_same_v<F, float>) {
 #pragma unroll
         for (int k = 0; k < kUnit; k += 4) {
-          red_add_v4(to + k, make_float4(weight * grad[k], weight * grad[k + 1],
-                                         weight * grad[k + 2], weight * grad[k + 3]));
+          if (Values::channel(k) >= left) break;
+          red_add_v4(to + Values::channel(k),
+                     make_float4(weight * grad[k], weight * grad[k + 1], weight * grad[k + 2],
+                                 weight * grad[k + 3]));
         }
       } else {
 #pragma unroll
         for (int k = 0; k < kUnit; ++k) {
-          if (k < left) add_float(to + k, weight * grad[k]);
+          if (Values::channel(k) < left) add_float(to + Values::channel(k), weight * grad[k]);
         }
       }
       return;
     }
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
-      if (k >= left) break;
+      const int channel = Values::channel(k);
+      if (channel >= left) break;
       const F value = weight * grad[k];
-      if (p_.scatter == Scatter::kMeasure) {
-        largest_ = larger(largest_, fabs(value));
+      if (!is_finite(value)) {
+        if (p_.scatter == Scatter::kFixed) NonFiniteMarks::add(p_.largest, at + channel, value);
+      } else if (p_.scatter == Scatter::kMeasure) {
+        largest_ = largest_ > fabs(value) ? largest_ : fabs(value);
       } else {
         constexpr int kWords = FixedPoint<F>::kWords;
-        fixed_.add(static_cast<unsigned long long*>(p_.sums) + (at + k) * kWords, value);
+        fixed_.add(static_cast<unsigned long long*>(p_.sums) + (at + channel) * kWords, value);
       }
     }
   }

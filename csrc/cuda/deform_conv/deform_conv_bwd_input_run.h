@@ -50,6 +50,7 @@ struct DeformBwdWorkspaces {
   void* sums;    // of grad_source: grad_source itself where that has the compute type
   int64_t sum_words;
   unsigned* largest;
+  int64_t largest_words;
   void* derivatives;
   void* bias_partial;  // null without grad_bias
   void* gate_partial;  // null without grad_gates
@@ -80,7 +81,8 @@ DeformBwdWorkspaces allocate_bwd_workspaces(const DeformBwdParams& p, const Defo
   w.sum_words = call.source_rows * s.channels * (p.deterministic ? fixed_bytes : value_bytes) / 4;
   w.packed = allocate(panels.bytes(s, call.weights));
   w.sums = sums_in_place(p) ? p.grad_source : allocate(w.sum_words * 4);
-  w.largest = static_cast<unsigned*>(allocate(8));
+  w.largest_words = largest_words(p.deterministic, call.source_rows * s.channels);
+  w.largest = static_cast<unsigned*>(allocate(w.largest_words * 4));
   w.derivatives = allocate(max_uses * s.prediction_columns() * value_bytes);
   const int64_t tiles = max_tiles(launches);
   if (p.grad_bias != nullptr) w.bias_partial = allocate(tiles * s.out_channels * value_bytes);
@@ -100,7 +102,7 @@ inline cudaError_t pack_and_clear(const DeformBwdParams& p, const DeformPanels& 
   const auto sources = static_cast<int64_t>(call.sources.size());
   return pack_weights(s, *p.weights, panels, true, math, w.packed, nullptr,
                       {{w.sums, w.sum_words},
-                       {w.largest, 2},
+                       {w.largest, w.largest_words},
                        zeros(p.grad_predictions, call.prediction_rows * s.prediction_columns()),
                        zeros(p.grad_gates, s.images * sources),
                        zeros(p.grad_bias, call.weights * s.out_channels)},

@@ -9,22 +9,52 @@
 
 namespace dyhead::cuda {
 
-// Fixed-point sums. A value is rounded to a multiple of 2^-k, with k from the largest magnitude
-// such that the sum of 2^sum_bits values fits 62 bits. A float64 value takes two integers, for
-// coarse and for fine steps.
+template <class F>
+struct NonFinite {
+  static constexpr F kInfinity = std::numeric_limits<F>::infinity();
+  static constexpr F kNaN = std::numeric_limits<F>::quiet_NaN();
+};
+
+template <class F>
+DYHEAD_DEVICE bool is_finite(F value) {
+  constexpr F kInfinity = NonFinite<F>::kInfinity;
+  return fabs(value) < kInfinity;
+}
+
+// Two bits for each sum: whether +infinity and whether -infinity was added to it. NaN counts as
+// both, whose sum is NaN too.
+struct NonFiniteMarks {
+  template <class F>
+  DYHEAD_DEVICE static void add(unsigned* largest, int64_t sum, F value) {
+    const unsigned bits = value > F(0) ? 1u : value < F(0) ? 2u : 3u;
+    atomicOr(largest + kLargestWords + sum / kMarkedSums, bits << 2 * (sum % kMarkedSums));
+  }
+
+  // What a sum with these bits is, if any is set.
+  template <class F>
+  DYHEAD_DEVICE static F value(unsigned bits) {
+    constexpr F kInfinity = NonFinite<F>::kInfinity;
+    constexpr F kNaN = NonFinite<F>::kNaN;
+    return bits == 1u ? kInfinity : bits == 2u ? -kInfinity : kNaN;
+  }
+
+  DYHEAD_DEVICE static unsigned bits(const unsigned* largest, int64_t sum) {
+    return largest[kLargestWords + sum / kMarkedSums] >> 2 * (sum % kMarkedSums) & 3u;
+  }
+};
+
+// Fixed-point sums of finite values. A value is rounded to a multiple of 2^-k, with k from the
+// largest magnitude such that the sum of 2^sum_bits values fits 62 bits. A float64 value takes two
+// integers, for coarse and for fine steps.
 template <class F>
 struct FixedPoint {
   static constexpr int kWords = std::is_same_v<F, double> ? 2 : 1;
   static constexpr int kFineBits = 40;
-  static constexpr F kInfinity = std::numeric_limits<F>::infinity();
-  static constexpr F kNaN = std::numeric_limits<F>::quiet_NaN();
 
-  F scale;  // 2^k; NaN if no sum can be finite
+  F scale;  // 2^k
 
   DYHEAD_DEVICE static FixedPoint of(const unsigned* largest, int32_t sum_bits) {
     const F magnitude = *reinterpret_cast<const F*>(largest);
-    const F infinity = kInfinity, nan = kNaN;
-    if (!(magnitude < infinity)) return {nan};
     if (magnitude == F(0)) return {F(1)};
     int exponent;
     frexp(magnitude, &exponent);  // magnitude < 2^exponent
@@ -37,7 +67,6 @@ struct FixedPoint {
   // p points to kWords integers.
   DYHEAD_DEVICE void add(unsigned long long* p, F value) const {
     const F scaled = value * scale;
-    if (!(fabs(scaled) < F(0x1p62))) return;  // the scale is NaN, and so will be the sum
     const long long whole = llrint(scaled);
     atomicAdd(p, static_cast<unsigned long long>(whole));
     if constexpr (kWords == 2) {
@@ -62,18 +91,13 @@ DYHEAD_DEVICE void raise_to(unsigned* largest, double magnitude) {
             __builtin_bit_cast(unsigned long long, magnitude));
 }
 
-// The larger of two magnitudes; NaN is the largest.
-template <class F>
-DYHEAD_DEVICE F larger(F a, F b) {
-  return a > b || a != a ? a : b;
-}
-
 // The largest magnitude of a warp, in every lane.
 template <class F>
 DYHEAD_DEVICE F warp_largest(F magnitude) {
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    magnitude = larger(magnitude, __shfl_xor_sync(kFullMask, magnitude, distance));
+    const F other = __shfl_xor_sync(kFullMask, magnitude, distance);
+    magnitude = magnitude > other ? magnitude : other;
   }
   return magnitude;
 }

@@ -94,8 +94,13 @@ DYHEAD_DEVICE void map_stretch(const FwdKernelParams& p, int64_t n, const Stretc
   }
 }
 
+// Blocks per multiprocessor that the compiler leaves registers for: with eight channels a thread
+// keeps 32 coefficients, and left to itself the compiler spills one of them for a third block.
+constexpr int fwd_blocks(int vector) { return vector == 1 ? 4 : vector == 8 ? 2 : 3; }
+
 template <class T, int V>
-__global__ void __launch_bounds__(kDynamicReluThreads) dynamic_relu_fwd_kernel(FwdKernelParams p) {
+__global__ void __launch_bounds__(kDynamicReluThreads, fwd_blocks(V))
+    dynamic_relu_fwd_kernel(FwdKernelParams p) {
   using F = compute_t<T>;
   const DynamicReluShape& s = p.call.shape;
   const int channels = static_cast<int>(s.channels);

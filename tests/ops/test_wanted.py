@@ -1,0 +1,106 @@
+"""Backward operators compute the gradients that somebody needs, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyhead_cuda import DyHead, backend, library
+from tests.helpers.coefficients import backward_arguments as coefficient_arguments
+from tests.helpers.coefficients import block_case
+from tests.helpers.deform_work import WORKS
+from tests.helpers.fuse_cases import CASES
+from tests.helpers.inputs import halving_sizes, random_pyramid, random_relu_inputs
+from tests.helpers.modules import randomise
+from tests.helpers.relu_operators import backward_arguments as relu_arguments
+
+pytestmark = pytest.mark.skipif(
+    not library.loaded("cpu"), reason=f"the CPU library is not loaded: {library.reason('cpu')}"
+)
+
+Run = Callable[[list[int]], tuple[Tensor, ...]]
+
+
+def deform_conv() -> tuple[Run, int]:
+    work = WORKS["all"]
+    tensors = {name: t.detach() for name, t in work.tensors().items()}
+    *first, _, allow_tf32, deterministic = work.backward_arguments(tensors)
+    operator = torch.ops.dyhead.deform_conv_bwd
+    return lambda wanted: operator(*first, wanted, allow_tf32, deterministic), 5
+
+
+def fuse_branches() -> tuple[Run, int]:
+    case = CASES["two levels"]
+    tensors = [t.detach() for t in case.tensors()]
+    arguments = (torch.randn_like(case.run(tensors)), *tensors, *case.tables())
+    return lambda wanted: torch.ops.dyhead.fuse_branches_bwd(*arguments, wanted), 4
+
+
+def block_coefficients() -> tuple[Run, int]:
+    case = block_case(2)
+    *arguments, wanted = coefficient_arguments(case, case.tensors())
+    operator = torch.ops.dyhead.block_coefficients_bwd
+    return lambda wanted: operator(*arguments, wanted), len(wanted)
+
+
+def dynamic_relu() -> tuple[Run, int]:
+    arguments = relu_arguments(random_relu_inputs((3, 6, 5), torch.float64, hidden=4))
+    return lambda wanted: torch.ops.dyhead.dynamic_relu_bwd(*arguments, True, wanted), 3
+
+
+OPERATORS = [deform_conv, fuse_branches, block_coefficients, dynamic_relu]
+each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
+
+
+@each_operator
+def test_every_choice(operator: Callable[[], tuple[Run, int]]) -> None:
+    """What is wanted has the same bits as with all others; what is not is empty."""
+    torch.manual_seed(0)
+    run, count = operator()
+    every = run([1] * count)
+    alone = [[int(i == j) for j in range(count)] for i in range(count)]
+    without = [[1 - want for want in wanted] for wanted in alone]
+    for wanted in (*alone, *without, [0] * count):
+        found = run(wanted)
+        assert len(found) == count
+        for one, full, want in zip(found, every, wanted, strict=True):
+            assert one.dtype == full.dtype
+            assert torch.equal(one, full if want else full.new_empty(0)), wanted
+
+
+@each_operator
+def test_bad_choices_raise(operator: Callable[[], tuple[Run, int]]) -> None:
+    run, count = operator()
+    for bad in ([1] * (count - 1), [1] * (count + 1), [2] * count, [-1] * count):
+        with pytest.raises(RuntimeError, match="wanted"):
+            run(bad)
+
+
+def backward_flops(head: DyHead, levels: list[Tensor]) -> int:
+    outs = head(levels)
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([x.sum() for x in outs]).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_frozen_weights_cost_no_products() -> None:
+    head = DyHead(8, 16, 2, num_groups=2)
+    randomise(head)
+    levels: list[Any] = [x.requires_grad_() for x in random_pyramid(2, 8, halving_sizes(8, 8, 3))]
+    levels = [x.detach().float().requires_grad_() for x in levels]
+    with backend("cpu"):
+        everything = backward_flops(head, levels)
+        expected = [x.grad for x in levels]
+        for x in levels:
+            x.grad = None
+        head.requires_grad_(False)
+        frozen = backward_flops(head, levels)
+        assert all(torch.equal(x.grad, g) for x, g in zip(levels, expected, strict=True))
+        assert all(p.grad is not None for p in head.parameters())  # of the first time
+    # Gradients of weights are half of the products.
+    assert frozen < 0.55 * everything
