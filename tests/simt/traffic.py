@@ -25,7 +25,7 @@ from tests.helpers.inputs import (
 )
 
 from . import counting
-from .arrays import to_array
+from .arrays import flat_array, to_array
 from .emulated import Emulated
 
 BOUNDS = Path(__file__).with_suffix(".json")
@@ -125,7 +125,7 @@ def run_others(simt: Any, step: Step, pixels: int = 256, channels: int = CHANNEL
     x, *parameters = random_relu_inputs(
         (1, channels, pixels), torch.bfloat16, hidden=channels // 4, parameter_dtype=torch.float32
     )
-    rows = to_array(x.transpose(1, 2).contiguous())
+    rows = flat_array(x.transpose(1, 2))
     arrays = [to_array(p) for p in parameters]
     shape = ("bfloat16", 1, pixels)
     kept = simt.dynamic_relu.forward(*shape, rows, *arrays, hard_sigmoid=True)
