@@ -112,6 +112,12 @@ def test_commands_exist(page: Path) -> None:
             assert command in COMMANDS, text
 
 
+def test_the_readme_executes_nothing_of_a_checkpoint() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "compat.load_checkpoint(" in text
+    assert "torch.load(" not in text
+
+
 def test_examples_of_the_readme_run() -> None:
     blocks = python_blocks(ROOT / "README.md")
     run = [block for block in blocks if NOT_RUN not in block]

@@ -171,9 +171,9 @@ class Batched(NamedTuple):
     def _one_by_one(self, arguments: Arguments) -> Any:
         if self.size == 0:
             raise RuntimeError(
-                "expected a batch of at least one element where vmap has a batch of weights, or "
-                f"their gradients, got none for dyhead::{self.name}; use "
-                'dyhead_cuda.backend("reference")'
+                f"expected a batch of at least one element where vmap of dyhead::{self.name} has a "
+                "batch of weights, or of their gradients, got none; skip the call where the batch "
+                'is empty (backend("reference") takes no empty batch of convolutions, either)'
             )
         results = []
         for i in range(self.size):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyhead_cuda import DyHead, backend, library
+from dyhead_cuda import DyHead, backend, functional, library
 from tests.helpers.coefficients import backward_arguments as coefficient_arguments
 from tests.helpers.coefficients import block_case
+from tests.helpers.coefficients import run as coefficients
+from tests.helpers.compare import gradients, leaf
 from tests.helpers.deform_work import WORKS
 from tests.helpers.fuse_cases import CASES
 from tests.helpers.inputs import halving_sizes, random_pyramid, random_relu_inputs
@@ -79,6 +82,65 @@ def test_bad_choices_raise(operator: Callable[[], tuple[Run, int]]) -> None:
     for bad in ([1] * (count - 1), [1] * (count + 1), [2] * count, [-1] * count):
         with pytest.raises(RuntimeError, match="wanted"):
             run(bad)
+
+
+class WantedOf(TorchDispatchMode):
+    """Collects what backward operators are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        names = [a.name for a in func._schema.arguments]
+        if func.namespace == "dyhead" and "wanted" in names:
+            self.seen.append(list(args[names.index("wanted")]))
+        return func(*args, **(kwargs or {}))
+
+
+def forward_deform_conv() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], list[Tensor]]:
+    work = WORKS["all"]
+    tensors = work.tensors()
+    names = list(tensors)
+    return lambda given: work.run(dict(zip(names, given, strict=True))), list(tensors.values())
+
+
+def forward_fuse_branches() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], list[Tensor]]:
+    case = CASES["two levels"]
+    return lambda given: [case.run(list(given))], case.tensors()
+
+
+def forward_block_coefficients() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], list[Tensor]]:
+    case = block_case(2)
+    return lambda given: list(coefficients(case, list(given))), case.tensors()
+
+
+def forward_dynamic_relu() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], list[Tensor]]:
+    inputs = random_relu_inputs((3, 6, 5), torch.float64, hidden=4)
+    return lambda given: [functional.dynamic_relu(*given)], inputs
+
+
+FORWARDS = [
+    forward_deform_conv,
+    forward_fuse_branches,
+    forward_block_coefficients,
+    forward_dynamic_relu,
+]
+
+
+@pytest.mark.parametrize("operator", FORWARDS, ids=lambda f: f.__name__)
+def test_only_what_requires_a_gradient_is_asked_for(operator: Callable[[], Any]) -> None:
+    """And it is the gradient that it has where all of them do."""
+    run, tensors = operator()
+    leaves = [leaf(t) for t in tensors]
+    expected = gradients(run(leaves), leaves)
+    for i, full in enumerate(expected):
+        given = [leaf(t) if i == j else t.detach() for j, t in enumerate(tensors)]
+        outs = run(given)
+        with WantedOf() as wanted:
+            (found,) = gradients([out for out in outs if out.requires_grad], [given[i]])
+        assert sum(map(sum, wanted.seen)) == 1
+        assert torch.equal(found, full)
 
 
 def backward_flops(head: DyHead, levels: list[Tensor]) -> int:
