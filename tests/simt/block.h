@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "counters.h"
 #include "fiber.h"
 #include "guarded_memory.h"
 #include "simt.h"
@@ -56,6 +57,7 @@ struct Warp {
   unsigned ready = 0;       // lanes that can run
   unsigned collective = 0;  // lanes that wait in a collective
   bool listed = false;      // in the scheduler's list of warps with ready lanes
+  WarpTrace trace;
 };
 
 struct Block {
@@ -68,6 +70,7 @@ struct Block {
 
   unsigned at_barrier = 0;
   Where barrier_where;
+  LineCache l1;
 
   std::map<const void*, std::unique_ptr<GuardedMemory>> static_arrays;  // by declaration
   std::map<size_t, std::unique_ptr<GuardedMemory>> dynamic_arrays;      // by byte offset

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the host, whole, sanitized or with a planted bug."""
+"""Builds the CUDA kernels for the host, whole, sanitized, counting or with a planted bug."""
 
 from __future__ import annotations
 
@@ -85,6 +85,15 @@ def sanitized() -> Kernels:
     return Kernels(build / "lib", sanitized=True)
 
 
+def counted(*kernels: str) -> Kernels:
+    """All kernels, those named (.cu files without their ending; default all) built for counting."""
+    build = BUILDS / "simt-counted"
+    targets = [f"simt_{name}" for name in kernels] or ["kernels"]
+    _build(build, ["simt_runtime", *targets], SIMT_MODULE="OFF", SIMT_COUNT="ON")
+    _link_others(build / "lib", _build_module())
+    return Kernels(build / "lib", sanitized=False)
+
+
 def mutate(
     file: str,
     pattern: str,
@@ -92,6 +101,7 @@ def mutate(
     *,
     kernel: str | None = None,
     sanitize: bool = False,
+    count: bool = False,
 ) -> Kernels:
     """Kernels with one textual change, for tests that show that tests notice it.
 
@@ -102,6 +112,7 @@ def mutate(
         replacement: the new text.
         kernel: the .cu file, without its ending, to build with the change where `file` is a header.
         sanitize: build with sanitizers.
+        count: build for counting.
 
     Raises:
         ValueError: `pattern` does not occur exactly once, or `file` is a header and `kernel` is
@@ -117,8 +128,11 @@ def mutate(
         kernel = Path(file).stem
     if kernel is None:
         raise ValueError(f"{file}: expected the kernel to build with this header, got None")
-    unchanged = sanitized().directory if sanitize else _build_module()
-    change = repr((file, pattern, replacement, kernel, sanitize))
+    if sanitize:
+        unchanged = sanitized().directory
+    else:
+        unchanged = counted(kernel).directory if count else _build_module()
+    change = repr((file, pattern, replacement, kernel, sanitize, count))
     build = BUILDS / "simt-mutants" / hashlib.sha256(change.encode()).hexdigest()[:16]
     build.mkdir(parents=True, exist_ok=True)
     with _locked(build / "lock"):
@@ -138,10 +152,14 @@ def _build_mutant(build: Path, unchanged: Path, kernel: str, file: str, changed:
     words = [word.replace(f"{ROOT}/csrc", f"{tree}/csrc") for word in shlex.split(command)]
     words = [word.replace(f"{SOURCE}/kernels", f"{tree}/kernels") for word in words]
     # A planted bug may leave things unused.
-    words[words.index("-o") :] = ["-Wno-error", "-shared", "-Wl,-Bsymbolic", words[-1]]
-    words += ["-o", str(build / "lib" / library)]
+    compiled = str(build / "kernel.o")
+    words[words.index("-o") :] = ["-Wno-error", "-c", words[-1], "-o", compiled]
+    # A counting kernel takes the functions that -fsanitize=thread calls from the runtime.
+    linked = [word for word in words if word.startswith("-fsanitize") and "thread" not in word]
+    linked = [words[0], *linked, "-shared", "-Wl,-Bsymbolic", compiled, "-o"]
+    linked.append(str(build / "lib" / library))
     # The same sources make the same library.
-    state = hashlib.sha256(repr((words, changed)).encode())
+    state = hashlib.sha256(repr((words, linked, changed)).encode())
     state.update((unchanged / library).read_bytes())
     stamp = build / "built"
     if stamp.exists() and stamp.read_text() == state.hexdigest():
@@ -153,6 +171,7 @@ def _build_mutant(build: Path, unchanged: Path, kernel: str, file: str, changed:
     shutil.copytree(SOURCE / "kernels", tree / "kernels")
     (tree / file.removeprefix("tests/simt/")).write_text(changed)
     _call(words)
+    _call(linked)
     _link_others(build / "lib", unchanged)
     stamp.write_text(state.hexdigest())
 

@@ -4,8 +4,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <new>
-#include <unordered_set>
 #include <utility>
 
 #include "simt.h"
@@ -20,8 +21,9 @@ namespace {
 constexpr size_t kAlignment = 1024;
 constexpr size_t kGuardBytes = 1024;
 
-std::unordered_set<const GuardedMemory*>& live() {
-  static std::unordered_set<const GuardedMemory*> objects;
+// All objects by the address of their data.
+std::map<uintptr_t, const GuardedMemory*>& live() {
+  static std::map<uintptr_t, const GuardedMemory*> objects;
   return objects;
 }
 
@@ -41,11 +43,11 @@ GuardedMemory::GuardedMemory(std::string name, size_t bytes, size_t alignment_of
   ASAN_POISON_MEMORY_REGION(allocation_, front_bytes_);
   ASAN_POISON_MEMORY_REGION(data_ + bytes_, rounded - front_bytes_ - bytes_);
 #endif
-  live().insert(this);
+  live().emplace(reinterpret_cast<uintptr_t>(data_), this);
 }
 
 GuardedMemory::~GuardedMemory() {
-  live().erase(this);
+  live().erase(reinterpret_cast<uintptr_t>(data_));
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(allocation_, front_bytes_ + bytes_ + kGuardBytes);
 #endif
@@ -56,6 +58,13 @@ bool GuardedMemory::contains(const void* p, size_t bytes) const {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data_);
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   return address >= begin && address + bytes <= begin + bytes_;
+}
+
+const GuardedMemory* GuardedMemory::find(const void* p) {
+  auto after = live().upper_bound(reinterpret_cast<uintptr_t>(p));
+  if (after == live().begin()) return nullptr;
+  const GuardedMemory* memory = std::prev(after)->second;
+  return memory->contains(p, 1) ? memory : nullptr;
 }
 
 void GuardedMemory::check_guards() const {
@@ -73,7 +82,7 @@ void GuardedMemory::check_guards() const {
 }
 
 void GuardedMemory::check_all_guards() {
-  for (const GuardedMemory* memory : live()) memory->check_guards();
+  for (const auto& [address, memory] : live()) memory->check_guards();
 }
 
 }  // namespace dyhead::simt

@@ -22,6 +22,8 @@ class GuardedMemory {
   size_t bytes() const { return bytes_; }
   const std::string& name() const { return name_; }
   bool contains(const void* p, size_t bytes) const;
+  // The live object that contains the byte at p, or null.
+  static const GuardedMemory* find(const void* p);
 
   // Fails if a guard of this object was overwritten.
   void check_guards() const;

@@ -79,6 +79,10 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Whe
                  .data = {},
                  .where = where};
   std::memcpy(copy.data.data(), global, static_cast<size_t>(source_bytes));
+  if (counting) {
+    count_async_copy(thread, DYHEAD_SIMT_SITE, shared, global, size,
+                     static_cast<size_t>(source_bytes));
+  }
   // The copy may land at any time from now on: what was there is lost at once.
   std::memset(shared, kPoison, size);
   thread.copies.push_back(copy);

@@ -78,6 +78,9 @@ void suspend(Thread& thread, State state, Where where) {
 
 void release_barrier(Block& block) {
   block.at_barrier = 0;
+  if (counting) {
+    for (Warp& warp : block.warps) count_meeting(warp);
+  }
   for (Thread& thread : block.threads) {
     if (thread.state == State::kBarrier) make_ready(thread);
   }
@@ -102,6 +105,7 @@ void try_complete(Warp& warp, const Collective& collective, const Thread* caller
     if (other.mask != collective.mask) return;
     payloads[lane] = other.payload;
   }
+  if (counting && participants == warp.present) count_meeting(warp);
   collective.complete(payloads);
   warp.collective &= ~participants;
   for (unsigned lane = 0; lane < kLanes; ++lane) {
@@ -255,7 +259,11 @@ void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks) {
     }
     resume(draw_thread());
   }
-  for (const auto& block : blocks) block->check_end();
+  for (const auto& block : blocks) {
+    block->check_end();
+    if (!counting) continue;
+    for (Warp& warp : block->warps) count_meeting(warp);
+  }
 }
 
 void run_grid(const Launch& launch) {
@@ -345,7 +353,9 @@ cudaError_t launch(const Launch& launch) {
   } scope(launch);
   blockDim = launch.block;
   gridDim = launch.grid;
+  if (counting) count_launch(launch);
   run_grid(launch);
+  if (counting) count_launch_end();
   return cudaSuccess;
 }
 
@@ -365,6 +375,7 @@ void block_barrier(Where where) {
   }
   ++block.at_barrier;
   thread.state = State::kBarrier;
+  if (counting && block.at_barrier == block.running) count_barrier(DYHEAD_SIMT_SITE);
   if (block.at_barrier == block.running) release_barrier(block);
   suspend(thread, thread.state, where);
 }

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -99,16 +100,67 @@ void mma_m16n8k8_tf32(float* acc, const uint32_t* a, const uint32_t* b, Where wh
 void mma_m8n8k4_f64(double* acc, double a, double b, Where where);
 
 template <class T>
-T shuffle_value(const char* name, unsigned mask, T value, int source_lane, Where where) {
+__forceinline__ T shuffle_value(const char* name, unsigned mask, T value, int source_lane,
+                                Where where) {
   static_assert(std::is_trivially_copyable_v<T>);
   T result;
   shuffle(name, mask, &value, &result, sizeof(T), source_lane, where);
   return result;
 }
 
+// Counts an atomic access to `parts` neighbouring values of `bytes`, as counters.h describes.
+void count_atomic(const void* p, size_t bytes, int parts);
+#if defined(__SANITIZE_THREAD__)  // a counting build
+#define DYHEAD_SIMT_COUNT_ATOMIC(p, bytes, parts) ::dyhead::simt::count_atomic(p, bytes, parts)
+#define DYHEAD_SIMT_UNCOUNTED __attribute__((noinline, no_sanitize_thread))
+#else
+#define DYHEAD_SIMT_COUNT_ATOMIC(p, bytes, parts)
+#define DYHEAD_SIMT_UNCOUNTED
+#endif
+
+template <size_t bytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using Type [[gnu::may_alias]] = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using Type [[gnu::may_alias]] = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using Type [[gnu::may_alias]] = uint64_t;
+};
+template <>
+struct WordOf<16> {
+  using Type [[gnu::may_alias]] = unsigned __int128;
+};
+
+// V in the accesses of up to 16 bytes that a device would make: of a struct, the compiler might
+// access each member by itself.
+template <class V>
+struct Wide {
+  using Word = typename WordOf<(sizeof(V) < 16 ? sizeof(V) : 16)>::Type;
+  Word words[sizeof(V) / sizeof(Word)];
+
+  static __forceinline__ V load(const void* p) {
+    Wide wide;
+    for (size_t i = 0; i < std::size(wide.words); ++i) {
+      wide.words[i] = static_cast<const Word*>(p)[i];
+    }
+    return __builtin_bit_cast(V, wide);
+  }
+
+  static __forceinline__ void store(void* p, const V& v) {
+    const Wide wide = __builtin_bit_cast(Wide, v);
+    for (size_t i = 0; i < std::size(wide.words); ++i) static_cast<Word*>(p)[i] = wide.words[i];
+  }
+};
+
 // No scheduling point lies inside, so a plain read-modify-write is atomic.
 template <class T, class Update>
-T atomic_update(const char* name, T* p, Update update) {
+DYHEAD_SIMT_UNCOUNTED T atomic_update(const char* name, T* p, Update update) {
   check_aligned(name, p, sizeof(T));
   const T old = *p;
   *p = update(old);
@@ -121,21 +173,23 @@ T atomic_update(const char* name, T* p, Update update) {
 
 #define DYHEAD_SIMT_WHERE ::dyhead::simt::Where where = ::dyhead::simt::Where::current()
 
-inline void __syncthreads(DYHEAD_SIMT_WHERE) { dyhead::simt::block_barrier(where); }
+__forceinline__ void __syncthreads(DYHEAD_SIMT_WHERE) { dyhead::simt::block_barrier(where); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, DYHEAD_SIMT_WHERE) {
   dyhead::simt::warp_barrier(mask, where);
 }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, DYHEAD_SIMT_WHERE) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+                              DYHEAD_SIMT_WHERE) {
   const int segment = dyhead::simt::lane_id() & ~(width - 1);
   return dyhead::simt::shuffle_value("__shfl_sync", mask, value, segment | (source & (width - 1)),
                                      where);
 }
 
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, DYHEAD_SIMT_WHERE) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                 DYHEAD_SIMT_WHERE) {
   const int lane = dyhead::simt::lane_id();
   const int source = lane - static_cast<int>(delta);
   const bool inside = source >= (lane & ~(width - 1));
@@ -143,7 +197,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, DYHEAD_
 }
 
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, DYHEAD_SIMT_WHERE) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                   DYHEAD_SIMT_WHERE) {
   const int lane = dyhead::simt::lane_id();
   const int source = lane + static_cast<int>(delta);
   const bool inside = source < (lane & ~(width - 1)) + width;
@@ -152,7 +207,8 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, DYHEA
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, DYHEAD_SIMT_WHERE) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                                  DYHEAD_SIMT_WHERE) {
   const int lane = dyhead::simt::lane_id();
   const int source = lane ^ lane_mask;
   const bool inside = source < (lane & ~(width - 1)) + width;
@@ -177,9 +233,12 @@ inline void __threadfence_block() {}
 // ---- atomics: float, double, int, unsigned, unsigned long long
 // -----------------------------------
 
+namespace dyhead::simt {
+
+// atomicAdd, already counted.
 template <class T>
-T atomicAdd(T* p, std::type_identity_t<T> value) {
-  return dyhead::simt::atomic_update("atomicAdd", p, [&](T old) {
+T atomic_add(T* p, T value) {
+  return atomic_update("atomicAdd", p, [&](T old) {
     if constexpr (std::is_same_v<T, int>) {
       return static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(value));  // wraps
     } else {
@@ -188,33 +247,46 @@ T atomicAdd(T* p, std::type_identity_t<T> value) {
   });
 }
 
+}  // namespace dyhead::simt
+
 template <class T>
-T atomicMax(T* p, std::type_identity_t<T> value) {
+__forceinline__ T atomicAdd(T* p, std::type_identity_t<T> value) {
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
+  return dyhead::simt::atomic_add(p, value);
+}
+
+template <class T>
+__forceinline__ T atomicMax(T* p, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>, "as on the device");
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicMax", p, [&](T old) { return std::max(old, value); });
 }
 
 template <class T>
-T atomicMin(T* p, std::type_identity_t<T> value) {
+__forceinline__ T atomicMin(T* p, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>, "as on the device");
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicMin", p, [&](T old) { return std::min(old, value); });
 }
 
 template <class T>
-T atomicOr(T* p, std::type_identity_t<T> value) {
+__forceinline__ T atomicOr(T* p, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>, "as on the device");
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicOr", p, [&](T old) { return old | value; });
 }
 
 template <class T>
-T atomicExch(T* p, std::type_identity_t<T> value) {
+__forceinline__ T atomicExch(T* p, std::type_identity_t<T> value) {
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   return dyhead::simt::atomic_update("atomicExch", p, [&](T) { return value; });
 }
 
 template <class T>
-T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value,
-            DYHEAD_SIMT_WHERE) {
+__forceinline__ T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value,
+                            DYHEAD_SIMT_WHERE) {
   static_assert(std::is_integral_v<T>, "as on the device");
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(T), 1);
   const T old = dyhead::simt::atomic_update("atomicCAS", p,
                                             [&](T now) { return now == expected ? value : now; });
   if (old != expected) dyhead::simt::yield(where);
@@ -227,7 +299,7 @@ using std::max;
 using std::min;
 
 template <class T>
-T __ldg(const T* p) {
+__forceinline__ T __ldg(const T* p) {
   return *p;
 }
 

@@ -27,7 +27,7 @@ _MATRICES = "not float16 and not float64 and not test_orders and not chunks"
 # gradcheck makes one small call hundreds of times.
 _CONVOLUTION = f"{_MATRICES} and not gradcheck"
 PARTS = {"test_deform_conv.py": _CONVOLUTION, "test_deform_weights.py": _MATRICES}
-_NO_KERNELS = ("mutants", "nvcc", "sanitized", "tiling")
+_NO_KERNELS = ("counters", "mutants", "nvcc", "sanitized", "tiling", "traffic")
 SUITES = {
     path.name: PARTS.get(path.name, "")
     for path in sorted(Path(__file__).parent.glob("test_*.py"))

@@ -1,4 +1,5 @@
 // Warp collectives: shuffles, votes, ldmatrix and mma.
+#include <array>
 #include <cstring>
 
 #include "../../csrc/common/dtypes.h"
@@ -50,10 +51,18 @@ struct LoadMatrix {
   const void* row;
   int matrices;
   bool transposed;
+  uintptr_t site;
 };
 
 void complete_ldmatrix(Payloads payloads) {
   const auto* first = static_cast<const LoadMatrix*>(payloads[0]);
+  if (counting) {
+    std::array<const void*, kLanes> rows;
+    for (unsigned lane = 0; lane < kLanes; ++lane) {
+      rows[lane] = static_cast<const LoadMatrix*>(payloads[lane])->row;
+    }
+    count_ldmatrix(first->site, rows, first->matrices);
+  }
   for (unsigned m = 0; m < static_cast<unsigned>(first->matrices); ++m) {
     uint16_t matrix[8][8];
     for (unsigned i = 0; i < 8; ++i) {
@@ -173,6 +182,11 @@ void collect(const char* name, unsigned mask, bool aligned, void (*complete)(Pay
   warp_collective(collective);
 }
 
+// Once per warp instruction: all lanes take part.
+void count_product(const char* name, uintptr_t site, uint64_t m, uint64_t n, uint64_t k) {
+  if (counting && current_thread(name).lane == 0) count_mma(site, 2 * m * n * k);
+}
+
 void collect_mma(const char* name, void (*complete)(Payloads), float* acc, const uint32_t* a,
                  const uint32_t* b, Where where) {
   Mma payload{acc, a, b};
@@ -184,6 +198,12 @@ void collect_mma(const char* name, void (*complete)(Payloads), float* acc, const
 void shuffle(const char* name, unsigned mask, const void* in, void* out, size_t bytes,
              int source_lane, Where where) {
   Shuffle payload{in, out, bytes, source_lane};
+  if (counting) {
+    const Thread& thread = current_thread(name);
+    const unsigned lanes = mask & thread.warp->present;
+    const bool first = (lanes & ((1u << thread.lane) - 1)) == 0;
+    if (first) count_shuffle(DYHEAD_SIMT_SITE, bytes, lanes);
+  }
   collect(name, mask, false, complete_shuffle, payload, where);
 }
 
@@ -207,21 +227,24 @@ void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transpose
       fail("ldmatrix at " + to_string(where) + ": the row is not inside one shared array");
     }
   }
-  LoadMatrix payload{registers, row, matrices, transposed};
+  LoadMatrix payload{registers, row, matrices, transposed, DYHEAD_SIMT_SITE};
   collect("ldmatrix", ~0u, true, complete_ldmatrix, payload, where);
 }
 
 void mma_m16n8k16(float* acc, const uint32_t* a, const uint32_t* b, bool is_bfloat16, Where where) {
+  count_product("mma_m16n8k16", DYHEAD_SIMT_SITE, 16, 8, 16);
   collect_mma("mma_m16n8k16",
               is_bfloat16 ? complete_m16n8k16<bfloat16> : complete_m16n8k16<float16>, acc, a, b,
               where);
 }
 
 void mma_m16n8k8_tf32(float* acc, const uint32_t* a, const uint32_t* b, Where where) {
+  count_product("mma_m16n8k8_tf32", DYHEAD_SIMT_SITE, 16, 8, 8);
   collect_mma("mma_m16n8k8_tf32", complete_m16n8k8_tf32, acc, a, b, where);
 }
 
 void mma_m8n8k4_f64(double* acc, double a, double b, Where where) {
+  count_product("mma_m8n8k4_f64", DYHEAD_SIMT_SITE, 8, 8, 4);
   MmaF64 payload{acc, a, b};
   collect("mma_m8n8k4_f64", ~0u, true, complete_m8n8k4_f64, payload, where);
 }

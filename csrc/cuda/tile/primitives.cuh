@@ -38,8 +38,10 @@ template <int N, class T>
 DYHEAD_DEVICE Vec<T, N> load_vec(const T* p) {
 #if defined(DYHEAD_SIMT)
   simt::check_aligned("load_vec", p, alignof(Vec<T, N>));
-#endif
+  return simt::Wide<Vec<T, N>>::load(p);
+#else
   return *reinterpret_cast<const Vec<T, N>*>(p);
+#endif
 }
 
 // Loads through the non-coherent (read-only) path: only for memory that nothing writes while the
@@ -63,8 +65,10 @@ template <int N, class T>
 DYHEAD_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
 #if defined(DYHEAD_SIMT)
   simt::check_aligned("store_vec", p, alignof(Vec<T, N>));
-#endif
+  simt::Wide<Vec<T, N>>::store(p, v);
+#else
   *reinterpret_cast<Vec<T, N>*>(p) = v;
+#endif
 }
 
 // Stores results that this kernel does not read again; caches evict them first.
@@ -138,6 +142,12 @@ DYHEAD_DEVICE void red_add(float* p, float value) {
 DYHEAD_DEVICE void red_add_v4(float* p, float4 value) {
 #if defined(DYHEAD_SIMT)
   simt::check_aligned("red_add_v4", p, 16);
+  DYHEAD_SIMT_COUNT_ATOMIC(p, sizeof(float), 4);
+  simt::atomic_add(p, value.x);
+  simt::atomic_add(p + 1, value.y);
+  simt::atomic_add(p + 2, value.z);
+  simt::atomic_add(p + 3, value.w);
+  return;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(value.x),
                "f"(value.y), "f"(value.z), "f"(value.w)

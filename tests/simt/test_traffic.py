@@ -1,0 +1,62 @@
+"""The kernels access no more than the committed bounds allow: counts, not times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from . import traffic
+from .build import mutate
+
+# Another compiler joins or hoists a few accesses differently.
+SLACK = 1.01
+
+pytestmark = [pytest.mark.spawns, pytest.mark.usefixtures("simt")]
+
+
+def grown(found: dict[str, dict[str, int]], bounds: dict[str, dict[str, int]]) -> list[str]:
+    """What exceeds its bound or has none, one line each."""
+    lines = []
+    for kernel, counts in found.items():
+        if kernel not in bounds:
+            lines.append(f"{kernel}: no bounds for this kernel")
+            continue
+        for name, number in counts.items():
+            bound = bounds[kernel].get(name, 0)
+            if number > SLACK * bound:
+                lines.append(f"{kernel}: {name} {number:,}, at most {bound:,} expected")
+    return lines
+
+
+def test_traffic_is_within_bounds() -> None:
+    found = traffic.by_kernel(traffic.small_problem())
+    lines = grown(found, json.loads(traffic.BOUNDS.read_text()))
+    assert not lines, (
+        "\n".join(lines) + "\nIf that is meant, or another count fell in return, make the counts "
+        f"the new bounds: {traffic.UPDATE}\nWhere in a kernel they come from: "
+        "python -m tests.simt.traffic --places KERNEL"
+    )
+
+
+def test_more_traffic_is_noticed() -> None:
+    """Rows of a tile without their permutation conflict in the banks."""
+    planted = mutate(
+        "csrc/cuda/tile/tile_gemm.cuh",
+        "((unit ^ (row & 7)) << 4)",
+        "(unit << 4)",
+        kernel="deform_conv_fwd_bfloat16",
+        count=True,
+    )
+    forward = "traffic.run_block(simt, step, [(8, 8)], forward_only=True)"
+    found = traffic.by_kernel(traffic.count_steps(forward, kernels=planted))
+    lines = grown(found, traffic.by_kernel(traffic.count_steps(forward)))
+    assert any("deform_fwd_kernel: shared_wavefronts" in line for line in lines), lines
+
+
+def test_bounds() -> None:
+    bounds = {"fwd: k": {"load_sectors": 100}}
+    assert not grown({"fwd: k": {"load_sectors": 100}}, bounds)
+    assert grown({"fwd: k": {"load_sectors": 102}}, bounds)
+    assert grown({"fwd: k": {"atomic_sectors": 1}}, bounds)
+    assert grown({"fwd: other": {}}, bounds)
