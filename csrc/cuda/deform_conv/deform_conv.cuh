@@ -82,9 +82,46 @@ DYHEAD_DEVICE void stage_corners(const DeformLaunch& launch, const TilePlace& pl
   }
 }
 
-// One unit (16 bytes) of samples: its loads in flight, then its blended values. Its channels are
-// consecutive, or equal pieces that are kSpacing channels apart.
-template <class Op, bool kVectors, int kPieces = 1, int kSpacing = 0>
+// One word per register. Were they 16-bit values, the compiler would touch each of them right after
+// its load, and so wait for the loads before the products.
+using UnitWords = Vec<uint32_t, 4>;
+
+// Starts the loads of one unit (16 bytes) of a pixel's channels: of those among the first `count`
+// from `source` on, which points to a channel of the map's first pixel; the others become zero.
+// Value k is channel k / kPiece * kSpacing + k % kPiece, with kPieces equal pieces.
+template <class T, bool kVectors, int kPieces = 1, int kSpacing = 0>
+DYHEAD_DEVICE UnitWords load_unit(const T* source, int32_t pixel, int channels, int count) {
+  constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
+  UnitWords words{};
+  if constexpr (kVectors) {
+    // An image's map has fewer than 2^32 units (64 GiB), so the product needs no 64 bits.
+    const uint32_t unit = static_cast<uint32_t>(pixel) * static_cast<uint32_t>(channels / kUnit);
+    constexpr int kWords = 4 / kPieces;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (count <= piece * kSpacing) continue;
+      const auto* from = reinterpret_cast<const uint32_t*>(source + piece * kSpacing) +
+                         static_cast<uint64_t>(unit) * 4;
+      const Vec<uint32_t, kWords> part = load_vec_readonly<kWords>(from);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[piece * kWords + w] = part[w];
+    }
+  } else {
+    constexpr int kPiece = kUnit / kPieces;
+    const T* from = source + static_cast<int64_t>(pixel) * channels;
+    Vec<T, kUnit> values;
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      const int channel = k / kPiece * kSpacing + k % kPiece;
+      values[k] = channel < count ? from[channel] : T{};
+    }
+    words = __builtin_bit_cast(UnitWords, values);
+  }
+  return words;
+}
+
+// One unit (16 bytes) of samples: its loads in flight, then its blended values.
+template <class Op, bool kVectors>
 class Gather {
  public:
   using T = typename Operand<Op>::Storage;
@@ -92,53 +129,15 @@ class Gather {
   static constexpr int kUnit = Operand<Op>::kUnit;
   using Values = Vec<T, kUnit>;
 
-  // The channel of value k, from the unit's first channel on.
-  DYHEAD_DEVICE static constexpr int channel(int k) {
-    constexpr int kPiece = kUnit / kPieces;
-    return k / kPiece * kSpacing + k % kPiece;
-  }
-
-  // Starts the loads of the unit's channels that are among the first `count` from `source` on,
-  // which points to a channel of the map's first pixel; the others become zero.
+  // As load_unit, for the four corners.
   DYHEAD_DEVICE void load(const Corners<F>& corners, const T* source, int channels, int count) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       weight_[i] = corners.weight[i];
       const int32_t pixel = corners.pixel[i];
-      words_[i] = Words{};
-      if constexpr (kVectors) {
-        // An image's map has fewer than 2^32 units (64 GiB), so the product needs no 64 bits.
-        const uint32_t unit =
-            static_cast<uint32_t>(pixel) * static_cast<uint32_t>(channels / kUnit);
-        constexpr int kWords = 4 / kPieces;
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-          if (pixel < 0 || count <= piece * kSpacing) continue;
-          const auto* from = reinterpret_cast<const uint32_t*>(source + piece * kSpacing) +
-                             static_cast<uint64_t>(unit) * 4;
-          const Vec<uint32_t, kWords> words = load_vec_readonly<kWords>(from);
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) words_[i][piece * kWords + w] = words[w];
-        }
-      } else {
-        const T* from = source + static_cast<int64_t>(pixel) * channels;
-        Values values;
-#pragma unroll
-        for (int k = 0; k < kUnit; ++k) {
-          values[k] = pixel >= 0 && channel(k) < count ? from[channel(k)] : T{};
-        }
-        words_[i] = __builtin_bit_cast(Words, values);
-      }
+      words_[i] = UnitWords{};
+      if (pixel >= 0) words_[i] = load_unit<T, kVectors>(source, pixel, channels, count);
     }
-  }
-
-  // The inner product of the values at corner i with `other`.
-  DYHEAD_DEVICE F dot(int i, const F (&other)[kUnit]) const {
-    const Values values = __builtin_bit_cast(Values, words_[i]);
-    F sum = F(0);
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) sum += to_compute(values[k]) * other[k];
-    return sum;
   }
 
   DYHEAD_DEVICE void store(std::byte* to) const {
@@ -155,7 +154,7 @@ class Gather {
           sum[2 * k + 1] += weight_[i] * pair.y;
         }
       } else {
-        const Values values = __builtin_bit_cast(Values, words_[i]);
+        const auto values = __builtin_bit_cast(Values, words_[i]);
 #pragma unroll
         for (int k = 0; k < kUnit; ++k) sum[k] += weight_[i] * values[k];
       }
@@ -164,12 +163,8 @@ class Gather {
   }
 
  private:
-  // One word per register. Were they 16-bit values, the compiler would touch each of them right
-  // after its load, and so wait for the loads before the products.
-  using Words = Vec<uint32_t, 4>;
-
   F weight_[4];
-  Words words_[4];
+  UnitWords words_[4];
 };
 
 // Starts copying a panel of weights into shared memory.

@@ -135,6 +135,26 @@ struct DeformPanels {
   }
 };
 
+// How the backward to the input orders the channels of a step, kStepBytes of the features' type T.
+// Column `unit * kUnit + k` of a panel, and value k of a sample's unit of 16 bytes, is channel
+// channel(unit, k) of the step. A lane that owns a unit has pieces of 16 bytes of the compute type,
+// so what the lanes of a sample add to global memory fills sectors of 32 bytes.
+inline constexpr int kStepBytes = 64;
+
+template <class T>
+struct InputStep {
+  using F = compute_t<T>;
+  static constexpr int kChannels = kStepBytes / static_cast<int>(sizeof(T));
+  static constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kPiece = 16 / static_cast<int>(sizeof(F));
+  static constexpr int kPieces = kUnit / kPiece;
+  static constexpr int kSpacing = kChannels / kPieces;
+
+  DYHEAD_HD static constexpr int channel(int unit, int k) {
+    return unit * kPiece + k / kPiece * kSpacing + k % kPiece;
+  }
+};
+
 // ---- launches -----------------------------------------------------------------------------------
 
 inline constexpr int32_t kMaxMatrices = 64;  // packed by one launch

@@ -2,10 +2,14 @@
 //
 //   rows         the gradient of every output value, including that of the moments; sums for the
 //                bias
-//   input        a tile is 64 output pixels. For each tap and 64 channels, the gradient of the
-//                samples is a product with the transposed weights. It is used at once: dotted with
-//                the four corners, for the gradients of offsets, mask and gate, and scattered to
-//                them with atomics. No columns are stored.
+//   input        a tile is 64 or 128 output pixels. For up to nine taps and 64 bytes of channels,
+//                the gradient of the samples is a product with the transposed weights. It stays in
+//                shared memory, in the type of the features, and is used at once. The samples were
+//                sorted by the pixels that they read (deform_conv_samples.cuh). Four lanes walk
+//                through a run of them: they dot each with its four corners, for the gradients of
+//                offsets, mask and gate; and they add up what belongs to a corner in registers,
+//                until the next sample reads other pixels. Only then it goes to global memory, by
+//                atomics.
 //   predictions  for each row of predictions, sums the contributions of all jobs, terms and output
 //                pixels in a fixed order; likewise for gates and biases
 //   finish       rounds the sums to the source's type
@@ -20,11 +24,12 @@
 
 namespace dyhead::cuda {
 
-inline constexpr int kBwdRows = 64;   // output pixels of a tile
-inline constexpr int kBwdCols = 64;   // channels of a step
-inline constexpr int kBwdStages = 3;  // panels of weights in flight
+inline constexpr int kMaxInputRows = 128;  // output pixels of a tile of the input kernel
+inline constexpr int kFewInputRows = 64;
+inline constexpr int kWalkerLanes = 4;  // which share the channels of a sample
 
 enum class Scatter : int32_t {
+  kNone,     // nobody wants the gradient of the features
   kSum,      // floating-point atomics on `sums`
   kMeasure,  // only the largest finite magnitude, in `largest`
   kFixed,    // integer atomics on `sums`, in steps derived from `largest`
@@ -40,7 +45,8 @@ inline int64_t largest_words(bool fixed, int64_t sums) {
 }
 
 struct DeformBwdRowsParams {
-  DeformLaunch launch;  // of tiles of kBwdRows rows
+  DeformLaunch launch;
+  int32_t tile_rows;  // of its tiles
   const void* grad_out;
   bool out_in_compute_dtype, moments;
   bool round_tf32;  // round float32 results, which become operands of TF32 products
@@ -55,6 +61,7 @@ struct DeformBwdRowsParams {
 
 struct DeformBwdInputParams {
   DeformLaunch launch;
+  int32_t tile_rows;    // of the launch's tiles
   DeformPanels panels;  // columns are input channels, the depth is output channels
   int32_t chunks;       // of the depth, kept in shared memory at once
   int32_t taps_at_once;
@@ -68,7 +75,7 @@ struct DeformBwdInputParams {
   void* sums;                   // [R, C]: floating-point or fixed-point (deform_conv_scatter.cuh)
   unsigned* largest;            // see largest_words
   int32_t sum_bits;             // log2 of the max number of values in one sum, rounded up
-  void* derivatives;            // [uses, 3 D K], with the columns of the predictions
+  void* derivatives;            // [uses, 3 D K], with the columns of the predictions, or null
   void* gate_partial;           // [tiles, max_terms] or null
   int32_t max_terms;            // of a job
   int64_t use_first[kMaxJobs];  // first row of each job's first term in `derivatives`
@@ -96,23 +103,41 @@ struct DeformBwdFinishParams {
   void* grad_source;
 };
 
-// Bytes of dynamic shared memory of the input kernel.
-inline size_t input_shared_bytes(int chunks, DType dtype, int taps) {
-  const auto value = static_cast<size_t>(compute_bytes(dtype));
-  const size_t a = static_cast<size_t>(chunks) * kBwdRows * 128;
-  const size_t b = static_cast<size_t>(kBwdStages) * kBwdCols * 128;
-  const size_t columns = value * kBwdRows * (kBwdCols + 8);
-  // Corners: four weights and four pixels. Dots: one for each corner.
-  const size_t samples = (4 * value + 16 + 4 * value) * taps * kBwdRows;
-  return a + b + columns + samples;
-}
+// Byte offsets in the dynamic shared memory of the input kernel. It starts with the gradients of
+// the outputs.
+struct InputLayout {
+  size_t panels;   // two slots of panels: one for each tap
+  size_t slot;     // bytes of a slot
+  size_t columns;  // the second slot: the gradients of the samples overwrite it
+  size_t weights, list, dots, total;
+
+  // element, value: bytes of the type of the features and of the compute type.
+  DYHEAD_HD static InputLayout of(size_t element, size_t value, int rows, int chunks, int taps) {
+    const auto samples = static_cast<size_t>(rows) * static_cast<size_t>(taps);
+    InputLayout at{};
+    at.panels = static_cast<size_t>(chunks) * static_cast<size_t>(rows) * 128;
+    at.slot = static_cast<size_t>(taps) * (kStepBytes / element) * 128;
+    at.columns = at.panels + at.slot;
+    const size_t columns = samples * kStepBytes;
+    at.weights = at.columns + (at.slot > columns ? at.slot : columns);
+    at.list = at.weights + samples * 4 * value;
+    at.dots = at.list + samples * 8;
+    at.total = at.dots + samples * 4 * value;
+    return at;
+  }
+
+  static InputLayout of(DType dtype, int rows, int chunks, int taps) {
+    return of(static_cast<size_t>(element_bytes(dtype)), static_cast<size_t>(compute_bytes(dtype)),
+              rows, chunks, taps);
+  }
+};
 
 using DeformBwdInputKernel = void (*)(DeformBwdInputParams);
 
 // As DeformFwdKernels.
 template <class Op>
 struct DeformBwdInputKernels {
-  static DeformBwdInputKernel choose(bool vectors);
+  static DeformBwdInputKernel choose(int rows, bool vectors);  // null: none has this tile
 };
 
 cudaError_t launch_deform_bwd_rows(const DeformBwdRowsParams& params, cudaStream_t stream);

@@ -6,13 +6,16 @@ namespace dyhead::cuda {
 cudaError_t launch_deform_bwd_input(const DeformBwdInputParams& params, DeformMath math,
                                     bool vectors, cudaStream_t stream) {
   if (params.launch.tile_count == 0) return cudaSuccess;
-  const DeformBwdInputKernel kernel = dispatch_math(
-      math, [&](auto op) { return DeformBwdInputKernels<decltype(op)>::choose(vectors); });
+  const DeformBwdInputKernel kernel = dispatch_math(math, [&](auto op) {
+    return DeformBwdInputKernels<decltype(op)>::choose(params.tile_rows, vectors);
+  });
+  if (kernel == nullptr) return cudaErrorInvalidValue;
   const LaunchConfig config{
       .grid = dim3(static_cast<unsigned>(params.launch.tile_count)),
       .block = dim3(kTileThreads),
-      .shared_bytes =
-          input_shared_bytes(params.chunks, params.launch.shape.dtype, params.taps_at_once),
+      .shared_bytes = InputLayout::of(params.launch.shape.dtype, params.tile_rows, params.chunks,
+                                      params.taps_at_once)
+                          .total,
       .stream = stream,
   };
   return launch(kernel, config, params);

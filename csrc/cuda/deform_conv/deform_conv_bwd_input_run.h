@@ -10,13 +10,31 @@ namespace dyhead::cuda {
 // Chunks of output channels that the input kernel keeps in shared memory: all of a group or, where
 // they do not fit, equal parts. Example: 256 outputs in float32 are 8 chunks of 32; if 5 fit, 4
 // and 4.
-inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, int32_t taps,
+inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, int32_t rows, int32_t taps,
                                const DeviceLimits& device) {
   int32_t max_chunks = chunks;
-  while (max_chunks > 1 && !fits(input_shared_bytes(max_chunks, s.dtype, taps), device)) {
+  while (max_chunks > 1 && !fits(InputLayout::of(s.dtype, rows, max_chunks, taps).total, device)) {
     --max_chunks;
   }
   return static_cast<int32_t>(ceil_div(chunks, ceil_div(chunks, max_chunks)));
+}
+
+// The output pixels of a tile. With 128 rather than 64, more samples of a tile share their pixels,
+// and each panel of weights is used twice as often. But the gradients of all outputs must fit, and
+// if tiles are few, processors are idle in the last round.
+inline int32_t input_tile_rows(const DeformCall& call, const DeformPanels& panels, bool vectors,
+                               const DeviceLimits& device) {
+  constexpr double kCostOf64Rows = 0.6;
+  const DeformShape& s = call.shape;
+  const bool half = element_bytes(s.dtype) == 2;
+  const int32_t taps = std::min(kMaxTapsAtOnce, s.taps());
+  const size_t bytes = InputLayout::of(s.dtype, kMaxInputRows, panels.steps, taps).total;
+  if (!half || !vectors || !fits(bytes, device)) return kFewInputRows;
+  const auto rounds = [&](int rows) {
+    return static_cast<double>(ceil_div(count_tiles(call, rows), device.processors));
+  };
+  return rounds(kMaxInputRows) <= kCostOf64Rows * rounds(kFewInputRows) ? kMaxInputRows
+                                                                        : kFewInputRows;
 }
 
 // How many rows of derivatives a launch has: one for each output pixel of each term that has
@@ -113,13 +131,21 @@ inline cudaError_t pack_and_clear(const DeformBwdParams& p, const DeformPanels& 
 // not fit the device.
 inline DeformBwdInputParams bwd_input_params(const DeformBwdParams& p, const DeformPanels& panels,
                                              const DeformBwdWorkspaces& w, const void* rows,
-                                             const DeviceLimits& device) {
+                                             int32_t tile_rows, const DeviceLimits& device) {
   const DeformShape& s = p.call->shape;
   DeformBwdInputParams input{};
+  input.tile_rows = tile_rows;
   input.panels = panels;
-  input.taps_at_once =
-      taps_at_once([&](int taps) { return input_shared_bytes(1, s.dtype, taps); }, device);
-  input.chunks = resident_chunks(s, panels.steps, input.taps_at_once, device);
+  // Rather fewer taps at once than fewer chunks: for each further part of the chunks the kernel
+  // walks through the samples again.
+  for (const int32_t chunks : {panels.steps, 1}) {
+    if (input.taps_at_once != 0) break;
+    const auto bytes = [&](int32_t taps) {
+      return InputLayout::of(s.dtype, tile_rows, chunks, std::min(taps, s.taps())).total;
+    };
+    input.taps_at_once = std::min(taps_at_once(bytes, device), s.taps());
+  }
+  input.chunks = resident_chunks(s, panels.steps, tile_rows, input.taps_at_once, device);
   input.row_vectors =
       aligned(rows) && s.out_channels / s.groups % (16 / element_bytes(s.dtype)) == 0;
   input.source = p.source;
@@ -164,6 +190,7 @@ inline cudaError_t run_bwd_pass(const DeformBwdParams& p, const DeformBwdWorkspa
     use_rows(launch, input.use_first);
     DeformBwdRowsParams grads{};
     grads.launch = launch;
+    grads.tile_rows = input.tile_rows;
     grads.grad_out = p.grad_out;
     grads.out_in_compute_dtype = p.out_in_compute_dtype;
     grads.moments = p.moments;
@@ -194,10 +221,12 @@ cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allo
   const DeformCall& call = *p.call;
   const DeformShape& s = call.shape;
   const DeformMath math = deform_math(s.dtype, allow_tf32);
-  const DeformPanels panels = backward_panels(s, kBwdCols, panel_depth(math));
-  const std::vector<DeformLaunch> launches = deform_launches(call, kBwdRows);
+  const auto step_channels = static_cast<int32_t>(kStepBytes / element_bytes(s.dtype));
+  const DeformPanels panels = backward_panels(s, step_channels, panel_depth(math));
+  const int32_t tile_rows = input_tile_rows(call, panels, reads_vectors(s, p.source), device);
+  const std::vector<DeformLaunch> launches = deform_launches(call, tile_rows);
   const DeformBwdWorkspaces w = allocate_bwd_workspaces(p, panels, launches, allocate);
-  const DeformBwdInputParams input = bwd_input_params(p, panels, w, rows, device);
+  const DeformBwdInputParams input = bwd_input_params(p, panels, w, rows, tile_rows, device);
   if (input.taps_at_once == 0) return cudaErrorInvalidConfiguration;
 
   const auto pass = [&](Scatter scatter) {

@@ -10,13 +10,13 @@ template <class T>
 __global__ void __launch_bounds__(kTileThreads, 4)
     deform_bwd_rows_kernel(const __grid_constant__ DeformBwdRowsParams p) {
   using F = compute_t<T>;
-  DYHEAD_SHARED(int32_t, pixels, kBwdRows);
-  DYHEAD_SHARED(F, up_weights, kBwdRows);
+  DYHEAD_SHARED(int32_t, pixels, kMaxInputRows);
+  DYHEAD_SHARED(F, up_weights, kMaxInputRows);
   const TilePlace place = find_tile(p.launch, static_cast<int32_t>(blockIdx.x));
   const DeformJob& job = p.launch.jobs[place.job];
   const int thread = tile_thread();
-  if (thread < kBwdRows) {
-    const OutputPixel at = tile_pixel(p.launch, place, thread, kBwdRows);
+  if (thread < p.tile_rows) {
+    const OutputPixel at = tile_pixel(p.launch, place, thread, p.tile_rows);
     pixels[thread] = at.index;
     up_weights[thread] =
         at.index < 0 || !p.moments
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     }
     F sum = F(0);
 #pragma unroll 4
-    for (int row = 0; row < kBwdRows; ++row) {
+    for (int row = 0; row < p.tile_rows; ++row) {
       if (pixels[row] < 0) continue;
       const int64_t at = first + pixels[row] * channels + c;
       F grad = p.out_in_compute_dtype

@@ -62,6 +62,8 @@ DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
   const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
   const ChannelStep channels = p.transposed ? step_of_group(s, group, panel, panels.cols)
                                             : step_of_group(s, group, step, panels.depth);
+  const int32_t column_channel =
+      channels.first + InputStep<T>::channel(column / kUnit, column % kUnit);
   for (int i = lane; i < s.taps() * kUnits; i += kWarpSize) {
     const int tap = i / kUnits;
     const int unit = i % kUnits;
@@ -69,7 +71,7 @@ DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
       const int32_t depth = unit * kUnit + k;
-      const int32_t channel = channels.first + (p.transposed ? column : depth);
+      const int32_t channel = p.transposed ? column_channel : channels.first + depth;
       const int32_t output =
           p.transposed ? step * panels.depth + depth : panel * panels.cols + column;
       const bool exists = output < group_outputs && channel < channels.last;

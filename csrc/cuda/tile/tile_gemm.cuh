@@ -75,41 +75,50 @@ DYHEAD_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint3
   }
 }
 
-// Which part of a tile a warp multiplies: 64 columns in wide tiles, else 32.
-template <int kRows, int kCols>
+// How many warps share the columns of a tile: a warp takes 64 columns of a wide tile, else 32.
+constexpr int warps_across(int cols) { return cols >= 128 ? cols / 64 : cols / 32; }
+
+// Which part of a tile a warp multiplies. A tile may have fewer columns than kCols: then a warp
+// takes `strips` times 8 of them, with the first strip of its own after the last one of the warp
+// before.
+template <int kRows, int kCols, int kWarpsN = warps_across(kCols)>
 class TileWarps {
  public:
-  static constexpr int kWarpsN = kCols >= 128 ? kCols / 64 : kCols / 32;
   static constexpr int kWarpsM = kTileWarps / kWarpsN;
   static constexpr int kWarpRows = kRows / kWarpsM;
   static constexpr int kWarpCols = kCols / kWarpsN;
+  static constexpr int kStrips = kWarpCols / 8;
+
+  DYHEAD_DEVICE explicit TileWarps(int strips) : strips_(strips) {}
 
   DYHEAD_DEVICE int warp_row() const { return warp_ / kWarpsN; }
   DYHEAD_DEVICE int first_row() const { return warp_row() * kWarpRows; }
-  DYHEAD_DEVICE int first_column() const { return warp_ % kWarpsN * kWarpCols; }
+  DYHEAD_DEVICE int first_column() const { return warp_ % kWarpsN * (8 * strips_); }
   DYHEAD_DEVICE int lane() const { return lane_; }
+  DYHEAD_DEVICE int strips() const { return strips_; }
 
  private:
   int warp_ = tile_thread() / kWarpSize;
   int lane_ = tile_thread() % kWarpSize;
+  int strips_;
 };
 
 // The part of the product that a thread holds: rows row(i), columns column(j). Lanes whose numbers
 // differ only in bits kFirstXor and above hold the same columns; kPair consecutive j are
 // consecutive columns.
-template <class Op, int kRows, int kCols>
-class TensorTile : public TileWarps<kRows, kCols> {
+template <class Op, int kRows, int kCols, int kWarpsN>
+class TensorTile : public TileWarps<kRows, kCols, kWarpsN> {
  public:
   using F = float;
-  using Warps = TileWarps<kRows, kCols>;
-  using Warps::first_column, Warps::first_row, Warps::lane, Warps::warp_row;
+  using Warps = TileWarps<kRows, kCols, kWarpsN>;
+  using Warps::first_column, Warps::first_row, Warps::lane, Warps::warp_row, Warps::strips;
   static constexpr int kI = Warps::kWarpRows / 8;
   static constexpr int kJ = Warps::kWarpCols / 4;
   static constexpr int kFirstXor = 4;
   static constexpr int kPair = 2;
-  static_assert(Warps::kWarpRows % 16 == 0 && Warps::kWarpCols % 32 == 0);
+  static_assert(Warps::kWarpRows % 16 == 0 && Warps::kWarpCols % 8 == 0);
 
-  DYHEAD_DEVICE TensorTile() { clear(); }
+  DYHEAD_DEVICE explicit TensorTile(int strips = Warps::kStrips) : Warps(strips) { clear(); }
 
   DYHEAD_DEVICE void clear() {
 #pragma unroll
@@ -135,14 +144,22 @@ class TensorTile : public TileWarps<kRows, kCols> {
     for (int m = 0; m < kM; ++m) ldmatrix(left[m], a_row + 16 * m * kRowBytes);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
-      uint32_t right[4];
-      ldmatrix(right, b_row + 8 * n * kRowBytes);
-      const uint32_t first[2] = {right[0], right[1]};
-      const uint32_t second[2] = {right[2], right[3]};
+      if (n >= strips()) break;
+      if (n + 1 < kN && n + 1 < strips()) {
+        uint32_t right[4];
+        ldmatrix(right, b_row + 8 * n * kRowBytes);
+        const uint32_t first[2] = {right[0], right[1]};
+        const uint32_t second[2] = {right[2], right[3]};
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        multiply<Op>(acc_[m][n], left[m], first);
-        multiply<Op>(acc_[m][n + 1], left[m], second);
+        for (int m = 0; m < kM; ++m) {
+          multiply<Op>(acc_[m][n], left[m], first);
+          multiply<Op>(acc_[m][n + 1 < kN ? n + 1 : n], left[m], second);
+        }
+      } else {
+        uint32_t right[2];
+        ldmatrix(right, b_row + 8 * n * kRowBytes);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) multiply<Op>(acc_[m][n], left[m], right);
       }
     }
   }
@@ -155,23 +172,23 @@ class TensorTile : public TileWarps<kRows, kCols> {
 
  private:
   static constexpr int kM = Warps::kWarpRows / 16;
-  static constexpr int kN = Warps::kWarpCols / 8;
+  static constexpr int kN = Warps::kStrips;
 
   float acc_[kM][kN][4];
 };
 
-template <class T, int kRows, int kCols>
-class SimtTile : public TileWarps<kRows, kCols> {
+template <class T, int kRows, int kCols, int kWarpsN>
+class SimtTile : public TileWarps<kRows, kCols, kWarpsN> {
  public:
   using F = T;
-  using Warps = TileWarps<kRows, kCols>;
-  using Warps::first_column, Warps::first_row, Warps::lane, Warps::warp_row;
+  using Warps = TileWarps<kRows, kCols, kWarpsN>;
+  using Warps::first_column, Warps::first_row, Warps::lane, Warps::warp_row, Warps::strips;
   static constexpr int kI = Warps::kWarpRows / 4;
-  static constexpr int kJ = Warps::kWarpCols / 8;
+  static constexpr int kJ = Warps::kStrips;
   static constexpr int kFirstXor = 8;
   static constexpr int kPair = 1;
 
-  DYHEAD_DEVICE SimtTile() { clear(); }
+  DYHEAD_DEVICE explicit SimtTile(int strips = Warps::kStrips) : Warps(strips) { clear(); }
 
   DYHEAD_DEVICE void clear() {
 #pragma unroll
@@ -193,6 +210,7 @@ class SimtTile : public TileWarps<kRows, kCols> {
       }
 #pragma unroll
       for (int j = 0; j < kJ; ++j) {
+        if (j >= strips()) break;
         const Vec<T, kUnit> right =
             load_vec<kUnit>(reinterpret_cast<const T*>(b + unit_offset(column(j), unit)));
 #pragma unroll
@@ -212,8 +230,9 @@ class SimtTile : public TileWarps<kRows, kCols> {
   T acc_[kI][kJ];
 };
 
-template <class Op, int kRows, int kCols>
-using TileProduct = std::conditional_t<Operand<Op>::kTensor, TensorTile<Op, kRows, kCols>,
-                                       SimtTile<typename Operand<Op>::Storage, kRows, kCols>>;
+template <class Op, int kRows, int kCols, int kWarpsN = warps_across(kCols)>
+using TileProduct =
+    std::conditional_t<Operand<Op>::kTensor, TensorTile<Op, kRows, kCols, kWarpsN>,
+                       SimtTile<typename Operand<Op>::Storage, kRows, kCols, kWarpsN>>;
 
 }  // namespace dyhead::cuda

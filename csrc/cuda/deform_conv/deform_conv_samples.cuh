@@ -1,0 +1,154 @@
+// The samples of a tile in the order of the pixels that they read, for the gradient of the
+// features. Samples between the same four pixels (a cell) are neighbours, and a cell is followed by
+// the one to its right. So threads that walk through the list add up what belongs to a pixel before
+// it leaves for global memory.
+#pragma once
+
+#include "../tile/radix_sort.cuh"
+#include "deform_conv.cuh"
+#include "deform_conv_bwd.h"
+
+namespace dyhead::cuda {
+
+// Where a sample lies compared with the one before it in the list.
+enum class Move : uint32_t {
+  kSameCell,
+  kNextCell,  // the cell to the right
+  kJump,
+};
+
+// A sample of the list.
+class SampleEntry {
+ public:
+  DYHEAD_DEVICE static SampleEntry of(uint32_t key, uint32_t before, int sample,
+                                      const MapShape& map) {
+    const uint32_t row = static_cast<uint32_t>(map.width) + 1u;
+    const int32_t below = static_cast<int32_t>(key / row);  // y and x of the lower right corner
+    const int32_t right = static_cast<int32_t>(key % row);
+    uint32_t corners = 0u;
+    if (below > 0 && right > 0) corners |= 1u;
+    if (below > 0 && right < map.width) corners |= 2u;
+    if (below < map.height && right > 0) corners |= 4u;
+    if (below < map.height && right < map.width) corners |= 8u;
+    const Move move = key == before        ? Move::kSameCell
+                      : key == before + 1u ? Move::kNextCell
+                                           : Move::kJump;
+    SampleEntry entry{};
+    entry.pixel_ = (below - 1) * map.width + right - 1;
+    entry.bits_ = static_cast<uint32_t>(sample) | corners << 16 | static_cast<uint32_t>(move) << 20;
+    return entry;
+  }
+
+  DYHEAD_DEVICE int sample() const { return static_cast<int>(bits_ & 0xffffu); }
+  DYHEAD_DEVICE Move move() const { return static_cast<Move>(bits_ >> 20); }
+  DYHEAD_DEVICE bool has(int corner) const { return bits_ >> (16 + corner) & 1u; }
+  // Only if the corner exists.
+  DYHEAD_DEVICE int32_t pixel(int corner, int32_t width) const {
+    return pixel_ + corner / 2 * width + corner % 2;
+  }
+
+ private:
+  int32_t pixel_;  // of the upper left corner, even where that does not exist
+  uint32_t bits_;
+};
+
+// kRows: of the tile. Sample tap * kRows + row is that of a tap and a pixel of the tile.
+template <class F, int kRows>
+class SortedSamples {
+ public:
+  using Weights = Vec<F, 4>;
+
+  DYHEAD_DEVICE SortedSamples(Weights* weights, SampleEntry* list)
+      : weights_(weights), list_(list) {}
+
+  // Finds and sorts the samples of `taps` taps from `first_tap` on. `scratch` takes two items for
+  // each sample and the counters of the sort. Ends with a barrier.
+  DYHEAD_DEVICE void stage(const DeformLaunch& launch, const TilePlace& place,
+                           const TapSampler<F>& sampler, int deform_group, int first_tap, int taps,
+                           std::byte* scratch) {
+    const int samples = taps * kRows;
+    auto* items = reinterpret_cast<SortItem*>(scratch);
+    auto* counters = reinterpret_cast<int*>(items + 2 * samples);
+    const uint32_t key_row = static_cast<uint32_t>(sampler.source.width) + 1u;
+    uint32_t least = kOutside;
+    uint32_t most = 0u;
+    int inside = 0;
+#pragma unroll 1
+    for (int i = tile_thread(); i < samples; i += kTileThreads) {
+      const OutputPixel at = tile_pixel(launch, place, i % kRows, kRows);
+      uint32_t key = kOutside;
+      if (at.index >= 0) {
+        const int tap = first_tap + i / kRows;
+        const SamplePoint<F> point = sampler.point(deform_group, tap, at);
+        if (point.inside) {
+          const Corners<F> corners = sampler.corners(point, deform_group, tap, at);
+          Weights weights;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) weights[c] = corners.weight[c];
+          store_vec(weights_[i].data, weights);
+          key = static_cast<uint32_t>(point.top + 1) * key_row +
+                static_cast<uint32_t>(point.left + 1);
+          least = key < least ? key : least;
+          most = key > most ? key : most;
+          ++inside;
+        }
+      }
+      items[i] = {key, static_cast<uint32_t>(i)};
+    }
+    find_range(least, most, inside, reinterpret_cast<Range*>(counters));
+    count_ = inside;
+    if (inside == 0) return;
+    const SortItem* sorted =
+        sort_items(items, items + samples, counters, samples, least, most - least + 1u);
+#pragma unroll 1
+    for (int i = tile_thread(); i < inside; i += kTileThreads) {
+      const SortItem item = sorted[i];
+      const uint32_t before = i == 0 ? kOutside - 1u : sorted[i - 1].key;
+      list_[i] = SampleEntry::of(item.key, before, static_cast<int>(item.value), sampler.source);
+    }
+    __syncthreads();
+  }
+
+  // Of the list: the samples inside the map.
+  DYHEAD_DEVICE int count() const { return count_; }
+  DYHEAD_DEVICE SampleEntry operator[](int i) const { return list_[i]; }
+  // The weights of a sample's corners, with its modulation; 0 where a corner does not exist.
+  DYHEAD_DEVICE Weights weights(int sample) const { return load_vec<4>(weights_[sample].data); }
+
+ private:
+  // Keys are row * (width + 1) + column of the lower right corner, less than this.
+  static constexpr uint32_t kOutside = 0xffffffffu;
+
+  struct Range {
+    uint32_t least, most;
+    int inside;
+  };
+
+  // Combines the values of all threads. Starts and ends with a barrier.
+  DYHEAD_DEVICE static void find_range(uint32_t& least, uint32_t& most, int& inside, Range* warps) {
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      const uint32_t other_least = __shfl_xor_sync(kFullMask, least, distance);
+      const uint32_t other_most = __shfl_xor_sync(kFullMask, most, distance);
+      least = other_least < least ? other_least : least;
+      most = other_most > most ? other_most : most;
+      inside += __shfl_xor_sync(kFullMask, inside, distance);
+    }
+    const int thread = tile_thread();
+    if (thread % kWarpSize == 0) warps[thread / kWarpSize] = {least, most, inside};
+    __syncthreads();
+    inside = 0;
+    for (int w = 0; w < kTileWarps; ++w) {
+      least = warps[w].least < least ? warps[w].least : least;
+      most = warps[w].most > most ? warps[w].most : most;
+      inside += warps[w].inside;
+    }
+    __syncthreads();
+  }
+
+  Weights* weights_;
+  SampleEntry* list_;
+  int count_ = 0;
+};
+
+}  // namespace dyhead::cuda
