@@ -106,31 +106,34 @@ struct DeformBwdFinishParams {
 // Byte offsets in the dynamic shared memory of the input kernel. It starts with the gradients of
 // the outputs.
 struct InputLayout {
-  size_t panels;   // two slots of panels: one for each tap
-  size_t slot;     // bytes of a slot
-  size_t columns;  // the second slot: the gradients of the samples overwrite it
-  size_t weights, list, dots, total;
+  int32_t panels;   // two slots of panels: one panel for each tap
+  int32_t slot;     // bytes of a slot
+  int32_t columns;  // the second slot: the gradients of the samples overwrite it
+  int32_t weights, list, dots, total;
 
   // element, value: bytes of the type of the features and of the compute type.
-  DYHEAD_HD static InputLayout of(size_t element, size_t value, int rows, int chunks, int taps) {
-    const auto samples = static_cast<size_t>(rows) * static_cast<size_t>(taps);
+  DYHEAD_HD static InputLayout of(int32_t element, int32_t value, int32_t rows, int32_t chunks,
+                                  int32_t taps) {
+    const int32_t samples = rows * taps;
     InputLayout at{};
-    at.panels = static_cast<size_t>(chunks) * static_cast<size_t>(rows) * 128;
-    at.slot = static_cast<size_t>(taps) * (kStepBytes / element) * 128;
+    at.panels = chunks * rows * 128;
+    at.slot = taps * (kStepBytes / element) * 128;
     at.columns = at.panels + at.slot;
-    const size_t columns = samples * kStepBytes;
+    const int32_t columns = samples * kStepBytes;
     at.weights = at.columns + (at.slot > columns ? at.slot : columns);
     at.list = at.weights + samples * 4 * value;
     at.dots = at.list + samples * 8;
     at.total = at.dots + samples * 4 * value;
     return at;
   }
-
-  static InputLayout of(DType dtype, int rows, int chunks, int taps) {
-    return of(static_cast<size_t>(element_bytes(dtype)), static_cast<size_t>(compute_bytes(dtype)),
-              rows, chunks, taps);
-  }
 };
+
+// The same for a type known at run time: all bytes.
+inline size_t input_shared_bytes(DType dtype, int32_t rows, int32_t chunks, int32_t taps) {
+  const auto element = static_cast<int32_t>(element_bytes(dtype));
+  const auto value = static_cast<int32_t>(compute_bytes(dtype));
+  return static_cast<size_t>(InputLayout::of(element, value, rows, chunks, taps).total);
+}
 
 using DeformBwdInputKernel = void (*)(DeformBwdInputParams);
 

@@ -13,9 +13,8 @@ cudaError_t launch_deform_bwd_input(const DeformBwdInputParams& params, DeformMa
   const LaunchConfig config{
       .grid = dim3(static_cast<unsigned>(params.launch.tile_count)),
       .block = dim3(kTileThreads),
-      .shared_bytes = InputLayout::of(params.launch.shape.dtype, params.tile_rows, params.chunks,
-                                      params.taps_at_once)
-                          .total,
+      .shared_bytes = input_shared_bytes(params.launch.shape.dtype, params.tile_rows, params.chunks,
+                                         params.taps_at_once),
       .stream = stream,
   };
   return launch(kernel, config, params);

@@ -12,16 +12,7 @@ class InputTile {
   using F = typename Operand<Op>::Compute;
 
   DYHEAD_DEVICE explicit InputTile(const DeformBwdInputParams& p)
-      : p_(p),
-        launch_(p.launch),
-        at_(InputLayout::of(sizeof(T), sizeof(F), kRows, p.chunks, p.taps_at_once)),
-        rows_(dynamic_shared<std::byte>(0, at_.panels)),
-        panels_(dynamic_shared<std::byte>(at_.panels, at_.weights - at_.panels)),
-        dots_(dynamic_shared<F>(at_.dots, 4 * p.taps_at_once * kRows)),
-        samples_(dynamic_shared<SampleWeights>(at_.weights, p.taps_at_once * kRows),
-                 dynamic_shared<SampleEntry>(at_.list, p.taps_at_once * kRows)),
-        sums_(p),
-        tile_(shared_place()) {
+      : p_(p), launch_(p.launch), tile_(shared_place()) {
     if (threadIdx.x == 0) tile_.place = find_tile(p.launch, static_cast<int32_t>(blockIdx.x));
     __syncthreads();
     const int thread = tile_thread();
@@ -32,42 +23,19 @@ class InputTile {
   }
 
   DYHEAD_DEVICE void run() {
-    const DeformShape& s = launch_.shape;
-    const DeformJob& job = launch_.jobs[tile_.place.job];
-    const int group_channels = static_cast<int>(s.channels) / s.groups;
-    const int depth_chunks = p_.panels.steps;
-    const bool wants_predictions = p_.derivatives != nullptr && !job.plain();
-    wants_dots_ =
-        p_.scatter != Scatter::kMeasure && (wants_predictions || p_.gate_partial != nullptr);
-    if (wants_dots_ && wants_predictions) clear_derivatives();
-    for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
-      F gate_sum = F(0);
-      for (int group = 0; group < s.groups; ++group) {
-        for (int chunk = 0; chunk < depth_chunks; chunk += p_.chunks) {
-          const int chunks = depth_chunks - chunk < p_.chunks ? depth_chunks - chunk : p_.chunks;
-          load_rows(group, chunk, chunks);
-          int panel = 0;
-          int channel = group * group_channels;
-          while (channel < (group + 1) * group_channels) {
-            const ChannelStep longest =
-                channel_step(s, group, channel, static_cast<int32_t>(s.channels));
-            const int steps = (longest.last - channel + Step::kChannels - 1) / Step::kChannels;
-            for (int tap = 0; tap < s.taps(); tap += p_.taps_at_once) {
-              const int taps = s.taps() - tap < p_.taps_at_once ? s.taps() - tap : p_.taps_at_once;
-              run_stretch(t, group, {channel, longest.last, longest.deform_group}, panel, tap, taps,
-                          chunk, chunks);
-              if (wants_dots_) gate_sum += add_derivatives(t, longest.deform_group, tap, taps);
-            }
-            panel += steps;
-            channel = longest.last;
-          }
-        }
-      }
-      if (wants_dots_ && p_.gate_partial != nullptr) {
-        write_gate_sum(t - job.first_term, gate_sum);
+    if (wants_dots() && wants_predictions()) clear_derivatives();
+    F gate_sum = F(0);
+    for (bool more = first_stretch(); more; more = next_stretch()) {
+      if (tile_.stretch.new_rows) load_rows();
+      run_stretch();
+      if (!wants_dots()) continue;
+      const bool ends_term = tile_.stretch.ends_term;
+      gate_sum += add_derivatives();
+      if (p_.gate_partial != nullptr && ends_term) {
+        write_gate_sum(gate_sum);
+        gate_sum = F(0);
       }
     }
-    if (p_.scatter == Scatter::kMeasure) sums_.publish_largest();
   }
 
  private:
@@ -80,10 +48,25 @@ class InputTile {
   static constexpr int kPanel = Step::kChannels * kRowBytes;
   static constexpr int kUnit = Step::kUnit;
 
+  // What is done at once: some taps and some chunks of the depth of one term, for consecutive
+  // channels of one group and one deformable group.
+  struct Stretch {
+    int32_t term;
+    int32_t group;
+    int32_t chunk, chunks;
+    ChannelStep channels;
+    int32_t panel;  // of the group's first step
+    int32_t tap, taps;
+    bool new_rows;   // whether chunks of the gradients of the outputs must be loaded
+    bool ends_term;  // whether it is the last one of its term
+  };
+
   // In shared memory, since the products need the registers.
   struct Place {
     TilePlace place;
+    Stretch stretch;
     int32_t pixels[kRows];  // index in the map, or -1
+    int32_t samples;        // in the list
   };
 
   DYHEAD_DEVICE static Place& shared_place() {
@@ -91,23 +74,122 @@ class InputTile {
     return place[0];
   }
 
-  // Starts to load the gradients of `chunks` chunks of a group's outputs.
-  DYHEAD_DEVICE void load_rows(int group, int first_chunk, int chunks) {
+  DYHEAD_DEVICE int group_channels() const {
+    return static_cast<int>(launch_.shape.channels) / launch_.shape.groups;
+  }
+
+  DYHEAD_DEVICE bool first_stretch() const {
+    if (tile_thread() == 0) {
+      tile_.stretch = {};
+      tile_.stretch.term = launch_.jobs[tile_.place.job].first_term;
+      tile_.stretch.new_rows = true;
+      complete_stretch();
+    }
+    __syncthreads();
+    return launch_.jobs[tile_.place.job].terms > 0;
+  }
+
+  // Taps change first, then channels, chunks, groups, and terms last. All threads have done with
+  // the stretch before.
+  DYHEAD_DEVICE bool next_stretch() const {
+    const DeformShape& s = launch_.shape;
+    if (tile_thread() == 0) {
+      Stretch& to = tile_.stretch;
+      const int32_t part = to.chunk;
+      const int32_t group = to.group;
+      to.tap += to.taps;
+      if (to.tap == s.taps()) {
+        to.tap = 0;
+        to.panel += (to.channels.last - to.channels.first + Step::kChannels - 1) / Step::kChannels;
+        to.channels.first = to.channels.last;
+        if (to.channels.first == (to.group + 1) * group_channels()) {
+          to.panel = 0;
+          to.chunk += to.chunks;
+          if (to.chunk == p_.panels.steps) {
+            to.chunk = 0;
+            if (++to.group == s.groups) {
+              to.group = 0;
+              ++to.term;
+            }
+          }
+          to.channels.first = to.group * group_channels();
+        }
+      }
+      to.new_rows = to.chunk != part || to.group != group;
+      complete_stretch();
+    }
+    __syncthreads();
+    const DeformJob& job = launch_.jobs[tile_.place.job];
+    return tile_.stretch.term < job.first_term + job.terms;
+  }
+
+  // From where a stretch begins to where it ends.
+  DYHEAD_DEVICE void complete_stretch() const {
+    const DeformShape& s = launch_.shape;
+    Stretch& to = tile_.stretch;
+    const int32_t taps_left = s.taps() - to.tap;
+    const int32_t chunks_left = p_.panels.steps - to.chunk;
+    to.taps = taps_left < p_.taps_at_once ? taps_left : p_.taps_at_once;
+    to.chunks = chunks_left < p_.chunks ? chunks_left : p_.chunks;
+    to.channels = channel_step(s, to.group, to.channels.first, static_cast<int32_t>(s.channels));
+    to.ends_term = to.tap + to.taps == s.taps() && to.chunk + to.chunks == p_.panels.steps &&
+                   to.channels.last == static_cast<int32_t>(s.channels);
+  }
+
+  // The arrays of dynamic shared memory. Found anew where they are used, since the products need
+  // the registers.
+  DYHEAD_DEVICE InputLayout layout() const {
+    return InputLayout::of(sizeof(T), sizeof(F), kRows, p_.chunks, p_.taps_at_once);
+  }
+  // The gradients of the outputs.
+  DYHEAD_DEVICE std::byte* rows() const {
+    return dynamic_shared<std::byte>(0, static_cast<size_t>(layout().panels));
+  }
+  DYHEAD_DEVICE std::byte* slot(int chunk) const {
+    const InputLayout at = layout();
+    return dynamic_shared<std::byte>(static_cast<size_t>(at.panels),
+                                     static_cast<size_t>(at.weights - at.panels)) +
+           chunk % 2 * at.slot;
+  }
+  // Also scratch memory while samples are sorted.
+  DYHEAD_DEVICE std::byte* columns() const { return slot(1); }
+  // [taps, kRows, 4]: products of the gradients of the samples with the values at their corners.
+  DYHEAD_DEVICE F* dots() const {
+    return dynamic_shared<F>(static_cast<size_t>(layout().dots),
+                             static_cast<size_t>(4 * p_.taps_at_once * kRows));
+  }
+  DYHEAD_DEVICE Samples samples() const {
+    const InputLayout at = layout();
+    const auto count = static_cast<size_t>(p_.taps_at_once * kRows);
+    return {dynamic_shared<SampleWeights>(static_cast<size_t>(at.weights), count),
+            dynamic_shared<SampleEntry>(static_cast<size_t>(at.list), count), tile_.samples};
+  }
+
+  DYHEAD_DEVICE bool wants_predictions() const {
+    return p_.derivatives != nullptr && !launch_.jobs[tile_.place.job].plain();
+  }
+  DYHEAD_DEVICE bool wants_dots() const {
+    return p_.scatter != Scatter::kMeasure && (wants_predictions() || p_.gate_partial != nullptr);
+  }
+
+  // Starts to load the stretch's chunks of the gradients of the outputs.
+  DYHEAD_DEVICE void load_rows() const {
+    const Stretch& now = tile_.stretch;
     const DeformJob& job = launch_.jobs[tile_.place.job];
     const int64_t channels = launch_.shape.out_channels;
     const int group_outputs = static_cast<int>(channels) / launch_.shape.groups;
     const int64_t first_row = job.out.first_row + tile_.place.image * job.out.pixels();
-    const T* rows = static_cast<const T*>(p_.rows) + first_row * channels + group * group_outputs;
-    __syncthreads();  // the products with the previous rows are done
-    for (int i = tile_thread(); i < chunks * kRows * kUnits; i += kTileThreads) {
+    const T* grads =
+        static_cast<const T*>(p_.rows) + first_row * channels + now.group * group_outputs;
+    for (int i = tile_thread(); i < now.chunks * kRows * kUnits; i += kTileThreads) {
       const int unit = i % kUnits;
       const int row = i / kUnits % kRows;
       const int chunk = i / kUnits / kRows;
-      const int output = (first_chunk + chunk) * p_.panels.depth + unit * kUnit;
+      const int output = (now.chunk + chunk) * p_.panels.depth + unit * kUnit;
       const int left = group_outputs - output;
       const int32_t pixel = tile_.pixels[row];
-      const T* from = rows + (pixel < 0 ? 0 : pixel) * channels + (left > 0 ? output : 0);
-      std::byte* to = rows_ + chunk * kRows * kRowBytes + unit_offset(row, unit);
+      const T* from = grads + (pixel < 0 ? 0 : pixel) * channels + (left > 0 ? output : 0);
+      std::byte* to = rows() + chunk * kRows * kRowBytes + unit_offset(row, unit);
       if (p_.row_vectors) {
         cp_async_zfill<16>(to, from, pixel < 0 || left <= 0 ? 0 : 16);
       } else {
@@ -120,67 +202,69 @@ class InputTile {
     cp_async_commit();
   }
 
-  // For all steps of channels of a stretch and some taps: computes the gradient of the samples and
-  // uses it.
-  DYHEAD_DEVICE void run_stretch(int term_index, int group, const ChannelStep& stretch,
-                                 int first_panel, int first_tap, int taps, int first_chunk,
-                                 int chunks) {
-    const DeformShape& s = launch_.shape;
-    const DeformLaunchTerm& term = launch_.terms[term_index];
-    // Panels of all taps are neighbours.
-    const auto load = [&](int panel, int chunk) {
-      const int64_t first = p_.panels.index(s, term.weight, group * p_.panels.column_panels + panel,
-                                            first_chunk + chunk, first_tap);
-      const std::byte* from = static_cast<const std::byte*>(p_.packed) + first * kPanel;
-      std::byte* to = slot(chunk);
-      for (int i = tile_thread() * 16; i < taps * kPanel; i += kTileThreads * 16) {
-        cp_async<16>(to + i, from + i);
-      }
-      cp_async_commit();
-    };
-    load(first_panel, 0);
-    const TapSampler<F> sampler =
-        tap_sampler<F>(launch_, p_.predictions, p_.gates, tile_.place, term);
-    samples_.stage(launch_, tile_.place, sampler, stretch.deform_group, first_tap, taps, columns());
-    if (wants_dots_) {
-      for (int i = tile_thread(); i < 4 * taps * kRows; i += kTileThreads) dots_[i] = F(0);
+  // Starts to load the panels of a step of channels: those of all taps are neighbours.
+  DYHEAD_DEVICE void load_panels(int panel, int chunk) const {
+    const Stretch& now = tile_.stretch;
+    const int column = now.group * p_.panels.column_panels + panel;
+    const int64_t first = p_.panels.index(launch_.shape, launch_.terms[now.term].weight, column,
+                                          now.chunk + chunk, now.tap);
+    const std::byte* from = static_cast<const std::byte*>(p_.packed) + first * kPanel;
+    std::byte* to = slot(chunk);
+    const int bytes = now.taps * kPanel;
+    for (int i = tile_thread() * 16; i < bytes; i += kTileThreads * 16) {
+      cp_async<16>(to + i, from + i);
     }
-    const MapShape& map = sampler.source;
-    const int64_t first = (map.first_row + tile_.place.image * map.pixels()) * s.channels;
-    Walk<Op, kVectors, kRows> walk(p_, samples_, columns(), dots_, wants_dots_, sums_);
-    int panel = first_panel;
-    for (int channel = stretch.first; channel < stretch.last; channel += Step::kChannels) {
-      Product product(taps);
-      for (int chunk = 0; chunk < chunks; ++chunk) {
+    cp_async_commit();
+  }
+
+  // For all steps of channels: computes the gradient of the samples and uses it.
+  DYHEAD_DEVICE void run_stretch() const {
+    const Stretch& now = tile_.stretch;
+    load_panels(now.panel, 0);
+    const TapSampler<F> sampler =
+        tap_sampler<F>(launch_, p_.predictions, p_.gates, tile_.place, launch_.terms[now.term]);
+    samples().stage(launch_, tile_.place, sampler, now.channels.deform_group, now.tap, now.taps,
+                    columns());
+    if (wants_dots()) {
+      for (int i = tile_thread(); i < 4 * now.taps * kRows; i += kTileThreads) dots()[i] = F(0);
+    }
+    for (int step = 0; now.channels.first + step * Step::kChannels < now.channels.last; ++step) {
+      Product product(now.taps);
+      for (int chunk = 0; chunk < now.chunks; ++chunk) {
         cp_async_wait_all();
         // This panel has landed for all threads, and the other slot and the columns are free.
         __syncthreads();
-        if (chunk + 1 < chunks) load(panel, chunk + 1);
-        const std::byte* a = rows_ + chunk * kRows * kRowBytes;
+        if (chunk + 1 < now.chunks) load_panels(now.panel + step, chunk + 1);
+        const std::byte* a = rows() + chunk * kRows * kRowBytes;
         const std::byte* b = slot(chunk);
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) product.step(a, b, step);
+        for (int part = 0; part < kSteps; ++part) product.step(a, b, part);
       }
       __syncthreads();
-      ++panel;
-      if (channel + Step::kChannels < stretch.last) load(panel, 0);
-      store_columns(product, taps);
+      const int channel = now.channels.first + step * Step::kChannels;
+      if (channel + Step::kChannels < now.channels.last) load_panels(now.panel + step + 1, 0);
+      store_columns(product, now.taps);
       __syncthreads();
-      const int left = stretch.last - channel;
-      if (launch_.jobs[tile_.place.job].plain()) {
-        walk.template run<1>(first + channel, map.width, left);
-      } else {
-        walk.template run<4>(first + channel, map.width, left);
-      }
+      use_columns(channel, now.channels.last - channel);
     }
     // The list, the dots and the columns are free for the next stretch.
     __syncthreads();
   }
 
-  DYHEAD_DEVICE std::byte* slot(int chunk) const { return panels_ + chunk % 2 * at_.slot; }
-  DYHEAD_DEVICE std::byte* columns() const { return slot(1); }
+  // channels: how many the step has, from `channel` on.
+  DYHEAD_DEVICE void use_columns(int channel, int channels) const {
+    const MapShape& map = launch_.sources[launch_.terms[tile_.stretch.term].source].map;
+    const int64_t first_row = map.first_row + tile_.place.image * map.pixels();
+    const int64_t at = first_row * launch_.shape.channels + channel;
+    Walk<Op, kVectors, kRows> walk(p_, samples(), columns(), wants_dots() ? dots() : nullptr);
+    if (launch_.jobs[tile_.place.job].plain()) {
+      walk.template run<1>(at, map.width, channels);
+    } else {
+      walk.template run<4>(at, map.width, channels);
+    }
+  }
 
-  DYHEAD_DEVICE void store_columns(Product& product, int taps) {
+  DYHEAD_DEVICE void store_columns(Product& product, int taps) const {
     constexpr int kPair = Product::kPair;
 #pragma unroll
     for (int j = 0; j < Product::kJ; j += kPair) {
@@ -227,31 +311,31 @@ class InputTile {
 
   // Turns the dots of a stretch into the derivatives of its taps. Returns this thread's part of the
   // gradient of the gate.
-  DYHEAD_DEVICE F add_derivatives(int term_index, int deform_group, int first_tap, int taps) const {
+  DYHEAD_DEVICE F add_derivatives() const {
     F gate_sum = F(0);
+    const Stretch& now = tile_.stretch;
     const DeformShape& s = launch_.shape;
-    const DeformJob& job = launch_.jobs[tile_.place.job];
+    const int deform_group = now.channels.deform_group;
     const TapSampler<F> sampler =
-        tap_sampler<F>(launch_, p_.predictions, p_.gates, tile_.place, launch_.terms[term_index]);
-    const bool wants_predictions = p_.derivatives != nullptr && !job.plain();
+        tap_sampler<F>(launch_, p_.predictions, p_.gates, tile_.place, launch_.terms[now.term]);
     F* derivatives = nullptr;
-    if (wants_predictions) {
-      derivatives = static_cast<F*>(p_.derivatives) + use_row(term_index) * s.prediction_columns();
+    if (wants_predictions()) {
+      derivatives = static_cast<F*>(p_.derivatives) + use_row(now.term) * s.prediction_columns();
     }
 #pragma unroll 1
-    for (int i = tile_thread(); i < taps * kRows; i += kTileThreads) {
+    for (int i = tile_thread(); i < now.taps * kRows; i += kTileThreads) {
       const OutputPixel at = tile_pixel(launch_, tile_.place, i % kRows, kRows);
       if (at.index < 0) continue;
-      const int tap = first_tap + i / kRows;
+      const int tap = now.tap + i / kRows;
       const SamplePoint<F> point = sampler.point(deform_group, tap, at);
       if (!point.inside) continue;
-      const Vec<F, 4> sums = load_vec<4>(dots_ + 4 * i);
+      const Vec<F, 4> sums = load_vec<4>(dots() + 4 * i);
       const F dots[4] = {sums[0], sums[1], sums[2], sums[3]};
       F mask;
       const F modulation = sampler.modulation(deform_group, tap, at, &mask);
       const F value = sample_value(point, dots);
       gate_sum += value * mask;
-      if (!wants_predictions) continue;
+      if (!wants_predictions()) continue;
       const int k = deform_group * s.taps() + tap;
       F* row = derivatives + static_cast<int64_t>(at.index) * s.prediction_columns();
       row[2 * k] += modulation * sample_slope_y(point, dots);
@@ -263,14 +347,15 @@ class InputTile {
     return gate_sum;
   }
 
-  DYHEAD_DEVICE void write_gate_sum(int term, F gate_sum) {
+  DYHEAD_DEVICE void write_gate_sum(F gate_sum) const {
+    const int term = tile_.stretch.term - launch_.jobs[tile_.place.job].first_term;
     const F sum = warp_sum(gate_sum);
     const int thread = tile_thread();
-    if (thread % kWarpSize == 0) dots_[thread / kWarpSize] = sum;
+    if (thread % kWarpSize == 0) dots()[thread / kWarpSize] = sum;
     __syncthreads();
     if (thread == 0) {
       F total = F(0);
-      for (int w = 0; w < kTileWarps; ++w) total += dots_[w];
+      for (int w = 0; w < kTileWarps; ++w) total += dots()[w];
       static_cast<F*>(p_.gate_partial)[static_cast<int64_t>(blockIdx.x) * p_.max_terms + term] =
           total;
     }
@@ -279,13 +364,6 @@ class InputTile {
 
   const DeformBwdInputParams& p_;
   const DeformLaunch& launch_;
-  InputLayout at_;
-  std::byte* rows_;    // the gradients of the outputs
-  std::byte* panels_;  // two slots; the second one is also that of the columns
-  F* dots_;            // [taps, kRows, 4]: products of the samples' gradients with their corners
-  Samples samples_;
-  ScatteredSums<F> sums_;
-  bool wants_dots_ = false;
   Place& tile_;
 };
 

@@ -13,7 +13,7 @@ namespace dyhead::cuda {
 inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, int32_t rows, int32_t taps,
                                const DeviceLimits& device) {
   int32_t max_chunks = chunks;
-  while (max_chunks > 1 && !fits(InputLayout::of(s.dtype, rows, max_chunks, taps).total, device)) {
+  while (max_chunks > 1 && !fits(input_shared_bytes(s.dtype, rows, max_chunks, taps), device)) {
     --max_chunks;
   }
   return static_cast<int32_t>(ceil_div(chunks, ceil_div(chunks, max_chunks)));
@@ -28,7 +28,7 @@ inline int32_t input_tile_rows(const DeformCall& call, const DeformPanels& panel
   const DeformShape& s = call.shape;
   const bool half = element_bytes(s.dtype) == 2;
   const int32_t taps = std::min(kMaxTapsAtOnce, s.taps());
-  const size_t bytes = InputLayout::of(s.dtype, kMaxInputRows, panels.steps, taps).total;
+  const size_t bytes = input_shared_bytes(s.dtype, kMaxInputRows, panels.steps, taps);
   if (!half || !vectors || !fits(bytes, device)) return kFewInputRows;
   const auto rounds = [&](int rows) {
     return static_cast<double>(ceil_div(count_tiles(call, rows), device.processors));
@@ -141,7 +141,7 @@ inline DeformBwdInputParams bwd_input_params(const DeformBwdParams& p, const Def
   for (const int32_t chunks : {panels.steps, 1}) {
     if (input.taps_at_once != 0) break;
     const auto bytes = [&](int32_t taps) {
-      return InputLayout::of(s.dtype, tile_rows, chunks, std::min(taps, s.taps())).total;
+      return input_shared_bytes(s.dtype, tile_rows, chunks, std::min(taps, s.taps()));
     };
     input.taps_at_once = std::min(taps_at_once(bytes, device), s.taps());
   }

@@ -58,8 +58,9 @@ class SortedSamples {
  public:
   using Weights = Vec<F, 4>;
 
-  DYHEAD_DEVICE SortedSamples(Weights* weights, SampleEntry* list)
-      : weights_(weights), list_(list) {}
+  // `count` stands in shared memory.
+  DYHEAD_DEVICE SortedSamples(Weights* weights, SampleEntry* list, int32_t& count)
+      : weights_(weights), list_(list), count_(count) {}
 
   // Finds and sorts the samples of `taps` taps from `first_tap` on. `scratch` takes two items for
   // each sample and the counters of the sort. Ends with a barrier.
@@ -96,8 +97,11 @@ class SortedSamples {
       items[i] = {key, static_cast<uint32_t>(i)};
     }
     find_range(least, most, inside, reinterpret_cast<Range*>(counters));
-    count_ = inside;
-    if (inside == 0) return;
+    if (tile_thread() == 0) count_ = inside;
+    if (inside == 0) {
+      __syncthreads();
+      return;
+    }
     const SortItem* sorted =
         sort_items(items, items + samples, counters, samples, least, most - least + 1u);
 #pragma unroll 1
@@ -148,7 +152,7 @@ class SortedSamples {
 
   Weights* weights_;
   SampleEntry* list_;
-  int count_ = 0;
+  int32_t& count_;
 };
 
 }  // namespace dyhead::cuda

@@ -105,42 +105,37 @@ DYHEAD_DEVICE F warp_largest(F magnitude) {
 DYHEAD_DEVICE void add_float(float* p, float value) { red_add(p, value); }
 DYHEAD_DEVICE void add_float(double* p, double value) { atomicAdd(p, value); }
 
-// The sums of grad_source, and what a thread remembers of them.
+// What threads do with the parts of grad_source that they found.
 template <class F>
 class ScatteredSums {
  public:
-  DYHEAD_DEVICE explicit ScatteredSums(const DeformBwdInputParams& p)
-      : sums_(p.sums), largest_sums_(p.largest) {
+  DYHEAD_DEVICE explicit ScatteredSums(const DeformBwdInputParams& p) : p_(p) {
     if (p.scatter == Scatter::kFixed) fixed_ = FixedPoint<F>::of(p.largest, p.sum_bits);
   }
 
-  DYHEAD_DEVICE void add(Scatter scatter, int64_t sum, F value) {
-    if (scatter == Scatter::kSum) {
-      add_float(static_cast<F*>(sums_) + sum, value);
+  // `sum`: index in grad_source.
+  DYHEAD_DEVICE void add(int64_t sum, F value) {
+    if (p_.scatter == Scatter::kSum) {
+      add_float(static_cast<F*>(p_.sums) + sum, value);
     } else if (!is_finite(value)) {
-      if (scatter == Scatter::kFixed) NonFiniteMarks::add(largest_sums_, sum, value);
-    } else if (scatter == Scatter::kMeasure) {
+      if (p_.scatter == Scatter::kFixed) NonFiniteMarks::add(p_.largest, sum, value);
+    } else if (p_.scatter == Scatter::kMeasure) {
       largest_ = largest_ > fabs(value) ? largest_ : fabs(value);
     } else {
       constexpr int kWords = FixedPoint<F>::kWords;
-      fixed_.add(static_cast<unsigned long long*>(sums_) + sum * kWords, value);
+      fixed_.add(static_cast<unsigned long long*>(p_.sums) + sum * kWords, value);
     }
   }
 
-  // Adds to four sums; `sum` is divisible by 4.
-  DYHEAD_DEVICE void add4(int64_t sum, float a, float b, float c, float d) const {
-    red_add_v4(static_cast<float*>(sums_) + sum, make_float4(a, b, c, d));
-  }
-
-  // Publishes the largest finite magnitude that the warp's threads measured.
-  DYHEAD_DEVICE void publish_largest() const {
+  // Publishes the largest finite magnitude that the threads of a warp measured.
+  DYHEAD_DEVICE void finish() const {
+    if (p_.scatter != Scatter::kMeasure) return;
     const F largest = warp_largest(largest_);
-    if (static_cast<int>(threadIdx.x) % kWarpSize == 0) raise_to(largest_sums_, largest);
+    if (static_cast<int>(threadIdx.x) % kWarpSize == 0) raise_to(p_.largest, largest);
   }
 
  private:
-  void* sums_;
-  unsigned* largest_sums_;
+  const DeformBwdInputParams& p_;
   FixedPoint<F> fixed_{};
   F largest_ = F(0);
 };

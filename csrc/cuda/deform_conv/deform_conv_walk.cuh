@@ -18,7 +18,8 @@ DYHEAD_DEVICE std::byte* column_unit(std::byte* columns, int sample, int unit) {
 
 // kWalkerLanes lanes, a walker, take a run of the list. A lane owns a unit of the channels, and
 // keeps the values of the corners of the walker's cell and the sums of what was added to them. In
-// the next cell to the right the right corners become the left ones; what leaves goes to `sums`.
+// the next cell to the right the right corners become the left ones; the sums of corners that are
+// left behind go to global memory.
 template <class Op, bool kVectors, int kRows>
 class Walk {
  public:
@@ -26,17 +27,10 @@ class Walk {
   using F = typename Operand<Op>::Compute;
   using Samples = SortedSamples<F, kRows>;
 
-  // wants_dots: whether to add each sample's products with its corners to `dots`, [samples, 4].
+  // dots: [samples, 4], to which each sample's products with its corners are added, or null.
   DYHEAD_DEVICE Walk(const DeformBwdInputParams& p, const Samples& samples, std::byte* columns,
-                     F* dots, bool wants_dots, ScatteredSums<F>& sums)
-      : samples_(samples),
-        columns_(columns),
-        dots_(dots),
-        source_(static_cast<const T*>(p.source)),
-        stride_(static_cast<int>(p.launch.shape.channels)),
-        wants_dots_(wants_dots),
-        scatter_(p.scatter),
-        scattered_(sums) {}
+                     F* dots)
+      : p_(p), samples_(samples), columns_(columns), dots_(dots), scattered_(p) {}
 
   // `at`: the index of the step's first channel at the map's first pixel; kCorners: 1 if all
   // samples are whole pixels, else 4.
@@ -50,6 +44,7 @@ class Walk {
     const int end = count * (walker + 1) / kWalkers;
     const int first = Step::channel(unit, 0);
     const int left = channels - first;
+    const auto stride = static_cast<int>(p_.launch.shape.channels);
     F sums[kCorners][kUnit];
     UnitWords values[kCorners], ahead[kCorners];
 #pragma unroll
@@ -58,9 +53,9 @@ class Walk {
       values[c] = ahead[c] = UnitWords{};
     }
     const auto load = [&](const SampleEntry& entry, int corner) {
-      if (!wants_dots_ || !entry.has(corner)) return UnitWords{};
+      if (dots_ == nullptr || !entry.has(corner)) return UnitWords{};
       return load_unit<T, kVectors, Step::kPieces, Step::kSpacing>(
-          source_ + at + first, entry.pixel(corner, width), stride_, left);
+          static_cast<const T*>(p_.source) + at + first, entry.pixel(corner, width), stride, left);
     };
     SampleEntry entry{};
     if (begin < end) {
@@ -88,7 +83,7 @@ class Walk {
 #pragma unroll
       for (int c = 0; c < kCorners; ++c) dots[c] = F(0);
       if (active) add_sample(sample, unit, sums, values, dots);
-      if (wants_dots_) add_dots(dots, active ? sample : -1);
+      if (dots_ != nullptr) add_dots(dots, active ? sample : -1);
       if (!active || move == Move::kSameCell) {
         if (active) entry = next;
         continue;
@@ -98,7 +93,7 @@ class Walk {
         const bool stays = c % 2 == 1 && to_right;
         if (!stays && entry.has(c) && left > 0) {
           const int64_t pixel = entry.pixel(c, width);
-          leave(at + first + pixel * stride_, sums[c], left);
+          leave(at + first + pixel * stride, sums[c], left);
         }
       }
 #pragma unroll
@@ -116,6 +111,7 @@ class Walk {
       }
       entry = next;
     }
+    scattered_.finish();
   }
 
  private:
@@ -140,7 +136,7 @@ class Walk {
 #pragma unroll
       for (int k = 0; k < kUnit; ++k) sums[c][k] += weights[c] * grad[k];
     }
-    if (!wants_dots_) return;
+    if (dots_ == nullptr) return;
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
       F value[kUnit];
@@ -192,15 +188,16 @@ class Walk {
   }
 
   // What a pixel got goes to global memory.
-  DYHEAD_DEVICE void leave(int64_t at, const F (&values)[kUnit], int left) const {
-    if (scatter_ == Scatter::kNone) return;
+  DYHEAD_DEVICE void leave(int64_t at, const F (&values)[kUnit], int left) {
+    if (p_.scatter == Scatter::kNone) return;
     if constexpr (kVectors && std::is_same_v<F, float>) {
-      if (scatter_ == Scatter::kSum) {
+      if (p_.scatter == Scatter::kSum) {
 #pragma unroll
         for (int k = 0; k < kUnit; k += 4) {
-          if (Step::channel(0, k) >= left) break;
-          scattered_.add4(at + Step::channel(0, k), values[k], values[k + 1], values[k + 2],
-                          values[k + 3]);
+          const int channel = Step::channel(0, k);
+          if (channel >= left) break;
+          red_add_v4(static_cast<float*>(p_.sums) + at + channel,
+                     make_float4(values[k], values[k + 1], values[k + 2], values[k + 3]));
         }
         return;
       }
@@ -208,20 +205,17 @@ class Walk {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
       const int channel = Step::channel(0, k);
-      if (channel < left) scattered_.add(scatter_, at + channel, values[k]);
+      if (channel < left) scattered_.add(at + channel, values[k]);
     }
   }
 
   using Values = Vec<T, kUnit>;
 
-  const Samples& samples_;
+  const DeformBwdInputParams& p_;
+  Samples samples_;
   std::byte* columns_;
   F* dots_;
-  const T* source_;
-  int stride_;
-  bool wants_dots_;
-  Scatter scatter_;
-  ScatteredSums<F>& scattered_;
+  ScatteredSums<F> scattered_;
 };
 
 }  // namespace dyhead::cuda
