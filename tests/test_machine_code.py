@@ -197,7 +197,7 @@ def test_products_do_not_wait_for_samples(kernels: dict[str, str]) -> None:
 
 
 def test_scattered_sums_are_vectors_where_the_device_has_them(kernels: dict[str, str]) -> None:
-    halves = r"(8bfloat16|7float16|4Tf32)ELb1E"
+    halves = r"(8bfloat16|7float16|4Tf32)E(?:Li\d+E)+Lb1E"
     for match, code in of_template(kernels, ("deform_bwd_input",), halves):
         sums = {name for name in instructions(code, "RED[A-Z]*") if ".ADD.F32" in name}
         assert sums, match[0]

@@ -167,6 +167,17 @@ void bind(py::module_& module) {
       py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
       py::kw_only(), py::arg("vectors") = true, py::arg("allow_tf32") = false, py::arg("device"));
   m.def(
+      "input_tile_rows",
+      [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
+         bool vectors, const DeviceLimits& device) {
+        const DeformCall call =
+            read_call(tables, true, named_dtype(dtype), channels, out_channels, 1);
+        const DeformMath math = deform_math(call.shape.dtype, false);
+        return input_tile_rows(call, input_panels(call.shape, math), vectors, device);
+      },
+      py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
+      py::kw_only(), py::arg("vectors") = true, py::arg("device"));
+  m.def(
       "forward",
       [](const std::string& dtype_name, const py::array& source, const py::array& predictions,
          const std::vector<py::array>& weights, const std::vector<py::array>& bias,

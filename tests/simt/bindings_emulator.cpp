@@ -3,6 +3,7 @@
 #include "device_array.h"
 #include "kernels/basics.h"
 #include "kernels/gemm_tile.h"
+#include "kernels/sort.h"
 #include "kernels/storage.h"
 
 namespace dyhead::simt {
@@ -112,6 +113,18 @@ DeviceArray<float>::Array gemm_tile(const py::array& a, const py::array& b) {
   return output.to_numpy();
 }
 
+DeviceArray<uint32_t>::Array sort(const py::array& keys, uint32_t first, uint32_t largest) {
+  const auto input = DeviceArray<uint32_t>::copy_of("keys", keys);
+  const auto output = DeviceArray<uint32_t>::poisoned("order", {input.shape(0)});
+  check_launch("launch_sort", launch_sort({.keys = input.data(),
+                                           .order = output.data(),
+                                           .count = static_cast<int>(input.shape(0)),
+                                           .first = first,
+                                           .largest = largest},
+                                          nullptr));
+  return output.to_numpy();
+}
+
 DeviceArray<float>::Array tf32_tile(const py::array& a, const py::array& b) {
   const auto left = DeviceArray<float>::copy_of("a", a);
   const auto right = DeviceArray<float>::copy_of("b", b);
@@ -206,6 +219,7 @@ void bind(py::module_& module) {
   emulator.def("async_copy", &async_copy);
   emulator.def("gemm_tile_bf16", &gemm_tile<bfloat16>);
   emulator.def("gemm_tile_fp16", &gemm_tile<float16>);
+  emulator.def("sort", &sort);
   emulator.def("tf32_tile", &tf32_tile);
   emulator.def("f64_tile", &f64_tile);
   emulator.def("transpose", &transpose);

@@ -91,10 +91,52 @@ EMULATOR = Suite(
     harmless=Bug(GEMM_TILE, f"    {BARRIER}\n", f"    {BARRIER}\n    __syncwarp();\n"),
 )
 
+# ---- the sort of items in shared memory ---------------------------------------------------------
+
+RADIX_SORT = f"{CUDA}/tile/radix_sort.cuh"
+
+SORT = Suite(
+    tests="test_sort.py",
+    kernel="sort",
+    select="",
+    bugs={
+        "counters cleared while they are read": without(
+            RADIX_SORT,
+            f"    {BARRIER}\n",
+            "      if (exists && before == 0u) counts[digit] += __popc(equal);\n"
+            "      __syncwarp();\n    }\n",
+        ),
+        "counters read before they are there": without(
+            RADIX_SORT, f"    {BARRIER}\n", "    count_before(counters);\n"
+        ),
+        "lanes of a warp out of order": Bug(
+            RADIX_SORT,
+            "counts[digit] + __popc(before)",
+            "counts[digit] + __popc(equal ^ before) - 1",
+        ),
+        "a digit left out": Bug(RADIX_SORT, "shift += kDigitBits", "shift += 2 * kDigitBits"),
+        "keys beyond the largest among the others": Bug(
+            RADIX_SORT, "(key < largest ? key : largest)", "key"
+        ),
+        "the leader counts too early": without(
+            RADIX_SORT,
+            "      __syncwarp();\n",
+            "      if (exists) spare[counts[digit] + __popc(before)] = item;\n",
+        ),
+    },
+    harmless=Bug(
+        RADIX_SORT,
+        "    count_before(counters);\n",
+        f"    count_before(counters);\n    {BARRIER}\n",
+    ),
+)
+
 # ---- deform_conv --------------------------------------------------------------------------------
 
 DEFORM_FORWARD = f"{CUDA}/deform_conv/deform_conv_fwd.cuh"
 DEFORM_INPUT = f"{CUDA}/deform_conv/deform_conv_bwd_input.cuh"
+DEFORM_SAMPLES = f"{CUDA}/deform_conv/deform_conv_samples.cuh"
+DEFORM_WALK = f"{CUDA}/deform_conv/deform_conv_walk.cuh"
 DEFORM_GATHER = f"{CUDA}/deform_conv/deform_conv_bwd_gather.cu"
 INPUT_KERNEL = "deform_conv_bwd_input_float32"
 ALL_JOBS = "test_jobs and all and float32"
@@ -154,30 +196,67 @@ DEFORM_CONV = Suite(
             "deform_conv_fwd_float16",
             "test_convolutions and vectors and float16",
         ),
-        "columns used before they are there": Bug(
-            DEFORM_INPUT, f"      {BARRIER}\n      consume(", "      consume(", INPUT_KERNEL
+        "columns used before they are there": without(
+            DEFORM_INPUT,
+            f"      {BARRIER}\n",
+            "      store_columns(product, now.taps);\n",
+            kernel=INPUT_KERNEL,
+        ),
+        "columns stored where panels are read": Bug(
+            DEFORM_INPUT,
+            f"      {BARRIER}\n      const int channel =",
+            "      const int channel =",
+            INPUT_KERNEL,
+        ),
+        "a panel not waited for": without(
+            DEFORM_INPUT, "        cp_async_wait_all();\n", kernel=INPUT_KERNEL
+        ),
+        "the rows of the first group kept for the second": Bug(
+            DEFORM_INPUT,
+            "to.new_rows = to.chunk != part || to.group != group;",
+            "to.new_rows = to.chunk != part;",
+            INPUT_KERNEL,
+            "test_convolutions and groups and float32",
         ),
         "channels of a lane taken for neighbours": Bug(
-            f"{CUDA}/deform_conv/deform_conv.cuh",
-            "return k / kPiece * kSpacing + k % kPiece;",
-            "return k;",
+            f"{CUDA}/deform_conv/deform_conv.h",
+            "return unit * kPiece + k / kPiece * kSpacing + k % kPiece;",
+            "return unit * kUnit + k;",
             "deform_conv_bwd_input_float16",
             "test_convolutions and vectors and float16",
         ),
         "dots of another corner": Bug(
-            DEFORM_INPUT,
+            DEFORM_WALK,
             "2 * (lane & 1) + (lane >> 1)",
             "(lane & 1) + 2 * (lane >> 1)",
             INPUT_KERNEL,
         ),
-        "a panel too early": Bug(
-            DEFORM_INPUT,
-            "cp_async_wait_group<kBwdStages - 2>",
-            "cp_async_wait_group<kBwdStages - 1>",
+        "sums of the right corners not handed on": Bug(
+            DEFORM_WALK, "handed_on ? sums[right][k] : F(0)", "F(0)", INPUT_KERNEL
+        ),
+        "values of the right corners not handed on": Bug(
+            DEFORM_WALK, "handed_on ? values[right] : ahead[c]", "ahead[c]", INPUT_KERNEL
+        ),
+        "the last sums of a run do not leave": Bug(
+            DEFORM_WALK, "last ? Move::kJump : next.move()", "next.move()", INPUT_KERNEL
+        ),
+        "a corner beyond the right border": Bug(
+            DEFORM_SAMPLES,
+            "if (below > 0 && right < map.width)",
+            "if (below > 0 && right <= map.width)",
+            INPUT_KERNEL,
+        ),
+        "the first pixel left out": Bug(
+            DEFORM_SAMPLES, "if (at.index >= 0) {", "if (at.index > 0) {", INPUT_KERNEL
+        ),
+        "the samples of one warp only": Bug(
+            DEFORM_SAMPLES,
+            "inside += warps[w].inside;",
+            "inside = warps[w].inside;",
             INPUT_KERNEL,
         ),
         "values that are not finite go missing": Bug(
-            DEFORM_INPUT,
+            f"{CUDA}/deform_conv/deform_conv_scatter.cuh",
             "if (p_.scatter == Scatter::kFixed) NonFiniteMarks",
             "if (p_.scatter == Scatter::kSum) NonFiniteMarks",
             INPUT_KERNEL,
@@ -443,6 +522,7 @@ PACK_LEVELS = Suite(
 
 SUITES = {
     "emulator": EMULATOR,
+    "sort": SORT,
     "deform_conv": DEFORM_CONV,
     "deform_weights": DEFORM_WEIGHTS,
     "block_coefficients": BLOCK_COEFFICIENTS,

@@ -212,6 +212,24 @@ def test_small_shared_memory(simt: Any, name: str, dtype: torch.dtype) -> None:
     check_backward(CONVOLUTIONS[name], dtype, operator)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(
+    "work",
+    [
+        Convolution(channels=72, out_channels=48, images=2, size=(9, 34), offset_scale=3),
+        Convolution(channels=40, out_channels=136, size=(16, 16), kernel=(5, 3), padding=(2, 1)),
+        Convolution(channels=32, out_channels=48, groups=2, deform_groups=4, size=(8, 48)),
+        Work(images=3, channels=8, out_channels=8, scale=9),
+    ],
+    ids=["vectors", "many taps", "groups", "jobs"],
+)
+def test_tiles_of_128_pixels_backward(simt: Any, work: Call, dtype: torch.dtype) -> None:
+    """On a device where tiles are always many."""
+    operator = Operator(simt, processors=1)
+    check_backward(work, dtype, operator)
+    check_backward(work, dtype, operator, deterministic=True)
+
+
 @dtypes
 def test_deterministic(simt: Any, dtype: torch.dtype) -> None:
     work = Work(channels=24, out_channels=16)

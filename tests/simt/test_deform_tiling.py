@@ -11,6 +11,7 @@ from dyhead_cuda.ops.jobs import Job, Plan
 
 # 800 x 1344 pixels, padded to multiples of 32.
 PYRAMID = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+SMALL_PYRAMID = ((25, 42), (13, 21), (7, 11), (4, 6), (2, 3))  # 200 x 336 pixels
 KILOBYTE = 1024
 
 
@@ -34,7 +35,9 @@ def tiling(
 def test_worked_example(simt: Any) -> None:
     """The numbers that the comment of forward_tiling gives."""
     one = BlockPlan(PYRAMID, 1, "flat").deform
-    assert tiling(simt, one) == (64, 256, [(13, 545)])
+    assert tiling(simt, one) == (128, 256, [(13, 281)])
+    small = BlockPlan(SMALL_PYRAMID, 1, "flat").deform
+    assert tiling(simt, small) == (64, 256, [(13, 44)])
     eight = BlockPlan(PYRAMID, 8, "flat").deform
     assert tiling(simt, eight) == (128, 256, [(13, 2248)])
 
@@ -87,3 +90,30 @@ def test_more_jobs_than_a_table_holds(simt: Any) -> None:
 
 def test_no_images_take_no_tiles(simt: Any) -> None:
     assert tiling(simt, BlockPlan(PYRAMID, 0, "flat").deform)[2] == [(13, 0)]
+
+
+def test_tiles_of_the_input_kernel(simt: Any) -> None:
+    """Large ones for half types, where they fit and make fewer rounds."""
+
+    def rows(
+        dtype: str = "bfloat16",
+        *,
+        sizes: tuple[tuple[int, int], ...] = PYRAMID,
+        kilobytes: int = 227,
+        vectors: bool = True,
+    ) -> int:
+        found: int = simt.deform_conv.input_tile_rows(
+            BlockPlan(sizes, 1, "flat").deform.tables,
+            dtype,
+            256,
+            256,
+            vectors=vectors,
+            device=simt.deform_conv.DeviceLimits(132, kilobytes * KILOBYTE),
+        )
+        return found
+
+    assert rows() == rows("float16") == 128
+    assert rows(sizes=SMALL_PYRAMID) == 64
+    assert rows(kilobytes=163) == 64
+    assert rows(vectors=False) == 64
+    assert rows("float32") == 64

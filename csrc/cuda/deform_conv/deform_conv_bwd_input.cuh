@@ -5,7 +5,7 @@
 
 namespace dyhead::cuda {
 
-template <class Op, bool kVectors, int kRows>
+template <class Op, int kRows, bool kVectors>
 class InputTile {
  public:
   using T = typename Operand<Op>::Storage;
@@ -256,7 +256,7 @@ class InputTile {
     const MapShape& map = launch_.sources[launch_.terms[tile_.stretch.term].source].map;
     const int64_t first_row = map.first_row + tile_.place.image * map.pixels();
     const int64_t at = first_row * launch_.shape.channels + channel;
-    Walk<Op, kVectors, kRows> walk(p_, samples(), columns(), wants_dots() ? dots() : nullptr);
+    Walk<Op, kRows, kVectors> walk(p_, samples(), columns(), wants_dots() ? dots() : nullptr);
     if (launch_.jobs[tile_.place.job].plain()) {
       walk.template run<1>(at, map.width, channels);
     } else {
@@ -367,20 +367,20 @@ class InputTile {
   Place& tile_;
 };
 
-template <class Op, bool kVectors, int kRows>
+template <class Op, int kRows, bool kVectors>
 __global__ void __launch_bounds__(kTileThreads)
     deform_bwd_input_kernel(const __grid_constant__ DeformBwdInputParams p) {
-  InputTile<Op, kVectors, kRows>(p).run();
+  InputTile<Op, kRows, kVectors>(p).run();
 }
 
 template <class Op>
 DeformBwdInputKernel DeformBwdInputKernels<Op>::choose(int rows, bool vectors) {
   if (rows == kFewInputRows) {
-    return vectors ? deform_bwd_input_kernel<Op, true, kFewInputRows>
-                   : deform_bwd_input_kernel<Op, false, kFewInputRows>;
+    return vectors ? deform_bwd_input_kernel<Op, kFewInputRows, true>
+                   : deform_bwd_input_kernel<Op, kFewInputRows, false>;
   }
   if constexpr (is_half_v<typename Operand<Op>::Storage>) {
-    if (rows == kMaxInputRows && vectors) return deform_bwd_input_kernel<Op, true, kMaxInputRows>;
+    if (rows == kMaxInputRows && vectors) return deform_bwd_input_kernel<Op, kMaxInputRows, true>;
   }
   return nullptr;
 }

@@ -19,12 +19,17 @@ inline int32_t resident_chunks(const DeformShape& s, int32_t chunks, int32_t row
   return static_cast<int32_t>(ceil_div(chunks, ceil_div(chunks, max_chunks)));
 }
 
+// Panels of the weights for the input kernel.
+inline DeformPanels input_panels(const DeformShape& s, DeformMath math) {
+  const auto step_channels = static_cast<int32_t>(kStepBytes / element_bytes(s.dtype));
+  return backward_panels(s, step_channels, panel_depth(math));
+}
+
 // The output pixels of a tile. With 128 rather than 64, more samples of a tile share their pixels,
 // and each panel of weights is used twice as often. But the gradients of all outputs must fit, and
 // if tiles are few, processors are idle in the last round.
 inline int32_t input_tile_rows(const DeformCall& call, const DeformPanels& panels, bool vectors,
                                const DeviceLimits& device) {
-  constexpr double kCostOf64Rows = 0.6;
   const DeformShape& s = call.shape;
   const bool half = element_bytes(s.dtype) == 2;
   const int32_t taps = std::min(kMaxTapsAtOnce, s.taps());
@@ -221,8 +226,7 @@ cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allo
   const DeformCall& call = *p.call;
   const DeformShape& s = call.shape;
   const DeformMath math = deform_math(s.dtype, allow_tf32);
-  const auto step_channels = static_cast<int32_t>(kStepBytes / element_bytes(s.dtype));
-  const DeformPanels panels = backward_panels(s, step_channels, panel_depth(math));
+  const DeformPanels panels = input_panels(s, math);
   const int32_t tile_rows = input_tile_rows(call, panels, reads_vectors(s, p.source), device);
   const std::vector<DeformLaunch> launches = deform_launches(call, tile_rows);
   const DeformBwdWorkspaces w = allocate_bwd_workspaces(p, panels, launches, allocate);

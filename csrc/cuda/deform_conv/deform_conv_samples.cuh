@@ -113,8 +113,17 @@ class SortedSamples {
     __syncthreads();
   }
 
-  // Of the list: the samples inside the map.
-  DYHEAD_DEVICE int count() const { return count_; }
+  // Where the list is cut for the run of a walker: into equal parts, but rather between cells if
+  // that is only a few samples further, as the sums of a cell that is cut leave twice.
+  DYHEAD_DEVICE int start_of_run(int walker, int walkers) const {
+    constexpr int kFew = 4;
+    const int start = count_ * walker / walkers;
+    for (int i = start; i <= start + kFew; ++i) {
+      if (i >= count_ || list_[i].move() != Move::kSameCell) return i;
+    }
+    return start;
+  }
+
   DYHEAD_DEVICE SampleEntry operator[](int i) const { return list_[i]; }
   // The weights of a sample's corners, with its modulation; 0 where a corner does not exist.
   DYHEAD_DEVICE Weights weights(int sample) const { return load_vec<4>(weights_[sample].data); }

@@ -36,17 +36,20 @@ inline int64_t count_tiles(const DeformCall& call, int rows) {
   return tiles;
 }
 
+// The time of a tile of 64 rows, compared with 128: wavefronts of shared memory, as counted by the
+// emulation for either kernel that chooses between them.
+inline constexpr double kCostOf64Rows = 0.7;
+
 // The tile of the forward kernel. Few output channels get narrow tiles. IEEE arithmetic is slow
 // compared with blending, so it takes 128 columns and blends again for the next 128. With 128 rows
 // each weight is used twice as often as with 64, but if tiles are few, processors are idle in the
 // last round.
 //
-// Example: one 800 x 1344 image on 132 processors. 128 rows: 281 tiles, 3 rounds (2.13 would be
-// full). 64 rows: 545 tiles, each taking 0.55 of the time, so 5 rounds cost 2.75; 64 rows win. With
-// 8 images: 18 rounds against 34 x 0.55 = 18.7, so 128 rows win.
+// Example: 800 x 1344 images on 132 processors. With one image, 128 rows: 281 tiles, 3 rounds (2.13
+// would be full). 64 rows: 545 tiles, each taking 0.7 of the time, so 5 rounds cost 3.5; 128 rows
+// win. An image of 200 x 336: 27 or 44 tiles, one round either way, so 64 rows win.
 inline DeformTiling forward_tiling(const DeformCall& call, DeformMath math, bool vectors,
                                    const DeviceLimits& device) {
-  constexpr double kCostOf64Rows = 0.55;
   const int64_t outputs = call.shape.out_channels / call.shape.groups;
   const bool tensor = math != DeformMath::kFloat32 && math != DeformMath::kFloat64;
   if (!vectors || math == DeformMath::kFloat64 || outputs <= 32) return {128, 32, vectors};

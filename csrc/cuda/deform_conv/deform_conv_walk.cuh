@@ -20,7 +20,7 @@ DYHEAD_DEVICE std::byte* column_unit(std::byte* columns, int sample, int unit) {
 // keeps the values of the corners of the walker's cell and the sums of what was added to them. In
 // the next cell to the right the right corners become the left ones; the sums of corners that are
 // left behind go to global memory.
-template <class Op, bool kVectors, int kRows>
+template <class Op, int kRows, bool kVectors>
 class Walk {
  public:
   using T = typename Operand<Op>::Storage;
@@ -39,9 +39,8 @@ class Walk {
     constexpr int kWalkers = kTileThreads / kWalkerLanes;
     const int walker = tile_thread() / kWalkerLanes;
     const int unit = tile_thread() % kWalkerLanes;
-    const int count = samples_.count();
-    const int begin = count * walker / kWalkers;
-    const int end = count * (walker + 1) / kWalkers;
+    const int begin = samples_.start_of_run(walker, kWalkers);
+    const int end = samples_.start_of_run(walker + 1, kWalkers);
     const int first = Step::channel(unit, 0);
     const int left = channels - first;
     const auto stride = static_cast<int>(p_.launch.shape.channels);
@@ -65,7 +64,7 @@ class Walk {
     }
     // All lanes of a warp take as many rounds, as the sums of the dots need all of them.
 #pragma unroll 1
-    for (int i = begin; i < begin + (count + kWalkers - 1) / kWalkers; ++i) {
+    for (int i = begin; __any_sync(kFullMask, i < end); ++i) {
       const bool active = i < end;
       const bool last = i + 1 >= end;
       const SampleEntry next = last ? SampleEntry{} : samples_[i + 1];
