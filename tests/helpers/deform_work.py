@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import conv2d, pad
 
 from dyhead_cuda import reference
 from dyhead_cuda.ops.common import compute_dtype
@@ -98,20 +98,20 @@ class Call(ABC):
         maps, statistics = [], []
         for job in plan.jobs:
             size = job.out
-            if job.predictions is None:
-                offset = t["source"].new_zeros(self.images, 18, *size)
-                mask = t["source"].new_ones(self.images, 9, *size)
-            else:
+            if job.predictions is not None:
                 predictions = predicted[job.predictions]
                 offset = read(predictions[:, :18], size, job.offset_rule)
                 mask = read(predictions[:, 18:], size, job.mask_rule)
                 mask = mask.sigmoid() if plan.mask_logits else mask
             y = t["source"].new_zeros(self.images, channels, *size)
             for source, weight in job.terms:
-                x = sources[source]
-                if "gates" in t:
-                    x = x * t["gates"][:, source].view(-1, 1, 1, 1)
-                y = y + convolution_of_size(x, offset, t["weights"][weight], mask, job.stride)
+                x, w = sources[source], t["weights"][weight]
+                gate = t["gates"][:, source].view(-1, 1, 1, 1) if "gates" in t else 1
+                if job.predictions is None:
+                    y = y + gate * convolution_of_size(x, size, w, job.stride)
+                else:
+                    read_at = offset, mask * gate
+                    y = y + convolution_of_size(x, size, w, job.stride, read_at)
             if "bias" in t:
                 y = y + t["bias"][job.terms[0][1]].view(1, -1, 1, 1)
             means_of = resized(y, job.upsampled or size, job.up_mode)
@@ -327,13 +327,16 @@ def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
 
 
 def convolution_of_size(
-    x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, stride: tuple[int, int]
+    x: Tensor,
+    size: tuple[int, int],
+    weight: Tensor,
+    stride: tuple[int, int],
+    read_at: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The reference's convolution, of as many output pixels as there are offsets.
+    """A convolution of as many output pixels as asked for, deformable with offset and mask.
 
-    Zeros below and to the right of x change no sample, and pixels without offsets are cut off.
+    Zeros below and to the right of x change no sample, and pixels beyond ``size`` are cut off.
     """
-    size = offset.shape[2:]
     needed = [
         max(have, (out - 1) * step + 1)
         for have, out, step in zip(x.shape[2:], size, stride, strict=True)
@@ -343,9 +346,12 @@ def convolution_of_size(
     def padded(t: Tensor, to: Sequence[int]) -> Tensor:
         return pad(t, (0, to[1] - t.shape[3], 0, to[0] - t.shape[2]))
 
-    out = reference.modulated_deform_conv2d(
-        padded(x, needed), padded(offset, outs), weight, None, stride, 1, 1, padded(mask, outs)
-    )
+    x = padded(x, needed)
+    if read_at is None:
+        out = conv2d(x, weight, padding=1, stride=stride)
+    else:
+        offset, mask = (padded(t, outs) for t in read_at)
+        out = reference.modulated_deform_conv2d(x, offset, weight, None, stride, 1, 1, mask)
     return out[:, :, : size[0], : size[1]]
 
 

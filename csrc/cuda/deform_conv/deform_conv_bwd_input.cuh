@@ -237,7 +237,7 @@ class InputTile {
       if (measure) continue;
       F dots[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dots[i] = corners.pixel[i] < 0 ? F(0) : values.dot(i, grad);
+      for (int i = 0; i < 4; ++i) dots[i] = values.dot(i, grad);
       add_dots(dots, tap * kBwdRows + row);
     }
   }
@@ -336,7 +336,6 @@ class InputTile {
       if (at.index < 0) continue;
       const int tap = first_tap + i / kBwdRows;
       const SamplePoint<F> point = sampler.point(deform_group, tap, at);
-      if (!point.inside) continue;
       const F dots[4] = {dots_[4 * i], dots_[4 * i + 1], dots_[4 * i + 2], dots_[4 * i + 3]};
       F mask;
       const F modulation = sampler.modulation(deform_group, tap, at, &mask);
