@@ -308,14 +308,12 @@ class Convolution(Call):
         )
         return [y.permute(0, 2, 3, 1).reshape(-1, self.out_channels)]
 
-    def displaced(self, tensors: Tensors, value: float) -> tuple[Tensors, Tensors]:
-        """With offsets of ``value``, beyond every border, and with finite ones there instead."""
+    def displaced(self, tensors: Tensors, value: float) -> Tensors:
+        """With offsets of ``value``, beyond every border."""
         moved = {name: t.detach().clone() for name, t in tensors.items()}
         moved["predictions"][::3, :18] = value
         moved["predictions"][1::3, 4] = value
-        finite = {name: t.clone() for name, t in moved.items()}
-        finite["predictions"][:, :18].nan_to_num_(1e6, 1e6, -1e6)
-        return moved, finite
+        return moved
 
 
 def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
@@ -335,7 +333,8 @@ def convolution_of_size(
 ) -> Tensor:
     """A convolution of as many output pixels as asked for, deformable with offset and mask.
 
-    Zeros below and to the right of x change no sample, and pixels beyond ``size`` are cut off.
+    Zeros below and to the right of x change no sample. Pixels beyond ``size`` are cut off, and read
+    nothing, as their gradient of 0 times NaN would be NaN.
     """
     needed = [
         max(have, (out - 1) * step + 1)
@@ -343,14 +342,14 @@ def convolution_of_size(
     ]
     outs = [(have - 1) // step + 1 for have, step in zip(needed, stride, strict=True)]
 
-    def padded(t: Tensor, to: Sequence[int]) -> Tensor:
-        return pad(t, (0, to[1] - t.shape[3], 0, to[0] - t.shape[2]))
+    def padded(t: Tensor, to: Sequence[int], value: float = 0.0) -> Tensor:
+        return pad(t, (0, to[1] - t.shape[3], 0, to[0] - t.shape[2]), value=value)
 
     x = padded(x, needed)
     if read_at is None:
         out = conv2d(x, weight, padding=1, stride=stride)
     else:
-        offset, mask = (padded(t, outs) for t in read_at)
+        offset, mask = padded(read_at[0], outs, 1e9), padded(read_at[1], outs)
         out = reference.modulated_deform_conv2d(x, offset, weight, None, stride, 1, 1, mask)
     return out[:, :, : size[0], : size[1]]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tests.helpers.compare import TOLERANCE, leaf
-from tests.helpers.deform_work import Work
+from tests.helpers.compare import TOLERANCE, leaf, random_like
+from tests.helpers.deform_work import GRADIENTS, Work
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 # Finite offsets beyond every border; where a type cannot hold them, its largest is taken.
@@ -21,6 +23,9 @@ CALLS = {
     "no gates": Work(moments=False, channels=17, with_gates=False),
 }
 PLACES = ("features", "offset", "mask", "gate", "gradient")
+CALLS_AND_PLACES = [
+    (call, place) for call in CALLS for place in PLACES if (call, place) != ("no gates", "gate")
+]
 
 
 def far(value: float, dtype: torch.dtype) -> float:
@@ -28,28 +33,56 @@ def far(value: float, dtype: torch.dtype) -> float:
     return math.copysign(min(abs(value), torch.finfo(dtype).max), value)
 
 
-def planted(
-    tensors: dict[str, Tensor], cotangent: Tensor, place: str, value: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Copies with ``value`` in one place, next to samples that far offsets put outside."""
-    copies = {name: t.detach().clone() for name, t in tensors.items()}
-    cotangent = cotangent.clone()
-    predictions = copies["predictions"]
-    # Taps 2 and 5: one far away, with and without a value of its own, in rows of several maps.
-    for row in (1, -2):
+def planted(call: Work, place: str, value: float, dtype: torch.dtype, device: str = "cpu") -> Case:
+    """``value`` in one place, next to samples that far offsets put outside."""
+    tensors = {name: t.detach() for name, t in call.tensors(dtype, device).items()}
+    (cotangent,) = random_like(*call.reference(tensors)[:1])
+    cotangent = cotangent.to(dtype).to(device)
+    predictions = tensors["predictions"]
+    for row in (1, -2):  # rows of different maps
         predictions[row, 4] = predictions[row + 1, 11] = 1e6
     if place == "features":
-        # On a map of which the reference computes no pixel that it drops, as 0 times NaN is NaN.
-        copies["source"][2, 0] = value
+        tensors["source"][2, 0] = value
     elif place == "offset":
         predictions[1, 5] = predictions[-2, 10] = predictions[4, 0] = value
     elif place == "mask":
         predictions[1, 20] = predictions[-2, 23] = predictions[4, 18] = value
     elif place == "gate":
-        copies["gates"][0, 0] = value
+        tensors["gates"][0, 0] = value
     else:
         cotangent[1, 0] = cotangent[-2, -1] = value
-    return {name: leaf(t) for name, t in copies.items()}, cotangent
+    return Case(call, {name: leaf(t) for name, t in tensors.items()}, cotangent, dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments and a gradient of the output, with values that are not finite."""
+
+    call: Work
+    tensors: dict[str, Tensor]
+    cotangent: Tensor
+    dtype: torch.dtype
+
+    def check(self, results: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
+        """Results and gradients by name are finite where the reference's are, and close there."""
+        exact = {name: leaf(t, torch.float64) for name, t in self.tensors.items()}
+        expected = self.call.reference(exact)
+        for a, e in zip(results, expected, strict=bool(results)):
+            assert_same_finite(a, e, self.dtype)
+        if not gradients:
+            return
+        inputs = [exact[name] for name in gradients]
+        wanted = torch.autograd.grad(expected[0], inputs, self.cotangent.double())
+        for (name, a), e in zip(gradients.items(), wanted, strict=True):
+            assert_same_finite(a, e, self.dtype, name, factor=2)
+
+    def run(self) -> None:
+        """Check the library of the tensors' device."""
+        results = self.call.run(self.tensors)
+        names = [name for name in GRADIENTS if name in self.tensors]
+        inputs = [self.tensors[name] for name in names]
+        grads = torch.autograd.grad(results[0], inputs, self.cotangent.to(results[0].dtype))
+        self.check(results, dict(zip(names, grads, strict=True)))
 
 
 def assert_same_finite(

@@ -151,9 +151,9 @@ def test_far_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
     bad = torch.rand(tensors["offset"].shape) < 0.2
     lost = bad.unflatten(1, (-1, 2)).any(2)
     with torch.no_grad():
+        tensors["offset"][:, :, 0] += 100
         tensors["offset"][bad] = far(value, dtype)
         tensors["input"][:, :, 0, 0] = math.inf  # what a lost sample must not read either
-        tensors["offset"][:, :, 0] += 100
     exact = {name: leaf(t, torch.float64) for name, t in tensors.items()}
     actual = case.run(on_cpu, tensors)
     expected = case.run(reference.modulated_deform_conv2d, exact)
