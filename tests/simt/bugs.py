@@ -183,6 +183,25 @@ DEFORM_CONV = Suite(
             INPUT_KERNEL,
             "not_finite and float32",
         ),
+        "samples at no place are zero": Bug(
+            f"{COMMON}/sampling.h",
+            "const F lost = F(0) * dy + F(0) * dx;",
+            "const F lost = F(0);",
+            select="test_not_finite and logits and offset and float32",
+        ),
+        "corners outside have no weight": Bug(
+            f"{CUDA}/deform_conv/deform_conv.cuh",
+            "weight_[i] = corners.weight[i];",
+            "weight_[i] = corners.pixel[i] < 0 ? F(0) : corners.weight[i];",
+            select="test_not_finite and masks and mask and float32",
+        ),
+        "a gradient that is not finite is lost outside": Bug(
+            DEFORM_INPUT,
+            "dots[i] = values.dot(i, grad);",
+            "dots[i] = corners.pixel[i] < 0 ? F(0) : values.dot(i, grad);",
+            INPUT_KERNEL,
+            "test_not_finite and masks and gradient and float32",
+        ),
         "integer sums lose a digit": Bug(
             f"{CUDA}/deform_conv/deform_conv_scatter.cuh",
             "return sum / scale;",
