@@ -68,8 +68,9 @@ class Forward {
     const F* var = static_cast<const F*>(p_.var) + at * s_.channels;
     for (int32_t g = 0; g < s_.groups; ++g, mean += width, var += width) {
       F sum = F(0), spread = F(0);
-      for (int32_t c = 0; c < width; ++c) sum += mean[c];
-      const F mu = sum / static_cast<F>(width);
+      // As differences, which may be much smaller than the means.
+      for (int32_t c = 1; c < width; ++c) sum += mean[c] - mean[0];
+      const F mu = mean[0] + sum / static_cast<F>(width);
       for (int32_t c = 0; c < width; ++c) spread += var[c] + (mean[c] - mu) * (mean[c] - mu);
       norms[g] = mu;
       norms[s_.groups + g] =

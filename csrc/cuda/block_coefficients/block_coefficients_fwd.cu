@@ -50,8 +50,9 @@ DYHEAD_DEVICE void normalise(const BlockCoefficientsFwdParams& p, const LevelJob
     const F* mean = static_cast<const F*>(p.mean) + first;
     const F* var = static_cast<const F*>(p.var) + first;
     F sum = F(0);
-    for (int c = lane; c < width; c += kWarpSize) sum += mean[c];
-    const F mu = warp_sum(sum) / static_cast<F>(width);
+    // As differences, which may be much smaller than the means.
+    for (int c = lane; c < width; c += kWarpSize) sum += mean[c] - mean[0];
+    const F mu = mean[0] + warp_sum(sum) / static_cast<F>(width);
     F spread = F(0);
     for (int c = lane; c < width; c += kWarpSize) {
       spread += var[c] + (mean[c] - mu) * (mean[c] - mu);
