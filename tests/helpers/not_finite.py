@@ -74,7 +74,8 @@ class Case:
         inputs = [exact[name] for name in gradients]
         wanted = torch.autograd.grad(expected[0], inputs, self.cotangent.double())
         for (name, a), e in zip(gradients.items(), wanted, strict=True):
-            assert_same_finite(a, e, self.dtype, name, factor=2)
+            # Terms that cancel may be all that is finite.
+            assert_same_finite(a, e, self.dtype, name, factor=4)
 
     def run(self) -> None:
         """Check the library of the tensors' device."""
