@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.jobs import Plan
+from tests.helpers import large_means
 from tests.helpers.compare import (
     assert_close,
     assert_gradients_close,
@@ -258,6 +259,12 @@ def test_far_offsets(simt: Any, dtype: torch.dtype, value: float) -> None:
     assert_close(actual, expected, dtype)
     grads = Operator(simt).backward(work.plan, tensors, actual, [torch.ones_like(actual[0])])
     assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize("ratio", large_means.RATIOS)
+def test_moments_of_large_means(simt: Any, ratio: float) -> None:
+    tensors = large_means.tensors_of(ratio)
+    large_means.check_moments(Operator(simt).run(large_means.CALL, tensors), ratio)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
