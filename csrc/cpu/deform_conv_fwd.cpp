@@ -187,7 +187,8 @@ class Forward {
     }
   }
 
-  // Adds the bias, stores the rows and takes their moments.
+  // Adds the bias, stores the rows and takes their moments: of the values as stored, because what
+  // reads them subtracts the mean. A group of one value must be exactly its own mean.
   void finish(const DeformChunk& chunk, Scratch& scratch, std::vector<F>* moments,
               int64_t index) const {
     const DeformJob& job = p_.call->jobs[chunk.job];
@@ -208,12 +209,15 @@ class Forward {
           y[r * out_stride_ + o] = bias == nullptr ? value : value + bias[o];
         }
       }
-      const F* row = y + r * out_stride_;
+      F* row = y + r * out_stride_;
       if (p_.out_in_compute_dtype) {
         std::copy(row, row + channels, static_cast<F*>(p_.out) + start + r * channels);
       } else {
         T* out = static_cast<T*>(p_.out) + start + r * channels;
-        for (int64_t c = 0; c < channels; ++c) out[c] = from_compute<T>(row[c]);
+        for (int64_t c = 0; c < channels; ++c) {
+          out[c] = from_compute<T>(row[c]);
+          row[c] = to_compute(out[c]);
+        }
       }
     }
     if (moments == nullptr) return;

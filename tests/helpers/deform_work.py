@@ -354,6 +354,8 @@ def convolution_of_size(
     return out[:, :, : size[0], : size[1]]
 
 
+ONE_PIXEL = Convolution(size=(1, 1), moments=True)
+
 WORKS = {
     "all": Work(),
     "without moments": Work(moments=False),

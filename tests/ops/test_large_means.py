@@ -55,8 +55,6 @@ def test_blocks_are_as_exact_as_torch_layer_by_layer(
             patch.setattr(published, "modulated_deform_conv2d", convolution)
             patch.setattr(published, "_group_norm", group_norm)
             layers = published.pyramid_block(x, block.parameters_tuple(), num_groups=4)
-        errors.append(
-            [sum(map(relative_l2, found, expected)) for found in (fused, layers)]
-        )
+        errors.append([sum(map(relative_l2, found, expected)) for found in (fused, layers)])
     ours, theirs = torch.tensor(errors).mean(0)
     assert ours < 1.3 * theirs

@@ -21,7 +21,15 @@ from tests.helpers.compare import (
     random_like,
     relative_l2,
 )
-from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Call, Convolution, ManyJobs, Work
+from tests.helpers.deform_work import (
+    CONVOLUTIONS,
+    ONE_PIXEL,
+    WORKS,
+    Call,
+    Convolution,
+    ManyJobs,
+    Work,
+)
 from tests.helpers.not_finite import CALLS, CALLS_AND_PLACES, NOT_FINITE, planted
 
 from .arithmetic import TF32_TOLERANCE, dtypes
@@ -259,6 +267,15 @@ def test_far_offsets(simt: Any, dtype: torch.dtype, value: float) -> None:
     assert_close(actual, expected, dtype)
     grads = Operator(simt).backward(work.plan, tensors, actual, [torch.ones_like(actual[0])])
     assert all(g.isfinite().all() for g in grads.values())
+
+
+@dtypes
+def test_one_value_is_its_own_mean(simt: Any, dtype: torch.dtype) -> None:
+    """Also where it is rounded when it is stored."""
+    out, mean, var, up_mean = Operator(simt).run(ONE_PIXEL, ONE_PIXEL.tensors(dtype))
+    assert torch.equal(out.to(mean.dtype), mean[0])
+    assert torch.equal(up_mean, mean)
+    assert (var == 0).all()
 
 
 @pytest.mark.parametrize("ratio", large_means.RATIOS)

@@ -293,7 +293,9 @@ class FwdTile {
     return sum;
   }
 
-  // Writes the moments of this tile; if it is the last to finish of its job and image, also theirs.
+  // Writes the moments of this tile, of the values as stored, because what reads them subtracts the
+  // mean: a group of one value must be exactly its own mean. If it is the last to finish of its job
+  // and image, also theirs.
   DYHEAD_DEVICE void write_moments(const Columns& columns) {
     constexpr int kWarps = Product::kWarpsM;
     const DeformJob& job = launch_.jobs[at_.place.job];
@@ -303,6 +305,15 @@ class FwdTile {
     F* means = sums + 2 * kWarps * kCols;      // [kCols]; first the values of the first row
     F* up_weights = means + kCols;             // [kRows]
     F* valid = up_weights + kRows;             // [kRows]: 1 for pixels, else 0
+    if (is_half_v<T> && !p_.out_in_compute_dtype) {
+#pragma unroll
+      for (int i = 0; i < Product::kI; ++i) {
+#pragma unroll
+        for (int j = 0; j < Product::kJ; ++j) {
+          product_.at(i, j) = to_compute(from_compute<T>(product_.at(i, j)));
+        }
+      }
+    }
     static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
                   sizeof(Corners<F>) * kRows * kFewTapsAtOnce);
     for (int row = thread; row < kRows; row += kTileThreads) {
