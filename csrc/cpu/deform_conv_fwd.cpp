@@ -111,8 +111,9 @@ class Forward {
       : p_(p),
         s_(p.call->shape),
         kernels_(deform_kernels<T>()),
-        // Pairs of columns must not reach across groups.
-        paired_(kernels_.column_gemm.pairs == 2 &&
+        // Pairs of columns must not reach across groups. What is wanted in the compute type is
+        // computed in it: predicted offsets would move samples by the rounding of the weights.
+        paired_(kernels_.column_gemm.pairs == 2 && !p.out_in_compute_dtype &&
                 (s_.groups == 1 || s_.channels / s_.groups % 2 == 0)),
         gemm_(paired_ ? kernels_.column_gemm : kernels_.gemm),
         packed_(p, gemm_),
