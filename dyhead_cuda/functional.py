@@ -75,8 +75,8 @@ def modulated_deform_conv2d(
 
     Returns:
         [N, C_out, H_out, W_out] in the dtype and memory format of the input. Samples at or beyond
-        coordinate -1 or the far border, NaN and infinity among them, contribute zero and have zero
-        offset gradient.
+        coordinate -1 or the far border are zero and have zero offset gradient; samples at NaN or
+        infinity are NaN. So is a sample outside whose mask is not finite.
 
     Raises:
         ValueError: shapes, devices or types that do not fit, with what was expected.

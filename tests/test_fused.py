@@ -174,8 +174,8 @@ def test_a_level_without_pixels_among_others(place: int) -> None:
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_extreme_offsets(value: float) -> None:
+@pytest.mark.parametrize("value", [1e30, -1e30])
+def test_far_offsets(value: float) -> None:
     # The offset convolution's bias puts two of the nine taps beyond every border.
     block = Block()
     features, parameters = block.tensors()

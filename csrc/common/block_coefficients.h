@@ -168,7 +168,12 @@ template <class F>
 struct NormAffine {
   F a, bias, mean;
 
-  DYHEAD_HD F b() const { return bias - a * mean; }
+  // What a branch adds to its level's shift. From the scale as rounded, and in float64: scale and
+  // shift are each as large as y, and what they make of it is not.
+  DYHEAD_HD double shift(F share, F scale) const {
+    return static_cast<double>(share) * static_cast<double>(bias) -
+           static_cast<double>(scale) * static_cast<double>(mean);
+  }
   DYHEAD_HD F at(F y) const { return a * (y - mean) + bias; }
 };
 

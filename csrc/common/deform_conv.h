@@ -122,8 +122,7 @@ struct TapSampler {
 
   // The corners of `p`, with the modulation folded into their weights.
   DYHEAD_HD Corners<F> corners(const SamplePoint<F>& p, F predicted_mask) const {
-    // A sample outside must stay zero even where its modulation is not finite.
-    const F scale = p.inside ? modulation(predicted_mask) : F(0);
+    const F scale = modulation(predicted_mask);
     if (job.plain()) {
       const int32_t pixel = p.inside ? p.top * source.width + p.left : -1;
       return {{scale, F(0), F(0), F(0)}, {pixel, -1, -1, -1}};
@@ -133,7 +132,7 @@ struct TapSampler {
 
   DYHEAD_HD Corners<F> corners(const SamplePoint<F>& p, int32_t deform_group, int32_t tap,
                                const OutputPixel& at) const {
-    return corners(p, p.inside ? predicted_mask(deform_group, tap, at) : F(0));
+    return corners(p, predicted_mask(deform_group, tap, at));
   }
 };
 

@@ -1,5 +1,10 @@
 // Where a tap of a deformable convolution reads: location, bounds, corners and bilinear weights.
 // Shared by forward and backward, CPU and CUDA.
+//
+// The map is 0 outside, and that 0 takes part in the arithmetic: it is multiplied with the weight
+// of its corner and with the modulation, as every value is. So an infinite or NaN modulation gives
+// NaN there, too. A position that is not finite has NaN for its fractions, so that the sample's
+// value and its derivatives are NaN, though it reads nothing.
 #pragma once
 
 #include <cmath>
@@ -10,7 +15,8 @@
 namespace dyhead {
 
 // A sample inside the image is at (top + below, left + right), 0 <= below, right < 1. Corners are
-// numbered (top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1).
+// numbered (top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1). Outside, the
+// fractions are 0, or NaN where the offset is not finite.
 template <class F>
 struct SamplePoint {
   F below, right;
@@ -29,7 +35,10 @@ DYHEAD_HD SamplePoint<F> locate(int32_t base_y, F dy, int32_t base_x, F dx, int3
   const F x = static_cast<F>(base_x) + dx;
   const bool inside =
       y > F(-1) && y < static_cast<F>(height) && x > F(-1) && x < static_cast<F>(width);
-  if (!inside) return {F(0), F(0), 0, 0, false};
+  if (!inside) {
+    const F lost = F(0) * dy + F(0) * dx;  // NaN where one of them is not finite
+    return {lost, lost, 0, 0, false};
+  }
   const F whole_y = std::floor(dy);
   const F whole_x = std::floor(dx);
   // The whole part alone may exceed 32 bits where its sum with the base does not.
@@ -49,26 +58,26 @@ DYHEAD_HD bool corner_exists(const SamplePoint<F>& p, int i, int32_t height, int
 template <class F>
 struct Corners {
   F weight[4];
-  int32_t pixel[4];  // y * width + x, or -1 where the corner does not exist and must not be read
+  // y * width + x, or -1 where the corner does not exist: it must not be read, and its value is 0.
+  int32_t pixel[4];
 };
 
-// The sample's value is the sum of weight[i] * value(pixel[i]) over the corners that exist; `scale`
-// (the modulation) is folded into the weights.
+// The sample's value is the sum of weight[i] * value(pixel[i]); `scale` (the modulation) is folded
+// into the weights. Corners that do not exist keep their weights, for their product with 0.
 template <class F>
 DYHEAD_HD Corners<F> corners_of(const SamplePoint<F>& p, int32_t height, int32_t width, F scale) {
   Corners<F> c;
   for (int i = 0; i < 4; ++i) {
     const F weight_y = i / 2 ? p.below : F(1) - p.below;
     const F weight_x = i % 2 ? p.right : F(1) - p.right;
-    const bool exists = corner_exists(p, i, height, width);
-    c.weight[i] = exists ? weight_y * weight_x * scale : F(0);
-    c.pixel[i] = exists ? (p.top + i / 2) * width + p.left + i % 2 : -1;
+    c.weight[i] = weight_y * weight_x * scale;
+    c.pixel[i] = corner_exists(p, i, height, width) ? (p.top + i / 2) * width + p.left + i % 2 : -1;
   }
   return c;
 }
 
-// A sample's value and its derivatives, from one number for each corner (its value, or its inner
-// product with the gradient), which is 0 where the corner does not exist.
+// A sample's value and its derivatives, from one number for each corner: its value, or its inner
+// product with the gradient. A corner that does not exist has the value 0.
 template <class F>
 DYHEAD_HD F sample_value(const SamplePoint<F>& p, const F (&corner)[4]) {
   return (F(1) - p.below) * ((F(1) - p.right) * corner[0] + p.right * corner[1]) +

@@ -26,16 +26,18 @@ class Forward {
     F* mean_z = layers;
     F* shift = static_cast<F*>(p_.shift) + at * s_.channels;
     std::fill(mean_z, mean_z + s_.channels, F(0));
-    std::fill(shift, shift + s_.channels, F(0));
+    std::vector<double> wide_shift(s_.channels, 0.0);
     const int32_t first = p_.tables.first[level], last = p_.tables.first[level + 1];
     for (int32_t k = first; k < last; ++k) {
-      add_branch(p_.tables.order[k], image, static_cast<F>(last - first), mean_z, shift);
+      add_branch(p_.tables.order[k], image, static_cast<F>(last - first), mean_z,
+                 wide_shift.data());
     }
+    for (int32_t c = 0; c < s_.channels; ++c) shift[c] = static_cast<F>(wide_shift[c]);
     dynamic_relu_layers(layers, static_cast<F*>(p_.coefficients) + at * 4 * s_.channels);
   }
 
   void add_branch(int32_t job, int64_t image, F branches, F* __restrict mean_z,
-                  F* __restrict shift) const {
+                  double* __restrict shift) const {
     const int64_t at = job * s_.images + image;
     const F* up_mean = static_cast<const F*>(p_.up_mean) + at * s_.channels;
     F* scale = static_cast<F*>(p_.scale) + at * s_.channels;
@@ -56,7 +58,7 @@ class Forward {
     for (int32_t c = 0; c < s_.channels; ++c) {
       const NormAffine<F> k = affine(c);
       scale[c] = share * k.a;
-      shift[c] += share * k.b();
+      shift[c] += k.shift(share, scale[c]);
       mean_z[c] += share * k.at(up_mean[c]);
     }
   }
@@ -68,8 +70,9 @@ class Forward {
     const F* var = static_cast<const F*>(p_.var) + at * s_.channels;
     for (int32_t g = 0; g < s_.groups; ++g, mean += width, var += width) {
       F sum = F(0), spread = F(0);
-      for (int32_t c = 0; c < width; ++c) sum += mean[c];
-      const F mu = sum / static_cast<F>(width);
+      // As differences, which may be much smaller than the means.
+      for (int32_t c = 1; c < width; ++c) sum += mean[c] - mean[0];
+      const F mu = mean[0] + sum / static_cast<F>(width);
       for (int32_t c = 0; c < width; ++c) spread += var[c] + (mean[c] - mu) * (mean[c] - mu);
       norms[g] = mu;
       norms[s_.groups + g] =

@@ -311,7 +311,6 @@ class Backward {
       const OutputPixel pixel = output_pixel(job, p);
       for (int32_t d = 0; d < s_.deform_groups; ++d) {
         for (int32_t tap = 0; tap < s_.taps(); ++tap) {
-          if (!taps.point(d, tap, pixel).inside) continue;
           F value = F(0), slope_y = F(0), slope_x = F(0);
           for (size_t i = 0; i < input_slices_.size(); ++i) {
             if (input_slices_[i].deform_group != d) continue;

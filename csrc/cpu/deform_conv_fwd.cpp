@@ -69,12 +69,14 @@ class PackedWeights {
   std::vector<std::byte> bytes_;
 };
 
-// Mean, biased variance and upsampled mean per channel; chunks are merged with Chan's formula.
+// Mean, biased variance and upsampled mean per channel; chunks are merged with Chan's formula. A
+// mean may be much larger than the deviations from it: values are summed as differences from one of
+// them, and the means of chunks as differences from the first chunk's.
 template <class F>
 struct Moments {
   F* mean;
-  F* second;  // centred, not divided by the count
-  F* up_mean;
+  F* second;   // centred, not divided by the count
+  F* up_mean;  // sum of the centred values times their weights
 
   static Moments of(std::vector<F>& buffer, int64_t index, int64_t channels) {
     F* start = buffer.data() + index * 3 * channels;
@@ -86,17 +88,16 @@ template <class F>
 void chunk_moments(const F* y, int64_t stride, int64_t rows, int64_t channels, const F* up_weights,
                    const Moments<F>& m) {
   std::memset(m.mean, 0, 3 * channels * sizeof(F));
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < channels; ++c) m.mean[c] += y[r * stride + c];
+  for (int64_t r = 1; r < rows; ++r) {
+    for (int64_t c = 0; c < channels; ++c) m.mean[c] += y[r * stride + c] - y[c];
   }
-  for (int64_t c = 0; c < channels; ++c) m.mean[c] /= static_cast<F>(rows);
+  for (int64_t c = 0; c < channels; ++c) m.mean[c] = y[c] + m.mean[c] / static_cast<F>(rows);
   for (int64_t r = 0; r < rows; ++r) {
     const F weight = up_weights[r];
     for (int64_t c = 0; c < channels; ++c) {
-      const F value = y[r * stride + c];
-      const F centred = value - m.mean[c];
+      const F centred = y[r * stride + c] - m.mean[c];
       m.second[c] += centred * centred;
-      m.up_mean[c] += weight * value;
+      m.up_mean[c] += weight * centred;
     }
   }
 }
@@ -110,8 +111,9 @@ class Forward {
       : p_(p),
         s_(p.call->shape),
         kernels_(deform_kernels<T>()),
-        // Pairs of columns must not reach across groups.
-        paired_(kernels_.column_gemm.pairs == 2 &&
+        // Pairs of columns must not reach across groups. What is wanted in the compute type is
+        // computed in it: predicted offsets would move samples by the rounding of the weights.
+        paired_(kernels_.column_gemm.pairs == 2 && !p.out_in_compute_dtype &&
                 (s_.groups == 1 || s_.channels / s_.groups % 2 == 0)),
         gemm_(paired_ ? kernels_.column_gemm : kernels_.gemm),
         packed_(p, gemm_),
@@ -186,7 +188,8 @@ class Forward {
     }
   }
 
-  // Adds the bias, stores the rows and takes their moments.
+  // Adds the bias, stores the rows and takes their moments: of the values as stored, because what
+  // reads them subtracts the mean. A group of one value must be exactly its own mean.
   void finish(const DeformChunk& chunk, Scratch& scratch, std::vector<F>* moments,
               int64_t index) const {
     const DeformJob& job = p_.call->jobs[chunk.job];
@@ -207,12 +210,15 @@ class Forward {
           y[r * out_stride_ + o] = bias == nullptr ? value : value + bias[o];
         }
       }
-      const F* row = y + r * out_stride_;
+      F* row = y + r * out_stride_;
       if (p_.out_in_compute_dtype) {
         std::copy(row, row + channels, static_cast<F*>(p_.out) + start + r * channels);
       } else {
         T* out = static_cast<T*>(p_.out) + start + r * channels;
-        for (int64_t c = 0; c < channels; ++c) out[c] = from_compute<T>(row[c]);
+        for (int64_t c = 0; c < channels; ++c) {
+          out[c] = from_compute<T>(row[c]);
+          row[c] = to_compute(out[c]);
+        }
       }
     }
     if (moments == nullptr) return;
@@ -231,16 +237,29 @@ class Forward {
     auto* var = static_cast<F*>(p_.var);
     auto* up_mean = static_cast<F*>(p_.up_mean);
     for (F* all : {mean, var, up_mean}) std::fill(all, all + count, F(0));
+    // First the differences of the means from `origin`, the first chunk's.
+    Moments<F> origin{};
     for (size_t i = 0; i < chunks.size(); ++i) {
       const DeformChunk& chunk = chunks[i];
       const int64_t at = (chunk.job * s_.images + chunk.image) * channels;
       const Moments<F> part = Moments<F>::of(moments, static_cast<int64_t>(i), channels);
+      if (chunk.first == 0) origin = part;
       const F share = static_cast<F>(chunk.rows) / static_cast<F>(chunk.first + chunk.rows);
+      F weight = F(0);
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        weight += up_weights_[chunk.job].at(chunk.first + r);
+      }
       for (int64_t c = 0; c < channels; ++c) {
-        const F delta = part.mean[c] - mean[at + c];
+        const F difference = part.mean[c] - origin.mean[c];
+        const F delta = difference - mean[at + c];
         mean[at + c] += delta * share;
         var[at + c] += part.second[c] + delta * delta * share * static_cast<F>(chunk.first);
-        up_mean[at + c] += part.up_mean[c];
+        up_mean[at + c] += part.up_mean[c] + weight * difference;
+      }
+      if (chunk.first + chunk.rows < p_.call->jobs[chunk.job].out.pixels()) continue;
+      for (int64_t c = 0; c < channels; ++c) {
+        mean[at + c] += origin.mean[c];
+        up_mean[at + c] += origin.mean[c];
       }
     }
     for (size_t j = 0; j < p_.call->jobs.size(); ++j) {

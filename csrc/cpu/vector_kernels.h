@@ -21,17 +21,28 @@ struct GemmKernel {
               int64_t c_stride, int64_t rows, int64_t cols, int64_t k);
 };
 
-// Gathers the corners that exist (4, 2, 1 or none) to the front; returns how many they are.
+// The corners of a sample that exist, and what the others contribute.
+template <class T>
+struct ExistingCorners {
+  int count;  // 4, 2, 1 or none
+  const T* from[4];
+  compute_t<T> weight[4];
+  compute_t<T> others;  // 0, or NaN
+};
+
 template <class T, class F>
-DYHEAD_HD int existing_corners(const Corners<F>& s, const T* source, int64_t stride,
-                               const T* (&from)[4], F (&weight)[4]) {
-  int count = 0;
+DYHEAD_HD ExistingCorners<T> existing_corners(const Corners<F>& s, const T* source,
+                                              int64_t stride) {
+  ExistingCorners<T> existing{};
   for (int i = 0; i < 4; ++i) {
-    if (s.pixel[i] < 0) continue;
-    from[count] = source + s.pixel[i] * stride;
-    weight[count++] = s.weight[i];
+    if (s.pixel[i] < 0) {
+      existing.others += s.weight[i] * F(0);
+    } else {
+      existing.from[existing.count] = source + s.pixel[i] * stride;
+      existing.weight[existing.count++] = s.weight[i];
+    }
   }
-  return count;
+  return existing;
 }
 
 template <class T>
@@ -39,15 +50,15 @@ struct DeformKernels {
   using F = compute_t<T>;
   GemmKernel<F> gemm;         // columns of F
   GemmKernel<F> column_gemm;  // columns as `blend` writes them: those of `gemm`, or bfloat16
-  // out[r, c] = sum_i weight[i] * source[pixel[i] * stride + c] for each of `rows` samples.
+  // out[r, c] = sum_i weight[i] * source[pixel[i] * stride + c] for each of `rows` samples. The
+  // value of a corner that does not exist is 0, here and in what follows.
   void (*blend)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
                 int64_t rows, void* out, int64_t out_stride);
   // The same, always in columns of F.
   void (*blend_compute)(const T* source, int64_t stride, int64_t channels,
                         const Corners<F>* samples, int64_t rows, F* out, int64_t out_stride);
   // dots[r][i] = sum_c grad[r * grad_stride + c] * source[pixel[i] * stride + c], and
-  // grad_source[pixel[i] * channels + c] += weight[i] * grad[r * grad_stride + c]; corners that
-  // do not exist are left out, with dots of 0.
+  // grad_source[pixel[i] * channels + c] += weight[i] * grad[r * grad_stride + c].
   void (*project_back)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
                        int64_t rows, const F* grad, int64_t grad_stride, F* grad_source,
                        F (*dots)[4]);

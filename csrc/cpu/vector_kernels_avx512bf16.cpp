@@ -24,21 +24,20 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 }
 
 template <int kCount>
-[[gnu::always_inline]] inline void blend_row(const bfloat16* const (&from)[4],
-                                             const float (&weight)[4], int64_t channels,
-                                             bfloat16* out) {
+[[gnu::always_inline]] inline void blend_row(const ExistingCorners<bfloat16>& corners,
+                                             int64_t channels, bfloat16* out) {
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
-    __m512 value = _mm512_setzero_ps();
+    __m512 value = _mm512_set1_ps(corners.others);
     for (int i = 0; i < kCount; ++i) {
-      value = _mm512_fmadd_ps(_mm512_set1_ps(weight[i]), load(from[i] + c), value);
+      value = _mm512_fmadd_ps(_mm512_set1_ps(corners.weight[i]), load(corners.from[i] + c), value);
     }
     const __m256bh rounded = _mm512_cvtneps_pbh(value);
     std::memcpy(out + c, &rounded, sizeof rounded);
   }
   for (; c < channels; ++c) {
-    float value = 0;
-    for (int i = 0; i < kCount; ++i) value += weight[i] * to_compute(from[i][c]);
+    float value = corners.others;
+    for (int i = 0; i < kCount; ++i) value += corners.weight[i] * to_compute(corners.from[i][c]);
     out[c] = float_to_bfloat16(value);
   }
 }
@@ -46,22 +45,20 @@ template <int kCount>
 void blend_columns(const bfloat16* source, int64_t stride, int64_t channels,
                    const Corners<float>* samples, int64_t rows, void* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const bfloat16* from[4] = {};
-    float weight[4] = {};
-    const int count = existing_corners(samples[r], source, stride, from, weight);
+    const ExistingCorners<bfloat16> corners = existing_corners(samples[r], source, stride);
     bfloat16* row = static_cast<bfloat16*>(out) + r * out_stride;
-    switch (count) {
+    switch (corners.count) {
       case 4:
-        blend_row<4>(from, weight, channels, row);
+        blend_row<4>(corners, channels, row);
         break;
       case 2:
-        blend_row<2>(from, weight, channels, row);
+        blend_row<2>(corners, channels, row);
         break;
       case 1:
-        blend_row<1>(from, weight, channels, row);
+        blend_row<1>(corners, channels, row);
         break;
       default:
-        blend_row<0>(from, weight, channels, row);
+        blend_row<0>(corners, channels, row);
     }
   }
 }

@@ -185,7 +185,7 @@ def deform_conv(
     """Modulated deformable convolution, in the standard since opset 19.
 
     It orders offsets as this package does, dy before dx for each tap, and so does it treat samples
-    beyond the border.
+    beyond the border. Where an offset is NaN or infinite, onnxruntime has 0 and this package NaN.
 
     Args:
         x: [N, C_in, H, W].

@@ -14,27 +14,31 @@ from dyhead_cuda.pyramid import OFFSET_CHANNELS
 def _bilinear_sample(rows: Tensor, height: int, width: int, y: Tensor, x: Tensor) -> Tensor:
     """Values of ``rows`` [B, H * W, C] at pixel coordinates ``y``, ``x`` [B, P], as [B, P, C].
 
-    A sample is inside when -1 < y < H and -1 < x < W; NaN and infinity are therefore outside.
-    Outside samples, and corners beyond the border, are zero with zero gradient.
+    A sample is inside when -1 < y < H and -1 < x < W. Outside samples, and corners beyond the
+    border, are zero with zero gradient; a sample at NaN or infinity is NaN, with NaN gradients to
+    its coordinates. Neither reads anything.
     """
     batch, _, channels = rows.shape
     inside = (y > -1) & (y < height) & (x > -1) & (x < width)
-    y, x = torch.where(inside, y, 0), torch.where(inside, x, 0)
+    nowhere = (0 * y + 0 * x).detach()  # NaN where one of them is not finite, else 0
+    # Multiplied, not chosen, so that gradients of outside samples are 0 times what arrives, too.
+    held = inside | nowhere.isnan()
+    y, x = y * held + nowhere, x * held + nowhere
     top, left = y.floor(), x.floor()
     below, right = y - top, x - left
+    top, left = (torch.where(inside, corner, 0).long() for corner in (top, left))
     first_row = torch.arange(batch, device=rows.device).unsqueeze(1) * (height * width)
     flat_rows = rows.reshape(batch * height * width, channels)
     out = rows.new_zeros(batch, y.shape[1], channels)
     for dy, weight_y in ((0, 1 - below), (1, below)):
         for dx, weight_x in ((0, 1 - right), (1, right)):
-            corner_y, corner_x = top.long() + dy, left.long() + dx
+            corner_y, corner_x = top + dy, left + dx
             exists = (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
-            weight = torch.where(inside & exists, weight_y * weight_x, 0)
             pixel = corner_y.clamp(0, height - 1) * width + corner_x.clamp(0, width - 1)
             corner = flat_rows.index_select(0, (first_row + pixel).flatten()).view_as(out)
-            # Zero times infinity is NaN: what is not read must not be multiplied either.
+            # A corner beyond the border is zero, whatever the pixel that stands in for it is.
             corner = torch.where((inside & exists).unsqueeze(2), corner, 0)
-            out = out + weight.unsqueeze(2) * corner
+            out = out + (weight_y * weight_x).unsqueeze(2) * corner
     return out
 
 
@@ -79,8 +83,8 @@ def modulated_deform_conv2d(
 
     Returns:
         [N, C_out, H_out, W_out], channels_last in memory. Samples at or beyond coordinate -1 or the
-        far border, NaN and infinity among them, contribute zero and have zero offset gradient
-        (as in mmcv and the published code; torchvision's gradient is one-sided at exactly -1).
+        far border are zero and have zero offset gradient (as in mmcv and the published code;
+        torchvision's gradient is one-sided at exactly -1). Samples at NaN or infinity are NaN.
 
     Raises:
         ValueError: shapes that do not fit, with the expected shape.

@@ -162,17 +162,19 @@ def spatial_attention(
     levels = features.shape[1]
     chosen = target_levels(targets, levels)
     dtype, features = features.dtype, to_compute(features)
-    if gates is not None:
-        features = features * gates.to(features.dtype).view(*gates.shape, 1, 1, 1)
+    gate = features.new_ones(features.shape[:2]) if gates is None else gates.to(features.dtype)
+    gate = gate.view(*gate.shape, 1, 1, 1)
+    gated = features * gate
     outputs = []
     with no_autocast(features):
         for target in chosen:
             offset, mask = offset_and_mask(
-                features[:, target], offset_weight.to(features), offset_bias.to(features)
+                gated[:, target], offset_weight.to(features), offset_bias.to(features)
             )
+            # A gate modulates its level, as the mask does, also where a sample is outside.
             aggregate = [
                 modulated_deform_conv2d(
-                    features[:, level], offset, weight[level], None, 1, 1, 1, mask
+                    features[:, level], offset, weight[level], None, 1, 1, 1, mask * gate[:, level]
                 )
                 for level in range(levels)
             ]

@@ -31,6 +31,7 @@ from tests.helpers.deform_work import (
     Convolution,
     Work,
 )
+from tests.helpers.not_finite import CALLS, CALLS_AND_PLACES, NOT_FINITE, planted
 from tests.helpers.training import HALF, deterministic
 
 from .device import (
@@ -215,25 +216,25 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 @dtypes
 @pytest.mark.sanitize
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1e30, 2.0**31, -(2.0**31)])
+@pytest.mark.parametrize("value", [-1e30, 2.0**31, -(2.0**31)])
 @pytest.mark.parametrize("channels", [8, 7])
-def test_offsets_without_a_place(channels: int, value: float, dtype: torch.dtype) -> None:
+def test_far_offsets(channels: int, value: float, dtype: torch.dtype) -> None:
     call = Convolution(channels=channels, out_channels=8)
-    tensors, finite = call.displaced(call.tensors(dtype, DEVICE), value)
-    inputs = {name: leaf(t) for name, t in tensors.items()}
-    expected, wanted = expected_of(call, finite, dtype)
+    inputs = {
+        name: leaf(t) for name, t in call.displaced(call.tensors(dtype, DEVICE), value).items()
+    }
+    expected, wanted = expected_of(call, inputs, dtype)
     actual, grads = results(call, inputs, dtype)
     assert_close(actual, expected, dtype)
     assert_gradients_close(grads, wanted, dtype)
 
 
-def test_masks_outside_are_not_read() -> None:
-    call = Convolution(channels=8, out_channels=8)
-    tensors = {name: t.detach() for name, t in call.tensors(torch.float32, DEVICE).items()}
-    tensors["predictions"][::2, :18] = 1e6
-    tensors["predictions"][::2, 18:] = math.nan
-    inputs = {name: leaf(t) for name, t in tensors.items()}
-    assert all(t.isfinite().all() for t in bits(call, inputs, torch.float32))
+@dtypes
+@pytest.mark.sanitize
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(("call", "place"), CALLS_AND_PLACES)
+def test_not_finite(call: str, place: str, value: float, dtype: torch.dtype) -> None:
+    planted(CALLS[call], place, value, dtype, DEVICE).run()
 
 
 @dtypes

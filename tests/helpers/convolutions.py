@@ -15,9 +15,6 @@ from tests.helpers.compare import leaf
 Pair = tuple[int, int]
 
 
-EXTREME = [math.nan, math.inf, -math.inf, 1e30, -1e30]
-
-
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "sliced": lambda t: torch.cat([t, torch.full_like(t, 1e9)], 3)[..., : t.shape[3]],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import conv2d, pad
 
 from dyhead_cuda import reference
 from dyhead_cuda.ops.common import compute_dtype
@@ -98,20 +98,20 @@ class Call(ABC):
         maps, statistics = [], []
         for job in plan.jobs:
             size = job.out
-            if job.predictions is None:
-                offset = t["source"].new_zeros(self.images, 18, *size)
-                mask = t["source"].new_ones(self.images, 9, *size)
-            else:
+            if job.predictions is not None:
                 predictions = predicted[job.predictions]
                 offset = read(predictions[:, :18], size, job.offset_rule)
                 mask = read(predictions[:, 18:], size, job.mask_rule)
                 mask = mask.sigmoid() if plan.mask_logits else mask
             y = t["source"].new_zeros(self.images, channels, *size)
             for source, weight in job.terms:
-                x = sources[source]
-                if "gates" in t:
-                    x = x * t["gates"][:, source].view(-1, 1, 1, 1)
-                y = y + convolution_of_size(x, offset, t["weights"][weight], mask, job.stride)
+                x, w = sources[source], t["weights"][weight]
+                gate = t["gates"][:, source].view(-1, 1, 1, 1) if "gates" in t else 1
+                if job.predictions is None:
+                    y = y + gate * convolution_of_size(x, size, w, job.stride)
+                else:
+                    read_at = offset, mask * gate
+                    y = y + convolution_of_size(x, size, w, job.stride, read_at)
             if "bias" in t:
                 y = y + t["bias"][job.terms[0][1]].view(1, -1, 1, 1)
             means_of = resized(y, job.upsampled or size, job.up_mode)
@@ -308,14 +308,12 @@ class Convolution(Call):
         )
         return [y.permute(0, 2, 3, 1).reshape(-1, self.out_channels)]
 
-    def displaced(self, tensors: Tensors, value: float) -> tuple[Tensors, Tensors]:
-        """With offsets of ``value``, beyond every border, and with finite ones there instead."""
+    def displaced(self, tensors: Tensors, value: float) -> Tensors:
+        """With offsets of ``value``, beyond every border."""
         moved = {name: t.detach().clone() for name, t in tensors.items()}
         moved["predictions"][::3, :18] = value
         moved["predictions"][1::3, 4] = value
-        finite = {name: t.clone() for name, t in moved.items()}
-        finite["predictions"][:, :18].nan_to_num_(1e6, 1e6, -1e6)
-        return moved, finite
+        return moved
 
 
 def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
@@ -327,27 +325,36 @@ def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
 
 
 def convolution_of_size(
-    x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, stride: tuple[int, int]
+    x: Tensor,
+    size: tuple[int, int],
+    weight: Tensor,
+    stride: tuple[int, int],
+    read_at: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The reference's convolution, of as many output pixels as there are offsets.
+    """A convolution of as many output pixels as asked for, deformable with offset and mask.
 
-    Zeros below and to the right of x change no sample, and pixels without offsets are cut off.
+    Zeros below and to the right of x change no sample. Pixels beyond ``size`` are cut off, and read
+    nothing, as their gradient of 0 times NaN would be NaN.
     """
-    size = offset.shape[2:]
     needed = [
         max(have, (out - 1) * step + 1)
         for have, out, step in zip(x.shape[2:], size, stride, strict=True)
     ]
     outs = [(have - 1) // step + 1 for have, step in zip(needed, stride, strict=True)]
 
-    def padded(t: Tensor, to: Sequence[int]) -> Tensor:
-        return pad(t, (0, to[1] - t.shape[3], 0, to[0] - t.shape[2]))
+    def padded(t: Tensor, to: Sequence[int], value: float = 0.0) -> Tensor:
+        return pad(t, (0, to[1] - t.shape[3], 0, to[0] - t.shape[2]), value=value)
 
-    out = reference.modulated_deform_conv2d(
-        padded(x, needed), padded(offset, outs), weight, None, stride, 1, 1, padded(mask, outs)
-    )
+    x = padded(x, needed)
+    if read_at is None:
+        out = conv2d(x, weight, padding=1, stride=stride)
+    else:
+        offset, mask = padded(read_at[0], outs, 1e9), padded(read_at[1], outs)
+        out = reference.modulated_deform_conv2d(x, offset, weight, None, stride, 1, 1, mask)
     return out[:, :, : size[0], : size[1]]
 
+
+ONE_PIXEL = Convolution(size=(1, 1), moments=True)
 
 WORKS = {
     "all": Work(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -203,3 +204,13 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(code, "export.md", "exec"), namespace)
     assert len(blocks) == 5  # torch.compile, torch.export and its library, ONNX and its session
     assert relative_l2(torch.from_numpy(namespace["p3"]), namespace["expected"]) < 1e-5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows(value: float) -> None:
+    """Though onnxruntime has zero for such offsets: masks come from the same convolution."""
+    levels = pyramid(1, 8, 8)
+    model = nn.Sequential(block(), block())
+    session = Session(export(model, (levels,)))
+    levels[1][0, 3, 2, 2] = value
+    assert all(out.isnan().all() for out in session((levels,)))

@@ -26,6 +26,13 @@ def test_jobs_equal_the_reference_with_all_gradients(
     check(WORKS[name], dtype, WORKS[name].tensors(dtype, device))
 
 
+def test_results_in_the_compute_type_are_computed_in_it() -> None:
+    """Predicted offsets: rounding float32 weights to bfloat16 would move samples."""
+    work = Work(moments=False, out_in_compute_dtype=True, channels=34)
+    tensors = work.tensors(torch.bfloat16)
+    assert_close(work.run(tensors), work.reference(tensors), torch.float32)
+
+
 @names_on_each_device(CONVOLUTIONS, ["vectors", "wide output", "groups across deformable groups"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_convolutions_equal_the_reference(name: str, dtype: torch.dtype, device: str) -> None:

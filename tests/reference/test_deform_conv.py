@@ -13,7 +13,8 @@ from torchvision.ops import deform_conv2d
 
 from dyhead_cuda.reference import modulated_deform_conv2d
 from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf, relative_l2
-from tests.helpers.convolutions import EXTREME, LAYOUTS, PlainConvolution, pairs
+from tests.helpers.convolutions import LAYOUTS, PlainConvolution, pairs
+from tests.helpers.not_finite import FAR, NOT_FINITE, assert_same_finite, far
 
 CASES = st.builds(
     PlainConvolution,
@@ -82,15 +83,15 @@ def test_dy_comes_before_dx_and_taps_are_row_major() -> None:
     assert torch.equal(out[0, 0, 1:, :3], image[0, 0, 1:5, 2:5])
 
 
-@pytest.mark.parametrize("value", EXTREME)
+@pytest.mark.parametrize("value", FAR)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
+def test_far_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
     case = PlainConvolution(deform_groups=2, in_multiple=1, mask=True)
     tensors = case.tensors(dtype)
     offset = tensors["offset"]
     bad = torch.rand(offset.shape) < 0.2
     with torch.no_grad():
-        offset[bad] = value
+        offset[bad] = far(value, dtype)
     # A tap is lost where either of its coordinates is.
     lost = bad.unflatten(1, (-1, 2)).any(2)
     masked = tensors | {
@@ -113,8 +114,8 @@ def test_extreme_offsets_sample_zero(value: float, dtype: torch.dtype) -> None:
     assert torch.equal(grads["offset"][~both], expected_grads["offset"][~both])
 
 
-@pytest.mark.parametrize("value", EXTREME)
-def test_extreme_offsets_have_a_finite_second_derivative(value: float) -> None:
+@pytest.mark.parametrize("value", FAR)
+def test_far_offsets_have_a_finite_second_derivative(value: float) -> None:
     case = PlainConvolution(batch=1, kernel=(2, 2), padding=(0, 0), margin=(1, 1))
     tensors = case.tensors()
     with torch.no_grad():
@@ -125,6 +126,38 @@ def test_extreme_offsets_have_a_finite_second_derivative(value: float) -> None:
     second = torch.autograd.grad(torch.cat([g.flatten() for g in first]).square().sum(), inputs)
     assert all(g.isfinite().all() for g in (*first, *second))
     assert second[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_sample_at_no_place_is_nan(axis: int, value: float) -> None:
+    image = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    offset = torch.full((1, 2, 4, 4), 0.25, dtype=torch.float64)
+    offset[0, axis, 2, 2] = value
+    offset.requires_grad_()
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(2, 3, 1, 1, dtype=torch.float64)
+    out = modulated_deform_conv2d(image, offset, weight, mask=mask)
+    lost = torch.zeros(4, 4, dtype=torch.bool)
+    lost[2, 2] = True
+    assert torch.equal(out.isnan(), lost.expand_as(out))
+    grads = torch.autograd.grad(out.sum(), [image, offset, mask])
+    assert grads[0].isfinite().all()
+    for grad in grads[1:]:
+        assert torch.equal(grad.isnan(), lost.expand_as(grad))
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("argument", ["input", "mask", "weight"])
+def test_what_is_not_finite_shows_where_torchvision_shows_it(argument: str, value: float) -> None:
+    case = PlainConvolution(batch=1, margin=(4, 4))
+    tensors = {name: t.detach() for name, t in case.tensors().items()}
+    tensors["offset"][:, ::4] += 100  # samples outside, too
+    tensors[argument][tuple(size // 2 for size in tensors[argument].shape)] = value
+    tensors["mask"][:, 2] = value if argument == "mask" else 1
+    expected, actual = (case.run(f, tensors) for f in (deform_conv2d, modulated_deform_conv2d))
+    assert not expected.isfinite().all()
+    assert_same_finite(actual, expected, torch.float64)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -113,14 +113,14 @@ DeviceArray<float>::Array gemm_tile(const py::array& a, const py::array& b) {
   return output.to_numpy();
 }
 
-DeviceArray<uint32_t>::Array sort(const py::array& keys, uint32_t first, uint32_t largest) {
+DeviceArray<uint32_t>::Array sort(const py::array& keys, uint32_t first, uint32_t range) {
   const auto input = DeviceArray<uint32_t>::copy_of("keys", keys);
   const auto output = DeviceArray<uint32_t>::poisoned("order", {input.shape(0)});
   check_launch("launch_sort", launch_sort({.keys = input.data(),
                                            .order = output.data(),
                                            .count = static_cast<int>(input.shape(0)),
                                            .first = first,
-                                           .largest = largest},
+                                           .range = range},
                                           nullptr));
   return output.to_numpy();
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.jobs import Plan
+from tests.helpers import large_means
 from tests.helpers.compare import (
     assert_close,
     assert_gradients_close,
@@ -20,7 +21,16 @@ from tests.helpers.compare import (
     random_like,
     relative_l2,
 )
-from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Call, Convolution, ManyJobs, Work
+from tests.helpers.deform_work import (
+    CONVOLUTIONS,
+    ONE_PIXEL,
+    WORKS,
+    Call,
+    Convolution,
+    ManyJobs,
+    Work,
+)
+from tests.helpers.not_finite import CALLS, CALLS_AND_PLACES, NOT_FINITE, planted
 
 from .arithmetic import TF32_TOLERANCE, dtypes
 from .arrays import name_of, to_array, to_tensor
@@ -266,15 +276,30 @@ def test_deterministic_gradients_that_are_not_finite(simt: Any, dtype: torch.dty
 
 
 @dtypes
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1e30, 2.0**31, -(2.0**31)])
-def test_offsets_without_a_place(simt: Any, dtype: torch.dtype, value: float) -> None:
+@pytest.mark.parametrize("value", [-1e30, 2.0**31, -(2.0**31)])
+def test_far_offsets(simt: Any, dtype: torch.dtype, value: float) -> None:
     work = Convolution(channels=8, out_channels=8)
-    tensors, finite = work.displaced(work.tensors(dtype), value)
-    expected = work.reference(finite)
+    tensors = work.displaced(work.tensors(dtype), value)
+    expected = work.reference(tensors)
     actual = Operator(simt).run(work, tensors)
     assert_close(actual, expected, dtype)
     grads = Operator(simt).backward(work.plan, tensors, actual, [torch.ones_like(actual[0])])
     assert all(g.isfinite().all() for g in grads.values())
+
+
+@dtypes
+def test_one_value_is_its_own_mean(simt: Any, dtype: torch.dtype) -> None:
+    """Also where it is rounded when it is stored."""
+    out, mean, var, up_mean = Operator(simt).run(ONE_PIXEL, ONE_PIXEL.tensors(dtype))
+    assert torch.equal(out.to(mean.dtype), mean[0])
+    assert torch.equal(up_mean, mean)
+    assert (var == 0).all()
+
+
+@pytest.mark.parametrize("ratio", large_means.RATIOS)
+def test_moments_of_large_means(simt: Any, ratio: float) -> None:
+    tensors = large_means.tensors_of(ratio)
+    large_means.check_moments(Operator(simt).run(large_means.CALL, tensors), ratio)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -293,12 +318,17 @@ def test_half_weights_are_read_as_they_are(simt: Any, dtype: torch.dtype) -> Non
     assert all(torch.equal(grads[name], same[name]) for name in grads)
 
 
-def test_masks_outside_are_not_read(simt: Any) -> None:
-    work = Convolution(channels=8, out_channels=8)
-    tensors = {name: t.detach() for name, t in work.tensors(torch.float32).items()}
-    tensors["predictions"][::2, :18] = 1e6
-    tensors["predictions"][::2, 18:] = math.nan
-    assert Operator(simt).run(work, tensors)[0].isfinite().all()
+@dtypes
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(("call", "place"), CALLS_AND_PLACES)
+def test_not_finite(simt: Any, call: str, place: str, value: float, dtype: torch.dtype) -> None:
+    case, operator = planted(CALLS[call], place, value, dtype), Operator(simt)
+    results = operator.run(case.call, case.tensors)
+    for deterministic in (False, True):
+        grads = operator.backward(
+            case.call.plan, case.tensors, results, [case.cotangent], deterministic=deterministic
+        )
+        case.check(results, grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.jobs import Job, Plan, map_rows
 from tests.helpers.compare import TOLERANCE, leaf, random_like, relative_l2
 from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Convolution, Work
+from tests.helpers.not_finite import CALLS, CALLS_AND_PLACES, FAR, NOT_FINITE, planted
 
 from .arithmetic import TF32_TOLERANCE, dtypes
 from .arrays import name_of, to_array, to_tensor
@@ -206,20 +206,30 @@ def test_several_launches(simt: Any, dtype: torch.dtype) -> None:
     check(tables, dtype, operator)
 
 
-@pytest.mark.parametrize("extreme", [math.nan, math.inf, -math.inf, 1e30, -3e9])
-def test_extreme_offsets_sample_zero(simt: Any, extreme: float) -> None:
+@pytest.mark.parametrize("value", [*FAR, -3e9])
+def test_far_offsets_sample_zero(simt: Any, value: float) -> None:
     convolution = SIZES["odd"]
     tensors = convolution.tensors(torch.float32)
     masked = {name: t.detach().clone() for name, t in tensors.items()}
     bad = torch.rand(tensors["predictions"].shape) < 0.2
-    bad[:, 18:] = bad[:, :18].unflatten(1, (9, 2)).any(2)  # whatever the mask is there
-    extremes = torch.where(bad, extreme, tensors["predictions"])
+    bad[:, 18:] = False
+    moved = torch.where(bad, value, tensors["predictions"])
+    bad[:, 18:] = bad[:, :18].unflatten(1, (9, 2)).any(2)
     masked["predictions"] = torch.where(bad, 0.0, tensors["predictions"])
     expected = check(convolution, torch.float32, Operator(simt), masked)
     operator = Operator(simt)
     grad_rows = random_like(convolution.reference(masked)[0])[0].float()
-    actual = operator.run(convolution.plan, masked | {"predictions": extremes}, grad_rows)
+    actual = operator.run(convolution.plan, masked | {"predictions": moved}, grad_rows)
     assert torch.equal(actual, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(("call", "place"), CALLS_AND_PLACES)
+def test_not_finite(simt: Any, call: str, place: str, value: float, dtype: torch.dtype) -> None:
+    case = planted(CALLS[call], place, value, dtype)
+    actual = Operator(simt).run(case.call.plan, case.tensors, case.cotangent)
+    case.check([], {"weights": actual})
 
 
 def test_every_order_of_threads_gives_the_same_bits(simt: Any, seed: int) -> None:

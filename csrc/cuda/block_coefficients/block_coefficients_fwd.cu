@@ -50,8 +50,9 @@ DYHEAD_DEVICE void normalise(const BlockCoefficientsFwdParams& p, const LevelJob
     const F* mean = static_cast<const F*>(p.mean) + first;
     const F* var = static_cast<const F*>(p.var) + first;
     F sum = F(0);
-    for (int c = lane; c < width; c += kWarpSize) sum += mean[c];
-    const F mu = warp_sum(sum) / static_cast<F>(width);
+    // As differences, which may be much smaller than the means.
+    for (int c = lane; c < width; c += kWarpSize) sum += mean[c] - mean[0];
+    const F mu = mean[0] + warp_sum(sum) / static_cast<F>(width);
     F spread = F(0);
     for (int c = lane; c < width; c += kWarpSize) {
       spread += var[c] + (mean[c] - mu) * (mean[c] - mu);
@@ -95,7 +96,7 @@ DYHEAD_DEVICE void combine(const BlockCoefficientsFwdParams& p, const LevelJobs&
   const int thread = static_cast<int>(threadIdx.x);
   for (int c = thread; c < s.channels; c += kBlockCoefficientsThreads) {
     F mean_z = F(0);
-    F shift = F(0);
+    double shift = 0;
     for (int k = 0; k < jobs.count; ++k) {
       const int norm = p.tables.norm[jobs.job(p.tables, k)];
       const int64_t place = jobs.place(s, p.tables, k) * s.channels + c;
@@ -103,12 +104,14 @@ DYHEAD_DEVICE void combine(const BlockCoefficientsFwdParams& p, const LevelJobs&
       const F share = scale_gate(norms[2 * s.groups]) / static_cast<F>(jobs.count);
       const NormAffine<F> affine = channel_affine(s, p.parameters, norm, norms, c);
       mean_z += share * affine.at(static_cast<const F*>(p.up_mean)[place]);
-      shift += share * affine.b();
-      if (first_block) static_cast<F*>(p.scale)[place] = share * affine.a;
+      if (!first_block) continue;
+      const F scale = share * affine.a;
+      static_cast<F*>(p.scale)[place] = scale;
+      shift += affine.shift(share, scale);
     }
     shared.mean_z[c] = mean_z;
     if (first_block) {
-      static_cast<F*>(p.shift)[at * s.channels + c] = shift;
+      static_cast<F*>(p.shift)[at * s.channels + c] = static_cast<F>(shift);
       static_cast<F*>(p.layers)[at * s.layer_values() + c] = mean_z;
     }
   }

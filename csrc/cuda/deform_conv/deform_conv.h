@@ -192,12 +192,17 @@ struct DeformFwdKernelParams {
   bool out_in_compute_dtype, moments;
   int32_t taps_at_once;
   bool out_vectors;   // whether rows of the output allow 16-byte stores
-  void* partial;      // [tiles, 3, C_out]
+  void* partial;      // [tiles, deform_tile_moments(C_out)]
   unsigned* arrived;  // [J, N, groups * column_panels], cleared
   void* mean;
   void* var;
   void* up_mean;
 };
+
+// How many values the moments of a tile are: for each channel its mean, the sum of squares around
+// it and the weighted sum of the differences from it, which the upsampled mean needs; and the
+// weights' sum.
+DYHEAD_HD int64_t deform_tile_moments(int64_t channels) { return 3 * channels + 1; }
 
 // Bytes of dynamic shared memory of the forward kernel: two buffers of both operands, and the
 // samples of `taps` taps.

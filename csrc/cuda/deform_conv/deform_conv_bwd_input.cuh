@@ -224,7 +224,7 @@ class InputTile {
     const TapSampler<F> sampler =
         tap_sampler<F>(launch_, p_.predictions, p_.gates, tile_.place, launch_.terms[now.term]);
     samples().stage(launch_, tile_.place, sampler, now.channels.deform_group, now.tap, now.taps,
-                    columns());
+                    wants_dots(), columns());
     if (wants_dots()) {
       for (int i = tile_thread(); i < 4 * now.taps * kRows; i += kTileThreads) dots()[i] = F(0);
     }
@@ -328,7 +328,6 @@ class InputTile {
       if (at.index < 0) continue;
       const int tap = now.tap + i / kRows;
       const SamplePoint<F> point = sampler.point(deform_group, tap, at);
-      if (!point.inside) continue;
       const Vec<F, 4> sums = load_vec<4>(dots() + 4 * i);
       const F dots[4] = {sums[0], sums[1], sums[2], sums[3]};
       F mask;

@@ -293,16 +293,27 @@ class FwdTile {
     return sum;
   }
 
-  // Writes the moments of this tile; if it is the last to finish of its job and image, also theirs.
+  // Writes the moments of this tile, of the values as stored, because what reads them subtracts the
+  // mean: a group of one value must be exactly its own mean. If it is the last to finish of its job
+  // and image, also theirs.
   DYHEAD_DEVICE void write_moments(const Columns& columns) {
     constexpr int kWarps = Product::kWarpsM;
     const DeformJob& job = launch_.jobs[at_.place.job];
     const int64_t channels = launch_.shape.out_channels;
     const int thread = tile_thread();
     auto* sums = reinterpret_cast<F*>(work_);  // [2][kWarps][kCols]
-    F* means = sums + 2 * kWarps * kCols;      // [kCols]
+    F* means = sums + 2 * kWarps * kCols;      // [kCols]; first the values of the first row
     F* up_weights = means + kCols;             // [kRows]
     F* valid = up_weights + kRows;             // [kRows]: 1 for pixels, else 0
+    if (is_half_v<T> && !p_.out_in_compute_dtype) {
+#pragma unroll
+      for (int i = 0; i < Product::kI; ++i) {
+#pragma unroll
+        for (int j = 0; j < Product::kJ; ++j) {
+          product_.at(i, j) = to_compute(from_compute<T>(product_.at(i, j)));
+        }
+      }
+    }
     static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
                   sizeof(Corners<F>) * kRows * kFewTapsAtOnce);
     for (int row = thread; row < kRows; row += kTileThreads) {
@@ -314,33 +325,38 @@ class FwdTile {
               : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height, job.up_mode) *
                     upsampled_mean_weight<F>(at.x, job.out.width, job.up_width, job.up_mode);
     }
+    // A mean may be much larger than the deviations from it, so values are summed as differences
+    // from one of them. The first row of a tile is a pixel.
+    if (product_.row(0) == 0) {
+#pragma unroll
+      for (int j = 0; j < Product::kJ; ++j) means[product_.column(j)] = product_.at(0, j);
+    }
     __syncthreads();
     const bool writes = product_.lane() < Product::kFirstXor;
     F* sum = sums + product_.warp_row() * kCols;
     F* up_sum = sum + kWarps * kCols;
 #pragma unroll
     for (int j = 0; j < Product::kJ; ++j) {
-      const F total = sum_rows(j, [&](int row, F y) { return valid[row] * y; });
-      const F up_total = sum_rows(j, [&](int row, F y) { return up_weights[row] * y; });
-      if (writes) {
-        sum[product_.column(j)] = total;
-        up_sum[product_.column(j)] = up_total;
-      }
+      const F first = means[product_.column(j)];
+      const F total = sum_rows(j, [&](int row, F y) { return valid[row] * (y - first); });
+      if (writes) sum[product_.column(j)] = total;
     }
     __syncthreads();
     const F count = static_cast<F>(tile_pixels(launch_, at_.place.job, at_.place.tile, kRows));
-    F* partial = static_cast<F*>(p_.partial) + at_.tile * 3 * channels + columns.first;
+    F* partial = static_cast<F*>(p_.partial) + at_.tile * deform_tile_moments(channels);
     for (int c = thread; c < kCols; c += kTileThreads) {
-      F total = F(0), up_total = F(0);
+      F total = F(0);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        total += sums[w * kCols + c];
-        up_total += sums[(kWarps + w) * kCols + c];
-      }
-      means[c] = total / count;
-      if (c >= columns.count) continue;
-      partial[c] = means[c];
-      partial[2 * channels + c] = up_total;
+      for (int w = 0; w < kWarps; ++w) total += sums[w * kCols + c];
+      means[c] += total / count;
+      if (c < columns.count) partial[columns.first + c] = means[c];
+    }
+    if (thread < kWarpSize) {
+      F weight = F(0);
+      for (int row = thread; row < kRows; row += kWarpSize) weight += up_weights[row];
+      weight = warp_sum(weight);
+      // All blocks of the tile write the same.
+      if (thread == 0) partial[3 * channels] = weight;
     }
     __syncthreads();
 #pragma unroll
@@ -348,14 +364,22 @@ class FwdTile {
       const F mean = means[product_.column(j)];
       const F second =
           sum_rows(j, [&](int row, F y) { return valid[row] * ((y - mean) * (y - mean)); });
-      if (writes) sum[product_.column(j)] = second;
+      const F up = sum_rows(j, [&](int row, F y) { return up_weights[row] * (y - mean); });
+      if (writes) {
+        sum[product_.column(j)] = second;
+        up_sum[product_.column(j)] = up;
+      }
     }
     __syncthreads();
     for (int c = thread; c < columns.count; c += kTileThreads) {
-      F second = F(0);
+      F second = F(0), up = F(0);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) second += sums[w * kCols + c];
-      partial[channels + c] = second;
+      for (int w = 0; w < kWarps; ++w) {
+        second += sums[w * kCols + c];
+        up += sums[(kWarps + w) * kCols + c];
+      }
+      partial[channels + columns.first + c] = second;
+      partial[2 * channels + columns.first + c] = up;
     }
     const int64_t map =
         (launch_.first_job + at_.place.job) * launch_.shape.images + at_.place.image;
@@ -367,30 +391,33 @@ class FwdTile {
   }
 
   // Merges the tiles in their order by Chan's formula: nothing cancels, and every run gives the
-  // same result.
+  // same result. Means are merged as differences from the first tile's.
   DYHEAD_DEVICE void merge_moments(int64_t map, const Columns& columns) const {
     const int64_t channels = launch_.shape.out_channels;
     const DeformTiles& tiles = launch_.tiles[at_.place.job];
-    const F* partial = static_cast<const F*>(p_.partial) +
-                       (tiles.first + at_.place.image * tiles.per_image) * 3 * channels +
-                       columns.first;
+    const F* partial =
+        static_cast<const F*>(p_.partial) +
+        (tiles.first + at_.place.image * tiles.per_image) * deform_tile_moments(channels);
     for (int c = tile_thread(); c < columns.count; c += kTileThreads) {
+      const F origin = partial[columns.first + c];
       F mean = F(0), second = F(0), up_mean = F(0), count = F(0);
 #pragma unroll 4
       for (int32_t tile = 0; tile < tiles.per_image; ++tile) {
-        const F* part = partial + static_cast<int64_t>(tile) * 3 * channels + c;
+        const F* of_tile = partial + tile * deform_tile_moments(channels);
+        const F* part = of_tile + columns.first + c;
+        const F difference = part[0] - origin;
         const F added = static_cast<F>(tile_pixels(launch_, at_.place.job, tile, kRows));
-        const F delta = part[0] - mean;
+        const F delta = difference - mean;
         const F share = added / (count + added);
         mean += delta * share;
         second += part[channels] + delta * delta * share * count;
-        up_mean += part[2 * channels];
+        up_mean += part[2 * channels] + of_tile[3 * channels] * difference;
         count += added;
       }
       const int64_t at = map * channels + columns.first + c;
-      static_cast<F*>(p_.mean)[at] = mean;
+      static_cast<F*>(p_.mean)[at] = origin + mean;
       static_cast<F*>(p_.var)[at] = second / count;
-      static_cast<F*>(p_.up_mean)[at] = up_mean;
+      static_cast<F*>(p_.up_mean)[at] = origin + up_mean;
     }
   }
 

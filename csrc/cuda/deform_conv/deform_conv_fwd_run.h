@@ -44,7 +44,8 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   DeformZeros arrived{}, mean{}, var{}, up_mean{};
   if (p.moments) {
     // Launches run one after the other, so they share the memory of their tiles.
-    params.partial = allocate(max_tiles(launches) * 3 * s.out_channels * compute_bytes(s.dtype));
+    params.partial = allocate(max_tiles(launches) * deform_tile_moments(s.out_channels) *
+                              compute_bytes(s.dtype));
     const int64_t maps = static_cast<int64_t>(call.jobs.size()) * s.images;
     const int64_t counters = maps * s.groups * panels.column_panels;
     params.arrived = static_cast<unsigned*>(allocate(counters * 4));

@@ -20,16 +20,19 @@ enum class Move : uint32_t {
 // A sample of the list.
 class SampleEntry {
  public:
-  DYHEAD_DEVICE static SampleEntry of(uint32_t key, uint32_t before, int sample,
+  // key, before: of this sample and of the one before it.
+  DYHEAD_DEVICE static SampleEntry of(uint32_t key, uint32_t before, int sample, bool inside,
                                       const MapShape& map) {
     const uint32_t row = static_cast<uint32_t>(map.width) + 1u;
     const int32_t below = static_cast<int32_t>(key / row);  // y and x of the lower right corner
     const int32_t right = static_cast<int32_t>(key % row);
     uint32_t corners = 0u;
-    if (below > 0 && right > 0) corners |= 1u;
-    if (below > 0 && right < map.width) corners |= 2u;
-    if (below < map.height && right > 0) corners |= 4u;
-    if (below < map.height && right < map.width) corners |= 8u;
+    if (inside) {
+      if (below > 0 && right > 0) corners |= 1u;
+      if (below > 0 && right < map.width) corners |= 2u;
+      if (below < map.height && right > 0) corners |= 4u;
+      if (below < map.height && right < map.width) corners |= 8u;
+    }
     const Move move = key == before        ? Move::kSameCell
                       : key == before + 1u ? Move::kNextCell
                                            : Move::kJump;
@@ -62,53 +65,55 @@ class SortedSamples {
   DYHEAD_DEVICE SortedSamples(Weights* weights, SampleEntry* list, int32_t& count)
       : weights_(weights), list_(list), count_(count) {}
 
-  // Finds and sorts the samples of `taps` taps from `first_tap` on. `scratch` takes two items for
-  // each sample and the counters of the sort. Ends with a barrier.
+  // Finds and sorts the samples of `taps` taps from `first_tap` on. Those outside the map come last
+  // or, without `all`, not at all. `scratch` takes two items for each sample and the counters of
+  // the sort. Ends with a barrier.
   DYHEAD_DEVICE void stage(const DeformLaunch& launch, const TilePlace& place,
                            const TapSampler<F>& sampler, int deform_group, int first_tap, int taps,
-                           std::byte* scratch) {
+                           bool all, std::byte* scratch) {
     const int samples = taps * kRows;
     auto* items = reinterpret_cast<SortItem*>(scratch);
     auto* counters = reinterpret_cast<int*>(items + 2 * samples);
     const uint32_t key_row = static_cast<uint32_t>(sampler.source.width) + 1u;
-    uint32_t least = kOutside;
-    uint32_t most = 0u;
-    int inside = 0;
+    Range range{kOutside, 0u, 0};
 #pragma unroll 1
     for (int i = tile_thread(); i < samples; i += kTileThreads) {
       const OutputPixel at = tile_pixel(launch, place, i % kRows, kRows);
-      uint32_t key = kOutside;
+      uint32_t key = kNoPixel;
       if (at.index >= 0) {
         const int tap = first_tap + i / kRows;
         const SamplePoint<F> point = sampler.point(deform_group, tap, at);
-        if (point.inside) {
-          const Corners<F> corners = sampler.corners(point, deform_group, tap, at);
-          Weights weights;
+        const Corners<F> corners = sampler.corners(point, deform_group, tap, at);
+        Weights weights;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) weights[c] = corners.weight[c];
-          store_vec(weights_[i].data, weights);
-          key = static_cast<uint32_t>(point.top + 1) * key_row +
-                static_cast<uint32_t>(point.left + 1);
-          least = key < least ? key : least;
-          most = key > most ? key : most;
-          ++inside;
-        }
+        for (int c = 0; c < 4; ++c) weights[c] = corners.weight[c];
+        store_vec(weights_[i].data, weights);
+        key = point.inside ? static_cast<uint32_t>(point.top + 1) * key_row +
+                                 static_cast<uint32_t>(point.left + 1)
+                           : kOutside;
+        if (point.inside) range.add({key, key, 0});
+        if (point.inside || all) ++range.count;
       }
       items[i] = {key, static_cast<uint32_t>(i)};
     }
-    find_range(least, most, inside, reinterpret_cast<Range*>(counters));
-    if (tile_thread() == 0) count_ = inside;
-    if (inside == 0) {
-      __syncthreads();
-      return;
-    }
-    const SortItem* sorted =
-        sort_items(items, items + samples, counters, samples, least, most - least + 1u);
+    combine(range, reinterpret_cast<Range*>(counters));
+    // Samples outside get keys behind the largest one, but not that of the cell to its right.
 #pragma unroll 1
-    for (int i = tile_thread(); i < inside; i += kTileThreads) {
+    for (int i = tile_thread(); i < samples; i += kTileThreads) {
+      const uint32_t key = items[i].key;
+      if (key >= kOutside) items[i].key = range.most + (key == kOutside ? 2u : 3u);
+    }
+    if (tile_thread() == 0) count_ = range.count;
+    const uint32_t first = range.least < range.most ? range.least : range.most;
+    const SortItem* sorted =
+        sort_items(items, items + samples, counters, samples, first, range.most + 3u - first);
+#pragma unroll 1
+    for (int i = tile_thread(); i < range.count; i += kTileThreads) {
       const SortItem item = sorted[i];
-      const uint32_t before = i == 0 ? kOutside - 1u : sorted[i - 1].key;
-      list_[i] = SampleEntry::of(item.key, before, static_cast<int>(item.value), sampler.source);
+      const uint32_t before = i == 0 ? kNoPixel - 1u : sorted[i - 1].key;
+      const bool inside = range.least <= item.key && item.key <= range.most;
+      list_[i] =
+          SampleEntry::of(item.key, before, static_cast<int>(item.value), inside, sampler.source);
     }
     __syncthreads();
   }
@@ -125,37 +130,39 @@ class SortedSamples {
   }
 
   DYHEAD_DEVICE SampleEntry operator[](int i) const { return list_[i]; }
-  // The weights of a sample's corners, with its modulation; 0 where a corner does not exist.
+  // The weights of a sample's corners, with its modulation.
   DYHEAD_DEVICE Weights weights(int sample) const { return load_vec<4>(weights_[sample].data); }
 
  private:
-  // Keys are row * (width + 1) + column of the lower right corner, less than this.
-  static constexpr uint32_t kOutside = 0xffffffffu;
+  // Keys are row * (width + 1) + column of the lower right corner, less than these.
+  static constexpr uint32_t kOutside = 0xfffffffeu;
+  static constexpr uint32_t kNoPixel = 0xffffffffu;  // of the tile
 
+  // The keys of samples inside, and how many samples the list has. No keys: least > most.
   struct Range {
     uint32_t least, most;
-    int inside;
+    int count;
+
+    DYHEAD_DEVICE void add(const Range& other) {
+      least = other.least < least ? other.least : least;
+      most = other.most > most ? other.most : most;
+      count += other.count;
+    }
   };
 
-  // Combines the values of all threads. Starts and ends with a barrier.
-  DYHEAD_DEVICE static void find_range(uint32_t& least, uint32_t& most, int& inside, Range* warps) {
+  // Adds up the ranges of all threads. Starts and ends with a barrier.
+  DYHEAD_DEVICE static void combine(Range& range, Range* warps) {
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const uint32_t other_least = __shfl_xor_sync(kFullMask, least, distance);
-      const uint32_t other_most = __shfl_xor_sync(kFullMask, most, distance);
-      least = other_least < least ? other_least : least;
-      most = other_most > most ? other_most : most;
-      inside += __shfl_xor_sync(kFullMask, inside, distance);
+      range.add({__shfl_xor_sync(kFullMask, range.least, distance),
+                 __shfl_xor_sync(kFullMask, range.most, distance),
+                 __shfl_xor_sync(kFullMask, range.count, distance)});
     }
     const int thread = tile_thread();
-    if (thread % kWarpSize == 0) warps[thread / kWarpSize] = {least, most, inside};
+    if (thread % kWarpSize == 0) warps[thread / kWarpSize] = range;
     __syncthreads();
-    inside = 0;
-    for (int w = 0; w < kTileWarps; ++w) {
-      least = warps[w].least < least ? warps[w].least : least;
-      most = warps[w].most > most ? warps[w].most : most;
-      inside += warps[w].inside;
-    }
+    range = warps[0];
+    for (int w = 1; w < kTileWarps; ++w) range.add(warps[w]);
     __syncthreads();
   }
 

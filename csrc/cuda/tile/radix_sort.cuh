@@ -53,10 +53,11 @@ DYHEAD_DEVICE void count_before(int* counts) {
   }
 }
 
-// Sorts `count` items by min(key - first, largest). Returns where they are: `items` or `spare`,
-// which is as large. Needs kSortCounters counters. Ends with a barrier; the caller puts one before.
+// Sorts `count` items by their keys, from `first` to `first + range`. Returns where they are:
+// `items` or `spare`, which is as large. Needs kSortCounters counters. Ends with a barrier; the
+// caller puts one before.
 DYHEAD_DEVICE SortItem* sort_items(SortItem* items, SortItem* spare, int* counters, int count,
-                                   uint32_t first, uint32_t largest) {
+                                   uint32_t first, uint32_t range) {
   const int lane = tile_thread() % kWarpSize;
   const int warp = tile_thread() / kWarpSize;
   // A warp's items are consecutive, so that a digit's items stay in order.
@@ -65,12 +66,11 @@ DYHEAD_DEVICE SortItem* sort_items(SortItem* items, SortItem* spare, int* counte
   const int end = begin + per_warp < count ? begin + per_warp : count;
   int* counts = counters + warp * kDigits;
 #pragma unroll 1
-  for (int shift = 0; shift < 32 && largest >> shift != 0; shift += kDigitBits) {
+  for (int shift = 0; shift < 32 && range >> shift != 0; shift += kDigitBits) {
     for (int i = tile_thread(); i < kSortCounters; i += kTileThreads) counters[i] = 0;
     __syncthreads();
     const auto digit_of = [&](const SortItem& item) {
-      const uint32_t key = item.key - first;
-      return static_cast<int>((key < largest ? key : largest) >> shift) & (kDigits - 1);
+      return static_cast<int>((item.key - first) >> shift & (kDigits - 1u));
     };
 #pragma unroll 1
     for (int base = begin; base < end; base += kWarpSize) {

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kTileThreads) sort_kernel(SortParams p) {
     items[i] = {p.keys[i], static_cast<uint32_t>(i)};
   }
   __syncthreads();
-  const SortItem* sorted = sort_items(items, spare, counters, p.count, p.first, p.largest);
+  const SortItem* sorted = sort_items(items, spare, counters, p.count, p.first, p.range);
   for (int i = tile_thread(); i < p.count; i += kTileThreads) p.order[i] = sorted[i].value;
 }
 

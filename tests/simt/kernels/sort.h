@@ -10,7 +10,7 @@ struct SortParams {
   const uint32_t* keys;  // [count]
   uint32_t* order;       // [count]
   int count;
-  uint32_t first, largest;  // keys count as min(key - first, largest)
+  uint32_t first, range;  // of the keys
 };
 cudaError_t launch_sort(const SortParams& params, cudaStream_t stream);
 
