@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dyhead_cuda.commands.options import (
+    MAX_SIDE,
     attentions,
     blocks,
     image_size,
@@ -40,6 +41,10 @@ MIN_OPSET, OPSET = (
 )  # ONNX has DeformConv since 19, and normalises groups in one node since 21
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
 SCENE_SIZE = 128
+# Beyond these, options can only be mistakes: no memory or time is enough.
+MAX_BLOCKS, MAX_CONVS, MAX_CHANNELS = 100, 100, 8192
+MAX_BATCH, MAX_WORKERS, MAX_SCENES, MAX_EPOCHS = 4096, 512, 10_000_000, 1_000_000
+MAX_RATE, MAX_FACTOR = 1e30, 1e6  # together within float32
 _USUAL = TrainConfig(1)  # for the defaults
 
 
@@ -65,7 +70,10 @@ def demo(parser: argparse.ArgumentParser) -> None:
         help="its longer side in pixels, to which it is resized (default: %(default)s)",
     )
     parser.add_argument(
-        "--blocks", type=integer(1, 100), default=6, help="of the head (default: %(default)s)"
+        "--blocks",
+        type=integer(1, MAX_BLOCKS),
+        default=6,
+        help="of the head (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     _add_device(parser)
@@ -106,8 +114,10 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="FOLDER", help="in COCO's format, its val split (default: the run's)"
     )
-    parser.add_argument("--batch-size", type=integer(1), default=8, help="default: %(default)s")
-    parser.add_argument("--workers", type=integer(0), default=0, help="load images")
+    parser.add_argument(
+        "--batch-size", type=integer(1, MAX_BATCH), default=8, help="default: %(default)s"
+    )
+    parser.add_argument("--workers", type=integer(0, MAX_WORKERS), default=0, help="load images")
     _add_device(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write metrics and all detections there"
@@ -132,7 +142,7 @@ def attend(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--box",
         nargs="+",
-        type=int,
+        type=integer(0),
         metavar="INDEX",
         help="show the centres of these detections; 0 has the best score (default: the best "
         f"{DEFAULT_POINTS} of different objects)",
@@ -235,23 +245,36 @@ def _add_data(group: Any) -> None:
     )
     group.add_argument("--strict", action="store_true", help="fail on any broken annotation")
     group.add_argument("--flip", action="store_true", help="mirror half of the training images")
-    group.add_argument("--images", type=integer(1), metavar="N", help="digits: scenes of train")
-    group.add_argument("--val-images", type=integer(1), metavar="N", help="digits: scenes of val")
     group.add_argument(
-        "--scene-size", type=integer(32), metavar="PIXELS", help=f"digits: default {SCENE_SIZE}"
+        "--images", type=integer(1, MAX_SCENES), metavar="N", help="digits: scenes of train"
+    )
+    group.add_argument(
+        "--val-images", type=integer(1, MAX_SCENES), metavar="N", help="digits: scenes of val"
+    )
+    group.add_argument(
+        "--scene-size",
+        type=integer(32, MAX_SIDE),
+        metavar="PIXELS",
+        help=f"digits: default {SCENE_SIZE}",
     )
 
 
 def _add_model(group: Any) -> None:
     group.add_argument("--model", choices=DETECTORS, default="atss", help="default: %(default)s")
-    group.add_argument("--blocks", type=integer(0), default=6, help="of the head; 0: no DyHead")
+    group.add_argument(
+        "--blocks", type=integer(0, MAX_BLOCKS), default=6, help="of the head; 0: no DyHead"
+    )
     group.add_argument(
         "--backbone", default="resnet50", help="torchvision's resnet*, swin_*, or timm/NAME"
     )
     group.add_argument("--weights", help="of the backbone: DEFAULT, or pretrained for timm")
-    group.add_argument("--channels", type=integer(1), default=256, help="of the pyramid")
     group.add_argument(
-        "--convs", type=integer(0), help="in each tower (default: 0 with a DyHead, 4 without)"
+        "--channels", type=integer(1, MAX_CHANNELS), default=256, help="of the pyramid"
+    )
+    group.add_argument(
+        "--convs",
+        type=integer(0, MAX_CONVS),
+        help="in each tower (default: 0 with a DyHead, 4 without)",
     )
     group.add_argument(
         "--levels",
@@ -272,13 +295,13 @@ def _add_model(group: Any) -> None:
     )
     group.add_argument(
         "--size",
-        type=integer(1),
+        type=integer(1, MAX_SIDE),
         metavar="PIXELS",
         help=f"the shorter side in the model (default: {COCO_SIZE}; digits: the scene's size)",
     )
     group.add_argument(
         "--max-size",
-        type=integer(1),
+        type=integer(1, MAX_SIDE),
         metavar="PIXELS",
         help=f"the longer side at most (default: {COCO_MAX_SIZE}; digits: the scene's size)",
     )
@@ -288,25 +311,29 @@ def _add_model(group: Any) -> None:
 def _add_training(group: Any) -> None:
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=integer(1), help="of the optimizer (default: 1000)")
-    length.add_argument("--epochs", type=number(0.001), help="instead: passes over the images")
+    length.add_argument(
+        "--epochs", type=number(0.001, MAX_EPOCHS), help="instead: passes over the images"
+    )
     group.add_argument(
         "--batch-size",
-        type=integer(1),
+        type=integer(1, MAX_BATCH),
         default=_USUAL.batch_size,
         metavar="N",
         help="images per process (default: %(default)s)",
     )
     group.add_argument("--optimizer", choices=get_args(Optimizer), default=_USUAL.optimizer)
-    group.add_argument("--lr", type=number(1e-12), default=_USUAL.lr, help="default: %(default)s")
+    group.add_argument(
+        "--lr", type=number(1e-12, MAX_RATE), default=_USUAL.lr, help="default: %(default)s"
+    )
     group.add_argument(
         "--offset-lr",
-        type=number(0),
+        type=number(0, MAX_FACTOR),
         default=_USUAL.offset_lr,
         metavar="FACTOR",
         help="part of it for what predicts sampling offsets (default: %(default)s)",
     )
     group.add_argument("--schedule", choices=get_args(Schedule), default=_USUAL.schedule)
-    group.add_argument("--weight-decay", type=number(0), default=_USUAL.weight_decay)
+    group.add_argument("--weight-decay", type=number(0, MAX_RATE), default=_USUAL.weight_decay)
     group.add_argument("--warmup-steps", type=integer(0), default=_USUAL.warmup_steps, metavar="N")
     group.add_argument(
         "--clip-norm", type=number(0), default=_USUAL.clip_norm, help="of gradients; 0: no limit"
@@ -319,6 +346,8 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--checkpoint-every", type=integer(1), default=_USUAL.checkpoint_every, metavar="STEPS"
     )
-    group.add_argument("--workers", type=integer(0), default=_USUAL.workers, help="load images")
+    group.add_argument(
+        "--workers", type=integer(0, MAX_WORKERS), default=_USUAL.workers, help="load images"
+    )
     group.add_argument("--device", choices=DEVICES, default=_USUAL.device)
     group.add_argument("--deterministic", action="store_true", help="refuse what varies on GPUs")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,11 +16,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from dyhead_cuda.commands import images
 from dyhead_cuda.commands.arguments import DEFAULT_POINTS
-from dyhead_cuda.commands.common import check_names, fail
+from dyhead_cuda.commands.common import check_names, fail, fail_for_memory
 from dyhead_cuda.detection.figures import attention, attention_figure
 from dyhead_cuda.detection.figures.attention import Observation, Point
+from dyhead_cuda.detection.files import make_folder, plain, write_atomically
 from dyhead_cuda.detection.training import parallel, trainer
-from dyhead_cuda.detection.training.runs import RunError
+from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.inspect import figure
 
 
@@ -34,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         _run(arguments, console)
     except (images.ImageError, RunError, ValueError, OSError) as error:
         return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        return fail_for_memory(error, "shrink the images")
     return 0
 
 
@@ -42,7 +46,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     device = parallel.choose_device(arguments.device)
     model, config = trainer.load_model(arguments.checkpoint, device)
     attention.head_of(model)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.out)
     classes = config["classes"]
     for path in arguments.images:
         image, name = images.load_photograph(path)
@@ -56,9 +60,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         attention_figure.draw(image, observation, points, picture, title, blocks)
         numbers = {"image": str(path), "checkpoint": str(arguments.checkpoint)}
         numbers |= attention.to_dict(observation, points)
-        picture.with_suffix(".json").write_text(json.dumps(numbers))
+        _write_line(picture.with_suffix(".json"), numbers)
         found = ", ".join(f"{p.text} on {observation.level_names[p.level]}" for p in points)
         console.print(f"{escape(str(picture))}: {escape(found)}", soft_wrap=True)
+
+
+def _write_line(path: Path, numbers: Mapping[str, Any]) -> None:
+    """JSON without line breaks, which would make most of it."""
+    text = json.dumps(plain(numbers)).encode()
+    write_atomically(path, lambda file: file.write(text))
 
 
 def observe(

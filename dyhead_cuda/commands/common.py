@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dyhead_cuda.detection.evaluation import Metrics
+from dyhead_cuda.detection.files import out_of_memory
+from dyhead_cuda.detection.training.checkpoint_file import one_line
 
 MEANINGS = {
     "AP": "average precision, mean over IoU 0.50 to 0.95",
@@ -54,11 +56,24 @@ def fail(error: Exception | str, status: int = 2) -> int:
     return status
 
 
+def fail_for_memory(error: Exception, advice: str, status: int = 2) -> int:
+    """Prints one error line where memory was not enough, and raises any other error again."""
+    if not out_of_memory(error):
+        raise error
+    return fail(f"there is not enough memory: {one_line(error)}; {advice}", status)
+
+
 @contextmanager
 def warnings_shown(console: Console) -> Iterator[None]:
-    """Shows warnings of the library on the console, above a progress bar if there is one."""
+    """Shows warnings of the library on the console, above a progress bar if there is one.
+
+    A process whose console is quiet shows only what ends it.
+    """
     logger = logging.getLogger("dyhead_cuda.detection")
-    handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    level = logging.WARNING
+    if console.quiet:
+        level, console = logging.CRITICAL, Console(stderr=True, highlight=False, soft_wrap=True)
+    handler = RichHandler(level, console, show_time=False, show_path=False)
     logger.addHandler(handler)
     try:
         yield

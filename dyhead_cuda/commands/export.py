@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from torchvision.transforms.functional import to_tensor
 from dyhead_cuda import library
 from dyhead_cuda.commands import images
 from dyhead_cuda.commands.arguments import OPSET
-from dyhead_cuda.commands.common import fail
+from dyhead_cuda.commands.common import fail, fail_for_memory
 from dyhead_cuda.detection import export_checks as checks
 from dyhead_cuda.detection import export_files as files
 from dyhead_cuda.detection.export_files import ExportError, Size
+from dyhead_cuda.detection.files import make_folder
+from dyhead_cuda.detection.names import ExportFormat
 from dyhead_cuda.detection.training import parallel
-from dyhead_cuda.detection.training.runs import RunError
+from dyhead_cuda.detection.training.checkpoint_file import one_line
+from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.detection.training.trainer import load_model
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -43,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         model, config = load_model(arguments.checkpoint, device)
         size = _size(arguments, model)
         photograph = None if arguments.image is None else images.load_photograph(arguments.image)[0]
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.out.parent)
         _say_what_comes(arguments, config, console)
         with files.beside(arguments.out) as path:
             written = files.write(
@@ -63,12 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"    {escape(line)}")
     except (images.ImageError, RunError, ExportError, ValueError, OSError) as error:
         return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        return fail_for_memory(error, "lower --size")
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.opset is not None and arguments.format != "onnx":
         raise ValueError("--opset: only for --format onnx")
+    if arguments.out.is_dir():
+        raise ValueError(f"expected --out as a file, got the folder {arguments.out}")
     suffix = files.SUFFIXES[arguments.format]
     if arguments.out.suffix != suffix:
         raise ValueError(
@@ -82,6 +90,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--format onnx needs {name}: run pip install 'dyhead_cuda[export]'"
             ) from None
+        except ImportError as error:
+            raise ValueError(f"--format onnx needs {name}, which does not load: {error}") from None
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
@@ -182,7 +192,7 @@ def _verify(
     console: Console,
 ) -> None:
     """Prints how near the file is to the model on images of the sizes that it takes, and times."""
-    run, expected = files.load(path, arguments.format), checks.eager(model, arguments.raw)
+    run, expected = _loaded(path, arguments.format), checks.eager(model, arguments.raw)
     for shape in (size.shape, size.another):
         if shape is None:
             continue
@@ -214,6 +224,13 @@ def _verify(
 
 
 _UNITS = {"boxes": " pixels"}
+
+
+def _loaded(path: Path, kind: ExportFormat) -> Callable[[Tensor], files.Outputs]:
+    try:
+        return files.load(path, kind)
+    except Exception as error:  # whatever the programs that run such files raise
+        raise ExportError(f"the file that was written does not load: {one_line(error)}") from error
 
 
 def _stretched(photograph: Image.Image, shape: tuple[int, int, int, int]) -> Tensor:

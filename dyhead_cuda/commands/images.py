@@ -38,9 +38,10 @@ def load_photograph(path: str | Path) -> tuple[Image.Image, str]:
         ImageError: no such file, not an image, damaged, too small, too large or too narrow.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ImageError(f"expected an image file, got the directory {path}")
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may have no end
+            kind = "directory" if path.is_dir() else "device or pipe"
+            raise ImageError(f"expected an image file, got the {kind} {path}")
         with warnings.catch_warnings():
             # Its size is checked below, before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -55,8 +56,10 @@ def load_photograph(path: str | Path) -> tuple[Image.Image, str]:
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # What PIL's decoders raise for damaged files, and the file system for unreadable ones.
+    except ImageError:
+        raise
+    except Exception as error:
+        # Whatever PIL's decoders raise for damaged files, and the file system for unreadable ones.
         raise ImageError(f"cannot read {path} (damaged or unreadable): {error}") from None
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from typing import Literal
 
 from dyhead_cuda.modules import ATTENTIONS
+
+MAX_SIDE = 8192  # pixels, of images; what is computed from larger ones fits into no memory
 
 
 def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
@@ -21,7 +24,7 @@ def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
         if not minimum <= value <= maximum:
             unbounded = maximum == 2**31 - 1
             limits = f"of at least {minimum}" if unbounded else f"from {minimum} to {maximum}"
-            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {_cut(text)}")
         return value
 
     return parse
@@ -38,30 +41,36 @@ def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
         if not (minimum <= value <= maximum and math.isfinite(value)):
             unbounded = maximum == math.inf
             limits = f"of at least {minimum:g}" if unbounded else f"from {minimum:g} to {maximum:g}"
-            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {_cut(text)}")
         return value
 
     return parse
 
 
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
 def levels(text: str) -> tuple[int, int]:
     """A type of options: the first and last level of a pyramid, as "3-7"."""
-    first, dash, last = text.partition("-")
-    if not (dash and first.isdecimal() and last.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected two levels such as 3-7, got {text!r}")
-    return int(first), int(last)
+    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected two levels such as 3-7, got {_cut(text)}")
+    return int(found[1]), int(found[2])
 
 
 def image_size(text: str) -> tuple[int, int] | Literal["dynamic"]:
     """A type of options: height and width in pixels, as "800x1088", or "dynamic"."""
     if text == "dynamic":
         return "dynamic"
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(1 <= side <= MAX_SIDE for side in sides):
         raise argparse.ArgumentTypeError(
-            f"expected a height and a width such as 800x1088, or dynamic, got {text!r}"
+            "expected a height and a width such as 800x1088, or dynamic, with sides of at most "
+            f"{MAX_SIDE}, got {_cut(text)}"
         )
-    return int(height), int(width)
+    return sides
 
 
 def attentions(text: str) -> tuple[str, ...]:
@@ -69,7 +78,7 @@ def attentions(text: str) -> tuple[str, ...]:
     names = () if text == "none" else tuple(text.split(","))
     if not set(names) <= set(ATTENTIONS) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(
-            f"expected some of {','.join(ATTENTIONS)} or none, got {text!r}"
+            f"expected some of {','.join(ATTENTIONS)} or none, got {_cut(text)}"
         )
     return tuple(name for name in ATTENTIONS if name in names)
 
@@ -79,21 +88,24 @@ def point(text: str) -> tuple[float, float, str | None]:
     x, _, rest = text.partition(",")
     y, _, level = rest.partition(",")
     try:
-        return float(x), float(y), level or None
+        place = float(x), float(y)
     except ValueError:
+        place = math.nan, math.nan
+    if not all(map(math.isfinite, place)):
         raise argparse.ArgumentTypeError(
-            f"expected X,Y or X,Y,LEVEL such as 120,80,P4, got {text!r}"
-        ) from None
+            f"expected X,Y or X,Y,LEVEL such as 120,80,P4, got {_cut(text)}"
+        )
+    return *place, level or None
 
 
 def blocks(text: str) -> list[int] | None:
     """A type of options: blocks counted from 1, as "1,3", given from 0; None for "all"."""
     if text == "all":
         return None
-    try:
-        numbers = [int(number) for number in text.split(",")]
-    except ValueError:
-        numbers = [0]
+    named = re.fullmatch(r"\d{1,9}(,\d{1,9})*", text)
+    numbers = [int(number) for number in text.split(",")] if named else [0]
     if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"expected all or numbers from 1 as 1,3,6, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected all or numbers from 1 as 1,3,6, got {_cut(text)}"
+        )
     return [number - 1 for number in numbers]

@@ -9,11 +9,12 @@ from rich.markup import escape
 from torchvision.transforms.functional import to_tensor
 
 from dyhead_cuda.commands import images
-from dyhead_cuda.commands.common import check_names, fail
+from dyhead_cuda.commands.common import check_names, fail, fail_for_memory
 from dyhead_cuda.detection.figures import drawing
+from dyhead_cuda.detection.files import make_folder, write_json
 from dyhead_cuda.detection.prediction import describe, predict
 from dyhead_cuda.detection.training import parallel
-from dyhead_cuda.detection.training.runs import RunError, write_json
+from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.detection.training.trainer import load_model
 
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_names(arguments.images)
         device = parallel.choose_device(arguments.device)
         model, config = load_model(arguments.checkpoint, device)
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.out)
         for path in arguments.images:
             try:
                 image, name = images.load_photograph(path)
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             pixels = to_tensor(image)
             found = predict(model, pixels, arguments.threshold)
             picture = arguments.out / f"{name}.png"
-            drawing.to_pil(drawing.draw(pixels, found, config["classes"])).save(picture)
+            drawing.save(drawing.draw(pixels, found, config["classes"]), picture)
             facts = {"file": str(path), "width": image.width, "height": image.height}
             facts |= {"detections": describe(found, config["classes"])}
             write_json(picture.with_suffix(".json"), facts)
@@ -47,4 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"{escape(str(picture))}: {count} object" + "s" * (count != 1))
     except (RunError, ValueError, OSError) as error:
         return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        return fail_for_memory(error, "shrink the images")
     return status

@@ -10,21 +10,25 @@ from rich.console import Console
 from rich.markup import escape
 
 from dyhead_cuda.commands import train_settings
-from dyhead_cuda.commands.common import fail, is_first, print_metrics, warnings_shown
+from dyhead_cuda.commands.common import (
+    fail,
+    fail_for_memory,
+    is_first,
+    print_metrics,
+    warnings_shown,
+)
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
 from dyhead_cuda.detection.evaluation import Metrics
 from dyhead_cuda.detection.figures import curves, drawing
+from dyhead_cuda.detection.files import WriteError, make_folder, write_json
 from dyhead_cuda.detection.models.config import ModelConfig
 from dyhead_cuda.detection.prediction import predict
 from dyhead_cuda.detection.training import parallel, progress
+from dyhead_cuda.detection.training.checkpoint_file import read_checkpoint
 from dyhead_cuda.detection.training.config import TrainConfig
-from dyhead_cuda.detection.training.runs import (
-    BEST,
-    RunError,
-    RunFolder,
-    read_checkpoint,
-    write_json,
-)
+from dyhead_cuda.detection.training.errors import RankError, RunError
+from dyhead_cuda.detection.training.parallel import Processes
+from dyhead_cuda.detection.training.runs import BEST, RunFolder
 from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, load_model, train
 
 THRESHOLD = 0.3  # on scores of detections in pictures
@@ -34,43 +38,53 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains, then writes the curve, the metrics and pictures into the run folder.
 
     Returns:
-        0; 1 if training failed; 2 if options, data, device or run folder cannot be used; 128 + the
-        signal's number if it was interrupted.
+        0; 1 if training failed or a file could not be written; 2 if options, data, device or run
+        folder cannot be used; 128 + the signal's number if it was interrupted.
     """
     console = Console(highlight=False, quiet=not is_first())
     try:
-        with warnings_shown(console):
-            data = train_settings.data_config(arguments)
-            parallel.choose_device(arguments.device)
-            sets = data.open("train"), data.open("val")
-            model = train_settings.model_config(arguments, sets[0])
-            config = train_settings.train_config(arguments, len(sets[0]))
-            folder = arguments.out or Path("runs") / f"{arguments.model}-{Path(data.spec).name}"
-            _print_settings(console, config, model, data, sets, folder)
-            with ExitStack() as stack:
-                listeners = [stack.enter_context(progress.shown(console, config.steps))]
-                if arguments.tensorboard and is_first():
-                    events = progress.tensorboard(folder / "tensorboard")
-                    listeners.append(stack.enter_context(events))
-                metrics = train(
-                    config,
-                    model,
-                    data,
-                    folder,
-                    restart=arguments.restart,
-                    sets=sets,
-                    listeners=listeners,
-                )
-            if is_first():
-                _finish(console, metrics, folder, sets[1], arguments.pictures, config.device)
+        with warnings_shown(console), parallel.join(arguments.device) as processes:
+            _train(arguments, console, processes)
     except Interrupted as error:
         console.print(escape(str(error)), soft_wrap=True)
         return 128 + error.signal
-    except TrainingError as error:
+    except RankError as error:
+        return fail(error, 1)
+    except (TrainingError, WriteError) as error:
         return fail(error, 1) if is_first() else 1
     except (RunError, ValueError, OSError, ImportError) as error:
         return fail(error) if is_first() else 2
+    except (MemoryError, RuntimeError) as error:
+        return fail_for_memory(error, "lower --batch-size, --size, --channels or --workers", 1)
     return 0
+
+
+def _train(arguments: argparse.Namespace, console: Console, processes: Processes) -> None:
+    data = train_settings.data_config(arguments)
+    sets = data.open("train"), data.open("val")
+    model = train_settings.model_config(arguments, sets[0])
+    config = train_settings.train_config(arguments, len(sets[0]))
+    folder = arguments.out or Path("runs") / f"{arguments.model}-{Path(data.spec).name}"
+    _print_settings(console, config, model, data, sets, folder)
+    with ExitStack() as lock:
+        # To the end: what is drawn and written after the training is the run's, too.
+        processes.on_first(lambda: lock.enter_context(RunFolder(folder).lock()))
+        with ExitStack() as stack:
+            listeners = [stack.enter_context(progress.shown(console, config.steps))]
+            if arguments.tensorboard and is_first():
+                events = progress.tensorboard(folder / "tensorboard")
+                listeners.append(stack.enter_context(events))
+            metrics = train(
+                config,
+                model,
+                data,
+                folder,
+                restart=arguments.restart,
+                sets=sets,
+                listeners=listeners,
+            )
+        if is_first():
+            _finish(console, metrics, folder, sets[1], arguments.pictures, config.device)
 
 
 def _print_settings(
@@ -125,9 +139,9 @@ def _finish(
 def _draw_pictures(folder: Path, validation_set: DetectionDataset, count: int, device: str) -> None:
     """The first scenes: on the left the ground truth, on the right what the best weights find."""
     model, config = load_model(folder, parallel.choose_device(device))
-    (folder / "pictures").mkdir(exist_ok=True)
+    make_folder(folder / "pictures")
     for index in range(min(count, len(validation_set))):
         image, target = validation_set[index]
         found = predict(model, image, THRESHOLD)
         pair = [drawing.draw(image, objects, config["classes"]) for objects in (target, found)]
-        drawing.to_pil(drawing.beside(*pair)).save(folder / "pictures" / f"{index + 1:06d}.png")
+        drawing.save(drawing.beside(*pair), folder / "pictures" / f"{index + 1:06d}.png")

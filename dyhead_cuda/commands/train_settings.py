@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from pathlib import Path
 
 from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE, SCENE_SIZE
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
@@ -29,7 +28,7 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     if arguments.data != "digits":
         if given:
             raise ValueError(f"{', '.join(given)}: only for --data digits, got {arguments.data}")
-        folder = str(Path(arguments.data).resolve())
+        folder = os.path.realpath(arguments.data)  # resolve() raises where links are a circle
         return DataConfig(folder, {"strict": arguments.strict}, flip=arguments.flip)
     if arguments.flip:
         raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER")

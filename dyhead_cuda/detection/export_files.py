@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from dyhead_cuda.detection.files import writing
 from dyhead_cuda.detection.models.exportable import exportable
 from dyhead_cuda.detection.names import ExportFormat
 
@@ -138,6 +139,8 @@ def write(
             else:
                 program, namespaces = _trace(module, images, size)
                 _save_program(program, kind, path, names)
+    except OSError:  # of the file, which says more by itself
+        raise
     except Exception as error:  # whatever torch's exporters and compilers raise
         reason = " ".join(str(error).split())
         raise ExportError(
@@ -252,7 +255,10 @@ def load(path: Path, kind: ExportFormat) -> Callable[[Tensor], Outputs]:
 def beside(path: Path) -> Iterator[Path]:
     """A file of the same name in a folder of its own, which takes the place of ``path`` at the end
     unless something is raised."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with (
+        writing(path),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
         temporary = Path(folder) / path.name
         yield temporary
         temporary.replace(path)

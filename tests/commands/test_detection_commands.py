@@ -209,9 +209,9 @@ def test_a_loss_that_is_not_finite_is_an_error(
         (["--levels", "3"], "expected two levels such as 3-7"),
         (["--levels", "7-3"], "level"),
         (["--attentions", "scale,colour"], "expected some of scale,spatial,task or none"),
-        (["--blocks", "-1"], "expected an integer of at least 0"),
+        (["--blocks", "-1"], "expected an integer from 0 to 100"),
         (["--channels", "24"], "16 groups"),
-        (["--lr", "nan"], "expected a number of at least"),
+        (["--lr", "nan"], "expected a number from 1e-12 to 1e+30"),
         (["--steps", "0"], "expected an integer of at least 1"),
         (["--steps", "5", "--epochs", "2"], "not allowed with"),
         (["--amp", "int8"], "invalid choice"),
@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_is_an_error(
         (["--strict"], "only for --data FOLDER"),
         (["--flip"], "only for --data FOLDER"),
         (["--keypoints"], "keypoints 0 for the one-stage detector"),
-        (["--scene-size", "8"], "expected an integer of at least 32"),
+        (["--scene-size", "8"], "expected an integer from 32 to 8192"),
     ],
 )
 def test_bad_options_are_one_clear_error(

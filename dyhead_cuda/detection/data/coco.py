@@ -21,6 +21,7 @@ from dyhead_cuda.detection.data.coco_checks import (
     check_images,
 )
 from dyhead_cuda.detection.data.coco_layout import find_images, find_json, read_json
+from dyhead_cuda.detection.data.pictures import open_image
 
 _LOG = logging.getLogger("dyhead_cuda.detection")
 
@@ -120,11 +121,15 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
         objects = self._objects[entry.id]
         try:
             image = _read_image(entry)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever Pillow's decoders raise
             self._damaged(entry, error)
             image, objects = torch.zeros(3, entry.height, entry.width), []
         boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
+        # The sum may be rounded up, out of the image.
+        boxes[:, 2:] = boxes[:, 2:].minimum(torch.tensor([entry.width, entry.height]))
         labels = [self.category_ids.index(each["category_id"]) + 1 for each in objects]
         target = {
             "boxes": boxes,
@@ -158,7 +163,7 @@ def _num_keypoints(categories: list[dict[str, Any]], source: Path) -> int:
 
 
 def _read_image(entry: ImageEntry) -> Tensor:
-    with Image.open(entry.path) as image:
+    with open_image(entry.path) as image:
         shown = ImageOps.exif_transpose(image) if entry.turn else image
         if shown.mode.startswith("I;16"):  # PIL would cut values above 255
             shown = Image.fromarray((np.asarray(shown) >> 8).astype(np.uint8))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+_SHOWN = 300  # characters of a json's values in a message
 _SAME_SPLIT = {"val": ("val", "valid", "validation")}
 
 
@@ -63,12 +64,29 @@ def find_images(folder: Path, split: str, annotations: Path, names: list[str]) -
     places = list(dict.fromkeys((*places, folder / "images", folder)))
     places.sort(key=lambda place: place == folder)  # it contains the others, so try it last
     for place in places:
-        if any((place / name).is_file() for name in names):
+        if any(is_file(place / name) for name in names):
             return place
     looked = ", ".join(str(place) for place in places)
     raise ValueError(
-        f"expected the images of {annotations} (such as {names[0]}), found none in {looked}"
+        f"expected the images of {annotations} (such as {shown(names[0])}), found none in {looked}"
     )
+
+
+def shown(value: Any) -> str:
+    """Anything of a json in a message: one line, of limited length, that any terminal can print."""
+    text = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode()
+        for each in str(value)[: _SHOWN + 1]
+    )
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that the system does not take is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +96,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: unreadable, not JSON, or a list that is not there.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # a pipe may have no end
+            raise ValueError("it is no regular file")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some tools write a mark
+    except RecursionError:
+        raise ValueError(
+            f"expected a COCO json, but {path} cannot be read: it is nested too deeply"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a COCO json, but {path} cannot be read: {error}") from None
     for key in ("images", "annotations", "categories"):

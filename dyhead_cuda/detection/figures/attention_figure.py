@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dyhead_cuda.detection.figures.attention import Observation, Point
+from dyhead_cuda.detection.files import write_atomically
 from dyhead_cuda.inspect import figure
 from dyhead_cuda.inspect.record import BRANCHES, Samples
 
@@ -83,6 +84,7 @@ def draw(
 
     Raises:
         ValueError: no points or more than there is room for; an image of another size.
+        WriteError: it could not be written.
     """
     if not 1 <= len(points) <= MAX_POINTS:
         raise ValueError(f"expected 1 to {MAX_POINTS} points, got {len(points)}")
@@ -97,7 +99,7 @@ def draw(
         picture.samples()
         picture.gates()
         picture.switches()
-        picture.figure.savefig(path, format="png")
+        write_atomically(path, lambda file: picture.figure.savefig(file, format="png"))
 
 
 class _Picture:

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dyhead_cuda.detection.files import write_atomically
+
 # Of Okabe and Ito's palette, which every kind of colour vision tells apart.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 COLOURS = {"AP": BLUE, "AP50": ORANGE, "AP75": GREEN}
@@ -23,6 +25,9 @@ def draw(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         records: as :meth:`dyhead_cuda.detection.training.runs.RunFolder.records` gives them.
         path: the file.
         title: above the curves.
+
+    Raises:
+        WriteError: it could not be written.
     """
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -50,4 +55,4 @@ def draw(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from matplotlib.font_manager import findfont
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_keypoints
+
+from dyhead_cuda.detection.files import write_atomically
 
 # Of Okabe and Ito's palette, which every kind of colour vision tells apart.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -66,6 +69,11 @@ def beside(left: Tensor, right: Tensor) -> Tensor:
     return torch.cat((left, left.new_full((3, left.shape[1], GAP), 255), right), dim=2)
 
 
-def to_pil(pixels: Tensor) -> Image.Image:
-    """uint8 [3, H, W] as an RGB image."""
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+def save(pixels: Tensor, path: Path) -> None:
+    """Writes a picture, uint8 [3, H, W], as a PNG file.
+
+    Raises:
+        WriteError: it could not be written.
+    """
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    write_atomically(path, lambda file: picture.save(file, "png"))

@@ -6,17 +6,19 @@ from dyhead_cuda.detection.lazy import attribute_of
 
 if TYPE_CHECKING:
     from dyhead_cuda.detection.training.config import TrainConfig
-    from dyhead_cuda.detection.training.runs import RunError, RunFolder
+    from dyhead_cuda.detection.training.errors import RankError, RunError
+    from dyhead_cuda.detection.training.runs import RunFolder
     from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, load_model, train
 
 __getattr__ = attribute_of(
     __name__,
     {
         "config": ("TrainConfig",),
-        "runs": (
+        "errors": (
+            "RankError",
             "RunError",
-            "RunFolder",
         ),
+        "runs": ("RunFolder",),
         "trainer": (
             "Interrupted",
             "TrainingError",
@@ -28,6 +30,7 @@ __getattr__ = attribute_of(
 
 __all__ = [
     "Interrupted",
+    "RankError",
     "RunError",
     "RunFolder",
     "TrainConfig",

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dyhead_cuda import checks
 from dyhead_cuda.detection.names import DEVICES
+from dyhead_cuda.detection.training.errors import RankError
+from dyhead_cuda.detection.training.rank_watch import RankWatch
 
 T = TypeVar("T")
 
@@ -94,10 +96,13 @@ def join(device: str) -> Iterator[Processes]:
     """The processes that torchrun's environment names (RANK, WORLD_SIZE, LOCAL_RANK), or one.
 
     A process group is made (nccl on GPUs, gloo on CPUs), and destroyed at the end, unless there
-    is one already.
+    is one already. Should one of the processes end, the others do so within seconds.
 
     Args:
         device: see :func:`choose_device`, which also says what is raised.
+
+    Raises:
+        RankError: another process has ended, so that what is done inside cannot go on.
     """
     local = choose_device(device)
     if local.type == "cuda":
@@ -105,11 +110,35 @@ def join(device: str) -> Iterator[Processes]:
     made = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if made:
         dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
-    try:
+    if not made:
         if dist.is_initialized():
             yield Processes(dist.get_rank(), dist.get_world_size(), local)
         else:
             yield Processes(0, 1, local)
+        return
+    watch = None
+    try:
+        watch = RankWatch(dist.get_rank(), dist.get_world_size())
+        with _telling(watch):
+            yield Processes(dist.get_rank(), dist.get_world_size(), local)
     finally:
-        if made:
-            dist.destroy_process_group()
+        dist.destroy_process_group()  # watched, as it may wait for what nobody will do
+        if watch is not None:
+            watch.close()
+
+
+@contextmanager
+def _telling(watch: RankWatch) -> Iterator[None]:
+    """Tells the other processes how this one leaves, or of one that has left this one alone."""
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises where a collective operation fails
+        lost = watch.lost()
+        if lost is None:
+            watch.leaving(error)
+            raise
+        raise RankError(lost) from error
+    except BaseException as error:
+        watch.leaving(error)
+        raise
+    watch.leaving(None)

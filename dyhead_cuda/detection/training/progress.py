@@ -7,6 +7,7 @@ listeners.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dyhead_cuda.detection.files import writing
 
 Record = dict[str, Any]
 Listener = Callable[[Record], None]
@@ -105,13 +108,18 @@ def tensorboard(folder: Path) -> Iterator[Listener]:
 
     Raises:
         ModuleNotFoundError: the package tensorboard is not installed.
+        WriteError: from the listener or at the end: the events could not be written.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    with ExitStack() as stack:
+    with _said_once(), writing(folder), ExitStack() as stack:
         writer: Any = None
 
         def write(record: Record) -> None:
+            with writing(folder):
+                add(record)
+
+        def add(record: Record) -> None:
             nonlocal writer
             step = record["step"]
             if writer is None:
@@ -126,3 +134,23 @@ def tensorboard(folder: Path) -> Iterator[Listener]:
                 writer.add_scalar(f"val/{name}", value, step)
 
         yield write
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Without the traceback that TensorBoard's own thread prints of an error of the system.
+
+    It keeps the error for the next call of the writer, too.
+    """
+    before = threading.excepthook
+
+    def hook(arguments: Any) -> None:
+        own = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (own and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

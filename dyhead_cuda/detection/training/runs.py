@@ -11,23 +11,25 @@ import json
 import logging
 import math
 import os
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
+from dyhead_cuda.detection.files import explained, plain, write_atomically, write_json, writing
+from dyhead_cuda.detection.training.checkpoint_file import read_checkpoint, write_checkpoint
+from dyhead_cuda.detection.training.errors import RunError
+from dyhead_cuda.detection.training.run_lock import held
 
 LAST, BEST, CONFIG, LOG = "last.pt", "best.pt", "config.json", "log.jsonl"
 
 # These do not change what is trained, so a run may be resumed with other values.
 _FREE = ("training.device", "training.workers", "training.checkpoint_every")
 
+# What a user does after the cause of a failed write is mended.
+_THEN = "then run the same command again: the run goes on from its last checkpoint"
+
 _logger = logging.getLogger("dyhead_cuda.detection")
-
-
-class RunError(Exception):
-    """A run folder or checkpoint that cannot be used: what is wrong, and how to fix it."""
 
 
 class RunFolder:
@@ -46,8 +48,12 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"cannot write to the run folder {self.path}: {error.strerror}"
+                f"cannot write to the run folder {self.path}: {explained(error)}"
             ) from None
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps other processes out of the folder, see :func:`.run_lock.held`."""
+        return held(self.path)
 
     def begin(self, config: Mapping[str, Any], restart: bool = False) -> dict[str, Any] | None:
         """Starts a run, or continues the one in the folder after cutting its log at the checkpoint.
@@ -77,12 +83,12 @@ class RunFolder:
                 )
         elif (self.path / LAST).exists():
             raise RunError(f"{self.path} holds {LAST} but no {CONFIG}; restart, or another folder")
-        write_json(path, config)
+        write_json(path, config, _THEN)
         checkpoint = read_checkpoint(self.path / LAST) if (self.path / LAST).exists() else None
         step = checkpoint["step"] if checkpoint else 0
         kept = [record for record in self.records() if record["step"] <= step]
         text = "".join(_line(record) for record in kept)
-        write_atomically(self.path / LOG, lambda file: file.write(text.encode()))
+        write_atomically(self.path / LOG, lambda file: file.write(text.encode()), _THEN)
         _logger.info("%s: %s at step %d", self.path, "resumed" if checkpoint else "new run", step)
         return checkpoint
 
@@ -100,19 +106,33 @@ class RunFolder:
             ) from None
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends a line; nan and inf are written as null."""
-        with (self.path / LOG).open("ab") as file:
+        """Appends a line; nan and inf are written as null.
+
+        Raises:
+            WriteError: it could not be written; part of it may be there, and is left out.
+        """
+        path = self.path / LOG
+        with writing(path, _THEN), path.open("ab") as file:
             file.write(_line(record).encode())
 
     def save_last(self, checkpoint: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint to resume from, after writing the log to the disk."""
-        with (self.path / LOG).open("ab") as file:
+        """Replaces the checkpoint to resume from, after writing the log to the disk.
+
+        Raises:
+            WriteError: it could not be written; the checkpoint before is still there.
+        """
+        log = self.path / LOG
+        with writing(log, _THEN), log.open("ab") as file:
             os.fsync(file.fileno())
-        write_atomically(self.path / LAST, lambda file: torch.save(checkpoint, file))
+        write_checkpoint(self.path / LAST, checkpoint, _THEN)
 
     def save_best(self, checkpoint: Mapping[str, Any]) -> None:
-        """Replaces the best weights; ``checkpoint["ap"]`` is their AP."""
-        write_atomically(self.path / BEST, lambda file: torch.save(checkpoint, file))
+        """Replaces the best weights; ``checkpoint["ap"]`` is their AP.
+
+        Raises:
+            WriteError: it could not be written; the weights before are still there.
+        """
+        write_checkpoint(self.path / BEST, checkpoint, _THEN)
 
     def best_ap(self) -> float:
         """The AP of best.pt, -inf without one.
@@ -120,7 +140,12 @@ class RunFolder:
         It is kept nowhere else: with a second place a kill could come between the two.
         """
         path = self.path / BEST
-        return float(read_checkpoint(path)["ap"]) if path.exists() else -math.inf
+        if not path.exists():
+            return -math.inf
+        ap = read_checkpoint(path).get("ap")
+        if not isinstance(ap, float):
+            raise RunError(f"expected an AP in {path}, got {ap!r}; move the file away, or restart")
+        return ap
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -128,30 +153,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     found = []
     for key in sorted(before.keys() | now.keys()):
         name = f"{prefix}{key}"
-        old, new = _plain(before.get(key)), _plain(now.get(key))
+        old, new = plain(before.get(key)), plain(now.get(key))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{name}.")
         elif old != new and name not in _FREE:
             found.append(f"{name} is {old!r}, got {new!r}")
     return found
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU; nothing but tensors and plain values is unpickled.
-
-    Raises:
-        RunError: there is none, or it is damaged or of something else.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"expected a checkpoint, but {path} does not exist") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RunError(f"cannot read the checkpoint {path}: {reason}") from None
-    if not (isinstance(checkpoint, dict) and {"step", "config", "model"} <= checkpoint.keys()):
-        raise RunError(f"expected a checkpoint of python -m dyhead_cuda train, got {path}")
-    return checkpoint
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -162,55 +169,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise RunError(f"expected a JSON object in {path}, got {type(value).__name__}")
     return value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replaces a file of readable JSON."""
-    text = json.dumps(_plain(value), indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replaces a file atomically: it is on the disk at return, and never half written.
-
-    Raises:
-        OSError: it could not be written; what was there is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON returns it: lists for tuples, and null for nan and inf, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(record)) + "\n"
+    return json.dumps(plain(record)) + "\n"
 
 
 def _from_json(line: bytes) -> dict[str, Any]:

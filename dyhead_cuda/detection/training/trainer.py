@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from dyhead_cuda.detection.data import DataConfig, DetectionDataset, collate
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models.config import ModelConfig, build, build_empty
 from dyhead_cuda.detection.training import parallel, random_state, signals
+from dyhead_cuda.detection.training.checkpoint_file import one_line, read_checkpoint
 from dyhead_cuda.detection.training.config import TrainConfig
+from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.detection.training.parallel import Processes
 from dyhead_cuda.detection.training.recipe import (
     Stream,
@@ -33,7 +35,7 @@ from dyhead_cuda.detection.training.recipe import (
     learning_rate,
     make_optimizer,
 )
-from dyhead_cuda.detection.training.runs import BEST, LAST, RunError, RunFolder, read_checkpoint
+from dyhead_cuda.detection.training.runs import BEST, LAST, RunFolder
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,7 +94,11 @@ def train(
     Raises:
         TrainingError: a loss or gradient is not finite.
         Interrupted: a SIGINT or SIGTERM came.
-        RunError: the folder holds a run of another configuration, or damaged files.
+        RunError: another process trains in the folder, or it holds a run of another configuration,
+            or damaged files.
+        WriteError: a file could not be written, for example as the disk is full; what was written
+            before is whole, and the run goes on from its last checkpoint.
+        RankError: another of several processes has ended.
         ValueError: the data do not fit the model, or there is no such device.
 
     Example:
@@ -107,7 +113,7 @@ def train(
         >>> 0 <= metrics.summary["AP"] <= 1
         True
     """
-    with parallel.join(config.device) as processes:
+    with parallel.join(config.device) as processes, ExitStack() as stack:
         training_set, validation_set = sets or (data.open("train"), data.open("val"))
         for which, dataset in (("train", training_set), ("val", validation_set)):
             if len(dataset.classes) != model.num_classes:
@@ -123,6 +129,7 @@ def train(
             "processes": processes.count,
         }
         run = processes.on_first(lambda: RunFolder(folder))
+        processes.on_first(lambda: stack.enter_context(run.lock()))
         checkpoint = processes.on_first(lambda: run.begin(description, restart))
         torch.manual_seed(config.seed)
         # Weights from a checkpoint need no download.
@@ -168,11 +175,20 @@ def load_model(
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
     try:
-        model = build_empty(ModelConfig.from_dict(config["model"]))
+        settings = ModelConfig.from_dict(config["model"])
+        _check_classes(config["classes"], settings.num_classes)
+        model = build_empty(settings)
         model.load_state_dict(checkpoint["model"])
-    except (ImportError, KeyError, RuntimeError, ValueError) as error:
-        raise RunError(f"cannot make a model from the checkpoint {path}: {error}") from error
+    except Exception as error:  # whatever the settings of somebody's file lead to
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise RunError(f"cannot make a model from the checkpoint {path}: {what}") from error
     return model.to(device).eval(), config
+
+
+def _check_classes(classes: Any, count: int) -> None:
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or len(classes) != count:
+        raise ValueError(f"expected the names of {count} classes, got {str(classes)[:100]}")
 
 
 class Trainer:
@@ -408,9 +424,11 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
             random_state.restore(checkpoint["random"][self.processes.rank])
-        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever the contents of somebody's file lead to
+            what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
             raise RunError(
-                f"the checkpoint in {self.folder.path} does not fit this run: {error}"
+                f"the checkpoint in {self.folder.path} does not fit this run: {what}; move it "
+                "away, or restart (--restart), which deletes the run"
             ) from error
         self.step = checkpoint["step"]
 

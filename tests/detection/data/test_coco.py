@@ -1,18 +1,13 @@
-"""COCO-format folders: layouts, every kind of broken annotation, pictures of every kind."""
+"""COCO-format folders: layouts, items, pictures of every kind."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -24,49 +19,8 @@ from dyhead_cuda.detection.data import (
     open_dataset,
     write_coco,
 )
-from dyhead_cuda.detection.data.coco_checks import KINDS
 from dyhead_cuda.detection.evaluation import score
-
-SIZES = {1: (60, 40), 2: (50, 70), 3: (33, 35)}  # width, height by image id
-Content = dict[str, Any]
-
-
-def picture(number: int) -> NDArray[np.uint8]:
-    width, height = SIZES[number]
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3)).astype(np.uint8)
-
-
-def content() -> Content:
-    boxes = [
-        (10, 1, 30, [5, 6, 20, 10]),
-        (11, 1, 90, [0, 0, 60, 40]),
-        (12, 2, 30, [1.5, 2.5, 30.25, 40]),
-        (13, 3, 30, [3, 3, 10, 10]),
-    ]
-    return {
-        "images": [
-            {"id": number, "file_name": f"{number}.png", "width": width, "height": height}
-            for number, (width, height) in SIZES.items()
-        ],
-        "annotations": [
-            {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": 50}
-            for number, image, category, box in boxes
-        ],
-        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 30, "name": "kite"}],
-    }
-
-
-def save(folder: Path, what: Content, annotations: str, images: str) -> Path:
-    (folder / annotations).parent.mkdir(parents=True, exist_ok=True)
-    (folder / annotations).write_text(json.dumps(what))
-    (folder / images).mkdir(parents=True, exist_ok=True)
-    for number in SIZES:
-        Image.fromarray(picture(number)).save(folder / images / f"{number}.png")
-    return folder
-
-
-def save_usual(folder: Path, what: Content) -> Path:
-    return save(folder, what, "annotations/instances_train2017.json", "train2017")
+from tests.helpers.detection.coco_folders import content, cut, picture, save, save_usual
 
 
 @pytest.mark.parametrize(
@@ -111,143 +65,6 @@ def test_items_and_ground_truth(tmp_path: Path) -> None:
     assert [tuple(each.shape[1:]) for each in images] == [(40, 60), (70, 50), (35, 33)]
     assert [len(each["boxes"]) for each in targets] == [2, 1, 1]
     assert [each["id"] for each in dataset.coco["annotations"]] == [1, 2, 3, 4]
-
-
-Change = Callable[[Content, Path], Any]
-
-
-def change(**fields: Any) -> Change:
-    """A change of the annotation 10."""
-    return lambda what, _: what["annotations"][0].update(fields)
-
-
-def cut(path: Path, share: float) -> None:
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-
-
-# Kind, change, boxes and images that remain (of 4 and 3), a part of the message.
-BROKEN: dict[str, tuple[str, Change, int, int, str]] = {
-    "missing file": (
-        "missing image file",
-        lambda what, images: (images / "2.png").unlink(),
-        3,
-        2,
-        "2.png",
-    ),
-    "no image": (
-        "unreadable image",
-        lambda what, images: (images / "2.png").write_text("not an image"),
-        3,
-        2,
-        "cannot identify image file",
-    ),
-    "empty file": (
-        "unreadable image",
-        lambda what, images: (images / "2.png").write_bytes(b""),
-        3,
-        2,
-        "2.png",
-    ),
-    "partly outside": ("box outside its image", change(bbox=[50, 30, 20, 20]), 4, 3, "60 x 40"),
-    "outside": ("box outside its image", change(bbox=[70, 0, 5, 5]), 3, 3, "annotation 10 of"),
-    "nan": ("non-finite box", change(bbox=[math.nan, 0, 5, 5]), 3, 3, "annotation 10 of image 1"),
-    "infinite": ("non-finite box", change(bbox=[0, 0, math.inf, 5]), 3, 3, "inf"),
-    "flat": ("empty box", change(bbox=[5, 5, 5, 0]), 3, 3, "annotation 10 of image 1 (1.png)"),
-    "negative": ("empty box", change(bbox=[5, 5, -5, 5]), 3, 3, "-5"),
-    "three values": ("malformed box", change(bbox=[1, 2, 3]), 3, 3, "expected [x, y, width"),
-    "words": ("malformed box", change(bbox=["1", 2, 3, 4]), 3, 3, "got ['1', 2, 3, 4]"),
-    "no box": ("malformed box", lambda what, _: what["annotations"][0].pop("bbox"), 3, 3, "None"),
-    "category": ("unknown category", change(category_id=31), 3, 3, ": 31"),
-    "annotation twice": ("duplicate annotation id", change(id=11), 3, 3, "such as 11"),
-    "image twice": (
-        "duplicate image id",
-        lambda what, _: what["images"].append({**what["images"][0], "file_name": "x.png"}),
-        4,
-        3,
-        "1 (x.png)",
-    ),
-    "category twice": (
-        "duplicate category id",
-        lambda what, _: what["categories"].append({"id": 30, "name": "boat"}),
-        4,
-        3,
-        "such as 30",
-    ),
-    "category without id": (
-        "malformed category",
-        lambda what, _: what["categories"].append({"name": "boat"}),
-        4,
-        3,
-        "boat",
-    ),
-    "image without name": (
-        "malformed image entry",
-        lambda what, _: what["images"].append({"id": 9}),
-        4,
-        3,
-        "{'id': 9}",
-    ),
-    "unknown image": ("annotation of an unknown image", change(image_id=77), 3, 3, "image 77"),
-    "no annotations": (
-        "image without annotations",
-        lambda what, _: what["annotations"].pop(),
-        3,
-        3,
-        "3.png",
-    ),
-    "size": (
-        "image size differs from the json",
-        lambda what, _: what["images"][0].update(width=61),
-        4,
-        3,
-        "1.png is 60 x 40, json 61 x 40",
-    ),
-    "keypoints": (
-        "malformed keypoints",
-        lambda what, _: (
-            what["categories"][1].update(keypoints=["nose", "tail"]),
-            what["annotations"][0].update(keypoints=[1, 2, 2]),
-        ),
-        3,
-        3,
-        "expected 6 finite numbers, got [1, 2, 2]",
-    ),
-}
-
-
-def test_every_kind_of_problem_is_tested() -> None:
-    assert {kind for kind, *_ in BROKEN.values()} | {"damaged image"} == set(KINDS)
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_annotations(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
-    kind, breaks, boxes, images, message = BROKEN[case]
-    what = content()
-    save_usual(tmp_path, what)
-    breaks(what, tmp_path / "train2017")
-    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(what))
-
-    dataset = CocoFolder(tmp_path, "train")
-    assert set(dataset.problems) == {kind}
-    assert dataset.problems[kind].count == 1
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert record.name == "dyhead_cuda.detection"
-    assert f"{kind} ({KINDS[kind]}): 1" in record.getMessage()
-    assert message in record.getMessage()
-    assert len(dataset) == images
-    targets = [dataset[index][1] for index in range(images)]
-    assert sum(len(target["boxes"]) for target in targets) == boxes
-    assert len(dataset.coco["annotations"]) == boxes
-    for image, target in (dataset[index] for index in range(images)):
-        height, width = image.shape[1:]
-        assert (target["boxes"] <= torch.tensor([width, height, width, height])).all()
-        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
-
-    with pytest.raises(ValueError, match="without problems \\(strict\\), found") as error:
-        CocoFolder(tmp_path, "train", strict=True)
-    assert kind in str(error.value)
-    assert message in str(error.value)
 
 
 def test_one_warning_per_kind_with_the_first_cases(

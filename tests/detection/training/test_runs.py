@@ -91,43 +91,6 @@ def test_restart_deletes_the_run(folder: RunFolder) -> None:
     assert folder.best_ap() == -math.inf
 
 
-class Unknown:
-    """What a checkpoint must not bring to life."""
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-300])
-
-
-def _overwrite(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[: len(content) // 2] = bytes(len(content) // 2)
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "cut": _cut,
-    "overwritten": _overwrite,
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("no checkpoint"),
-    "missing": lambda path: path.unlink(),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a tensor": lambda path: torch.save(torch.ones(3), path),
-    "weights alone": lambda path: torch.save({"weight": torch.ones(3)}, path),
-    "an object": lambda path: torch.save({**CHECKPOINT, "config": Unknown()}, path),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_no_checkpoint_is_refused(damage: str, folder: RunFolder) -> None:
-    path = folder.path / runs.LAST
-    DAMAGES[damage](path)
-    with pytest.raises(RunError) as error:
-        runs.read_checkpoint(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_folders_that_cannot_be_used(folder: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot write to the run folder"):

@@ -10,6 +10,7 @@ from torch import nn
 
 from dyhead_cuda.detection import ModelConfig, build
 from dyhead_cuda.detection.names import TWO_STAGE
+from dyhead_cuda.detection.training.checkpoint_file import write_checkpoint
 
 SMALL = ModelConfig(
     "atss",
@@ -46,5 +47,5 @@ def save_run(detector: str, folder: Path, classes: tuple[str, ...] = ("ant", "be
     """The checkpoint of a training run whose weights :func:`make` gives."""
     config = {"model": config_of(detector).to_dict(), "classes": list(classes)}
     path = folder / f"{detector}.pt"
-    torch.save({"step": 0, "config": config, "model": make(detector).state_dict()}, path)
+    write_checkpoint(path, {"step": 0, "config": config, "model": make(detector).state_dict()})
     return path

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,8 +106,9 @@ def run(
     folder: Path, config: TrainConfig, listeners: Sequence[trainer.Listener] = (), **options: Any
 ) -> Metrics:
     """Trains a :class:`Detector` in ``folder``, or goes on with it."""
-    with join(config.device) as processes:
+    with join(config.device) as processes, ExitStack() as stack:
         trainer = make_trainer(folder, config, processes, **options)
+        processes.on_first(lambda: stack.enter_context(trainer.folder.lock()))
         description = {"training": config.to_dict()}
         checkpoint = processes.on_first(lambda: trainer.folder.begin(description))
         return trainer.run(description, checkpoint, listeners)
