@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -235,12 +236,19 @@ inline void __threadfence_block() {}
 
 namespace dyhead::simt {
 
-// atomicAdd, already counted.
+inline float flush_subnormal(float x) {
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
+
+// atomicAdd, already counted. Floats are added in global memory, where devices take subnormal
+// operands and results for zero (RED.FTZ).
 template <class T>
 T atomic_add(T* p, T value) {
   return atomic_update("atomicAdd", p, [&](T old) {
     if constexpr (std::is_same_v<T, int>) {
       return static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(value));  // wraps
+    } else if constexpr (std::is_same_v<T, float>) {
+      return flush_subnormal(flush_subnormal(old) + flush_subnormal(value));
     } else {
       return old + value;
     }

@@ -302,6 +302,24 @@ def test_moments_of_large_means(simt: Any, ratio: float) -> None:
     large_means.check_moments(Operator(simt).run(large_means.CALL, tensors), ratio)
 
 
+def test_subnormal_sums_are_flushed(simt: Any) -> None:
+    """As devices do it in global memory: what is left is 0 or a normal number."""
+    work = Convolution(channels=8, out_channels=8)
+    tensors = {name: t.detach() for name, t in work.tensors(torch.float32).items()}
+    operator = Operator(simt)
+    results = operator.run(work, tensors)
+    cotangent = random_like(results[0])[0]
+    normal, tiny = (
+        operator.backward(work.plan, tensors, results, [cotangent * scale])["source"].double()
+        for scale in (1.0, 2.0**-130)
+    )
+    smallest = torch.finfo(torch.float32).tiny
+    assert (tiny == 0).any()
+    assert (tiny.abs()[tiny != 0] >= smallest).all()
+    lost = (tiny - normal * 2.0**-130).abs()
+    assert (lost <= 40 * smallest).all()  # each of the parts may be lost
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_weights_are_read_as_they_are(simt: Any, dtype: torch.dtype) -> None:
     work = CONVOLUTIONS["vectors"]
