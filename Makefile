@@ -9,6 +9,10 @@ TRAIN_STEPS ?= 3000
 TRAIN_OUT ?= runs/demo
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_CALLS ?= 10000
+FUZZ_SEED ?=
+SANITIZE_CALLS ?= 3000
+SOAK_STEPS ?= 10000
 PYTEST_WORKERS ?= auto
 DYHEAD_REQUIRE ?= cpu
 export DYHEAD_REQUIRE
@@ -42,7 +46,7 @@ define make_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv second-venv build test demo demo-train lint format bench gpu-check clean
+.PHONY: help venv second-venv build test fuzz sanitize soak demo demo-train lint format bench gpu-check clean
 
 help: ## list the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -53,6 +57,8 @@ help: ## list the targets and variables
 	@echo "  DEMO_IMAGE=path       the photograph of make demo; DEMO_ARGS: more of its options"
 	@echo "  TRAIN_STEPS=$(TRAIN_STEPS), TRAIN_OUT=$(TRAIN_OUT)  of make demo-train; one that was stopped goes on"
 	@echo "  PYTEST_ARGS, BENCH_ARGS, GPU_CHECK_ARGS  options of pytest, the benchmarks and gpu-check"
+	@echo "  FUZZ_CALLS=$(FUZZ_CALLS), FUZZ_SEED  of make fuzz; without a seed one is drawn and printed"
+	@echo "  SANITIZE_CALLS=$(SANITIZE_CALLS), SOAK_STEPS=$(SOAK_STEPS)  of make sanitize and make soak"
 	@echo "  PYTEST_WORKERS=auto   processes that share the tests: a number, auto: one for each CPU, none: no sharing"
 	@echo "  SECOND_TORCH=$(SECOND_TORCH)   the other torch that the library is tested under; none: skip that"
 	@echo "  DYHEAD_REQUIRE=cpu    libraries whose build must succeed, e.g. cpu,cuda"
@@ -89,6 +95,15 @@ endif
 test: build $(SECOND) ## run all tests
 	$(RUN) -m pytest $(PYTEST_SHARE) $(PYTEST_ARGS)
 
+fuzz: build ## random calls of everything public, against the reference (docs/reliability)
+	$(RUN) -m tests.fuzz --calls $(FUZZ_CALLS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+
+sanitize: build ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer (docs/reliability)
+	$(RUN) -m tests.sanitizers --calls $(SANITIZE_CALLS)
+
+soak: build ## train for long, and see that memory stays flat (docs/reliability)
+	$(RUN) -m tests.soak --steps $(SOAK_STEPS)
+
 demo: build ## run the head on a photograph, compare with the reference, draw what it attends to
 	$(RUN) -m dyhead_cuda demo $(if $(DEMO_IMAGE),--image "$(DEMO_IMAGE)") $(DEMO_ARGS)
 
@@ -108,7 +123,7 @@ format: $(ENVIRONMENT) ## format all sources
 	$(RUN) -m ruff format .
 	$(call clang_format,-i)
 
-clang_format = find csrc examples tests/simt \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
+clang_format = find csrc examples tests/simt tests/sanitizers \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
   xargs -0 $(RUN) -c 'import clang_format; clang_format.clang_format()' $(1)
 
 bench: build ## measure speed and memory against what people run (docs/performance.md)

@@ -11,6 +11,8 @@ Environment:
 * ``DYHEAD_CUDA=off``: do not build the CUDA library.
 * ``DYHEAD_CUDA_ARCHS``: compute capabilities, separated by semicolons, e.g. ``80;90a``; by default
   those of ``cmake/cuda_archs.cmake`` that nvcc knows, and those of the GPUs of this machine.
+* ``DYHEAD_SANITIZE=address`` or ``thread``: build the CPU library alone for that sanitizer, into
+  ``build/sanitized/<name>`` (docs/reliability/README.md).
 * ``DYHEAD_WERROR=on``: warnings are errors. ``DYHEAD_LINEINFO=on``: the CUDA library knows its
   source lines, for profilers and compute-sanitizer.
 * ``CXX``, ``CUDACXX``: the C++ compiler and nvcc; ``CUDAHOSTCXX``: the compiler that nvcc uses, if
@@ -39,6 +41,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LIBRARIES = ("cpu", "cuda")
+SANITIZE = os.environ.get("DYHEAD_SANITIZE", "")
 LOG_TAIL_LINES = 40
 
 
@@ -113,6 +116,8 @@ def switch(variable: str, default: str) -> bool:
 
 
 def find_nvcc(torch: Torch) -> str:
+    if SANITIZE:
+        raise NotBuilt("DYHEAD_SANITIZE is for the CPU library")
     if not switch("DYHEAD_CUDA", "on"):
         raise NotBuilt("switched off by DYHEAD_CUDA=off")
     if torch.cuda is None:
@@ -184,6 +189,8 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
         f"-DDYHEAD_TORCH_DIR={torch.directory}",
         f"-DDYHEAD_WERROR={switch('DYHEAD_WERROR', 'off')}",
     ]
+    if SANITIZE:
+        arguments.append(f"-DDYHEAD_SANITIZE={SANITIZE}")
     if name == "cuda":
         arguments.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc(torch)}")
         host_compiler = os.environ.get("CUDAHOSTCXX", compiler)
@@ -199,7 +206,8 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
 def build_library(name: str, torch: Torch) -> tuple[Path, dict[str, Any]]:
     """Builds one library below build/; returns its file and what to record of it."""
     cmake = find_tool("cmake")
-    directory = ROOT / "build" / f"torch-{torch.version}" / name
+    part = f"{name}-{SANITIZE}" if SANITIZE else name
+    directory = ROOT / "build" / f"torch-{torch.version}" / part
     configured = directory / "configured.json"
     command = [cmake, "-S", str(ROOT), "-B", str(directory), *configure_arguments(name, torch)]
     stamp = json.dumps(command)
@@ -276,6 +284,8 @@ class BuildLibraries(build_ext):
         self.built = build_libraries(self.target())
 
     def target(self) -> Path:
+        if SANITIZE:  # never among what is used
+            return ROOT / "build" / "sanitized" / SANITIZE
         return (ROOT if self.inplace else Path(self.build_lib)) / "dyhead_cuda" / "lib"
 
     def get_outputs(self) -> list[str]:

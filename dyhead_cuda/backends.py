@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dyhead_cuda import library
+from dyhead_cuda import checks, library
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -52,8 +52,7 @@ def backend(name: Backend) -> Iterator[None]:
         ...     levels = head([torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4)])
     """
     global _last_requested
-    if name not in BACKENDS:
-        raise ValueError(f"expected backend to be one of {BACKENDS}, got {name!r}")
+    checks.one_of("backend", name, BACKENDS)
     previous = _requested.get()
     _requested.set(name)
     _last_requested = name

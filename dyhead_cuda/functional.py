@@ -79,6 +79,7 @@ def modulated_deform_conv2d(
         infinity are NaN. So is a sample outside whose mask is not finite.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes, devices or types that do not fit, with what was expected.
 
     Source: arXiv 1811.11168, equation 1.
@@ -131,6 +132,7 @@ def dynamic_relu(
         As ``x``: its shape, dtype and, where it is contiguous, its memory format.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes, devices or types that do not fit, an unknown activation.
 
     Source: arXiv 2003.10027 as used in arXiv 2106.08322, section 3.2.
@@ -171,7 +173,9 @@ def stack_pyramid(
         [N, L, C, H, W] in the dtype of the features.
 
     Raises:
-        ValueError: no level, an unknown mode, or levels that differ in batch or channels.
+        TypeError: no list or tuple of tensors.
+        ValueError: no level, an unknown mode, a size that is none, or levels that differ in batch,
+            channels, type or device.
 
     Source: arXiv 2106.08322, section 3.1.
 
@@ -180,8 +184,8 @@ def stack_pyramid(
         >>> stack_pyramid([torch.randn(1, 8, side, side) for side in (16, 8, 4)]).shape
         torch.Size([1, 3, 8, 8, 8])
     """
-    if len(features) > 0 and select(features[0]) == "onnx":
-        checks.stackable(features, mode)
+    checks.stackable(features, mode, size)
+    if select(features[0]) == "onnx":
         return onnx.stack_pyramid(features, mode, size)
     return reference.stack_pyramid(features, mode, size)
 
@@ -200,6 +204,7 @@ def scale_gates(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         [N, L], float64 for float64 features and float32 for all others.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes, devices or types that do not fit.
 
     Source: arXiv 2106.08322, equation 3.
@@ -224,6 +229,7 @@ def scale_attention(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         As ``features``.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes, devices or types that do not fit.
 
     Source: arXiv 2106.08322, equation 3.
@@ -268,6 +274,7 @@ def spatial_attention(
         features; contiguous where they are.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes, devices or types that do not fit, unknown targets.
 
     Source: arXiv 2106.08322, equation 4.
@@ -325,6 +332,7 @@ def task_attention(
         As ``features``.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes, devices or types that do not fit, an unknown activation.
 
     Source: arXiv 2106.08322, equation 5.
@@ -381,6 +389,7 @@ def pyramid_block(
         list of [N, C_out, H_l, W_l] in the dtype of the features, each with memory of its own.
 
     Raises:
+        TypeError: features that are no list or tuple of tensors, or no ``BlockParameters``.
         ValueError: a pyramid or parameters that do not fit, with what was expected.
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``; mmdet, ``necks/dyhead.py``.
@@ -433,6 +442,8 @@ def pyramid_blocks(
         list of [N, C_out, H_l, W_l] in the dtype of the features, each with memory of its own.
 
     Raises:
+        TypeError: features that are no list or tuple of tensors, blocks that are no list or
+            tuple of ``BlockParameters``, or a ``recompute`` that is no bool.
         ValueError: no block, a pyramid or parameters that do not fit, with what was expected.
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``.
@@ -444,6 +455,12 @@ def pyramid_blocks(
         >>> [tuple(x.shape) for x in pyramid_blocks(levels, blocks)]
         [(1, 16, 8, 8), (1, 16, 4, 4)]
     """
+    checks.levels(features)
+    if not isinstance(blocks, list | tuple) or isinstance(blocks, BlockParameters):
+        raise TypeError(
+            "expected blocks as a list or tuple of dyhead_cuda.BlockParameters, got "
+            f"{type(blocks).__name__}"
+        )
     if len(blocks) == 0:
         raise ValueError("expected the parameters of at least one block, got none")
     in_channels = None
@@ -458,6 +475,8 @@ def pyramid_blocks(
             )
         in_channels = out_channels
     checks.one_of("upsample", upsample, UPSAMPLES)
+    checks.epsilon(eps)
+    checks.switch(recompute=recompute)
     memory_format = output_format(features, memory_format)
     options: dict[str, Any] = {
         "high_offset": high_offset,
@@ -517,6 +536,7 @@ def unified_block(
         features; contiguous where they are.
 
     Raises:
+        TypeError: what should be a tensor is none, or no ``UnifiedParameters``.
         ValueError: shapes, devices or types that do not fit, unknown targets.
 
     Source: arXiv 2106.08322, equation 2.
@@ -527,6 +547,7 @@ def unified_block(
         >>> unified_block(torch.randn(1, 3, 8, 6, 7), block.parameters_tuple()).shape
         torch.Size([1, 3, 8, 6, 7])
     """
+    checks.unified_parameters(parameters, UnifiedParameters)
     p = parameters
     gates = scale_gates(features, p.scale_weight, p.scale_bias)
     out = _spatial(features, p.spatial_weight, p.offset_weight, p.offset_bias, targets, gates)

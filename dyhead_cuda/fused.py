@@ -28,7 +28,14 @@ from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.fuse_branches import fuse_branches
 from dyhead_cuda.ops.jobs import Job, Plan, ReadRule, Size, UpsampleMode, map_rows
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
-from dyhead_cuda.pyramid import TAPS, BlockParameters, HighOffset, Upsample, halved
+from dyhead_cuda.pyramid import (
+    TAPS,
+    BlockParameters,
+    BranchParameters,
+    HighOffset,
+    Upsample,
+    halved,
+)
 from dyhead_cuda.recompute import recomputed
 
 LOW, MID, HIGH = 0, 1, 2
@@ -186,6 +193,13 @@ def with_resized(rows: Tensor, plan: BlockPlan) -> Tensor:
     return torch.cat([rows, pack(extra)])
 
 
+def _biases(branches: Sequence[BranchParameters]) -> list[Tensor]:
+    """The operator takes a bias of every branch or none: zeros where only some have one."""
+    if all(b.bias is None for b in branches):
+        return []
+    return [b.norm_bias.new_zeros(len(b.norm_bias)) if b.bias is None else b.bias for b in branches]
+
+
 def block_rows(
     holder: list[Tensor], parameters: BlockParameters, plan: BlockPlan, num_groups: int, eps: float
 ) -> Tensor:
@@ -204,7 +218,7 @@ def block_rows(
         predictions,
         [b.weight for b in branches],
         plan.deform,
-        [b.bias for b in branches if b.bias is not None],
+        _biases(branches),
         moments=True,
     )
     del rows, predictions  # without gradients nobody needs them: the last pass then fits there

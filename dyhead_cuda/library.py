@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,12 @@ from dyhead_cuda.version import MINIMUM_TORCH
 
 logger = logging.getLogger("dyhead_cuda")
 
-DIRECTORY = Path(__file__).resolve().parent / "lib"
+_PACKAGE = Path(__file__).resolve().parent
+# Elsewhere for libraries that were built for a sanitizer (docs/reliability/README.md).
+DIRECTORY = Path(os.environ.get("DYHEAD_LIBRARY_DIR") or _PACKAGE / "lib")
 NAMES = ("cpu", "cuda")
 
-_ROOT = DIRECTORY.parent.parent  # of a checkout; of an installed package it has no csrc/
+_ROOT = _PACKAGE.parent  # of a checkout; of an installed package it has no csrc/
 
 _REBUILD = "run make build, or pip install --force-reinstall --no-deps ., in the source tree"
 

@@ -63,6 +63,10 @@ def hsigmoid(x: Tensor) -> Tensor:
     Returns:
         As ``x``, with values from 0 to 1.
 
+    Raises:
+        TypeError: no tensor.
+        ValueError: a tensor of no floating type.
+
     Source: microsoft/DynamicHead, ``dyhead/dyrelu.py``.
 
     Example:
@@ -70,6 +74,7 @@ def hsigmoid(x: Tensor) -> Tensor:
         >>> hsigmoid(torch.tensor([-4.0, 0.0, 3.0]))
         tensor([0.0000, 0.5000, 1.0000])
     """
+    checks.tensor("x", x)
     return F.relu6(x + 3) / 6
 
 
@@ -171,6 +176,21 @@ READ_RULES = {
 }
 
 
+def _check_readable(offset: Tensor, mask: Tensor, size: Sequence[int]) -> None:
+    checks.integers(h=size[0], w=size[1])
+    n, _, height, width = offset.shape
+    if mask.shape[0] != n or mask.shape[2:] != offset.shape[2:]:
+        raise ValueError(
+            f"expected offset and mask of one batch and size, got {list(offset.shape)} and "
+            f"{list(mask.shape)}"
+        )
+    if not (0 <= size[0] <= height and 0 <= size[1] <= width):
+        raise ValueError(
+            f"expected a size of at most {(height, width)}, that of the predictions, got "
+            f"{tuple(size)}"
+        )
+
+
 def high_offset_and_mask(
     offset: Tensor, mask: Tensor, size: tuple[int, int], high_offset: HighOffset
 ) -> tuple[Tensor, Tensor]:
@@ -187,7 +207,8 @@ def high_offset_and_mask(
         offset [N, 18, h, w] and mask [N, 9, h, w].
 
     Raises:
-        ValueError: another name.
+        TypeError: what should be a tensor is none.
+        ValueError: another name, or maps of another shape.
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``; mmdet, ``necks/dyhead.py``.
 
@@ -199,6 +220,14 @@ def high_offset_and_mask(
         True
     """
     checks.one_of("high_offset", high_offset, READ_RULES)
+    for name, value in (("offset", offset), ("mask", mask)):
+        checks.tensor(name, value)
+        if value.dim() != 4:
+            raise ValueError(f"expected {name} [N, K, H, W], got {list(value.shape)}")
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(f"expected size as two integers (h, w), got {size!r}")
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        _check_readable(offset, mask, size)
     offset_rule, mask_rule = READ_RULES[high_offset]
     return offset_rule(offset, size), mask_rule(mask, size)
 
@@ -212,10 +241,14 @@ def median_level(levels: int) -> int:
     Returns:
         The index, counted from the finest level.
 
+    Raises:
+        ValueError: no integer of at least 1.
+
     Example:
         >>> median_level(5)
         2
     """
+    checks.positive(levels=levels)
     return levels // 2
 
 

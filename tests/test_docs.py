@@ -13,7 +13,7 @@ import pytest
 from dyhead_cuda.__main__ import COMMANDS
 from tests.helpers.paths import ROOT
 
-GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*GUIDES, ROOT / "CHANGELOG.md"]  # which also names what was somewhere else before
 NOT_RUN = "# Not run by the tests:"
 

@@ -267,3 +267,18 @@ def test_unified_head_of_a_pyramid() -> None:
     assert_close(actual, expected)
     inputs = [*features, *head.parameters()]
     assert_gradients_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("high_offset", ["flat", "aligned"])
+def test_more_levels_than_one_call_of_the_coefficients_takes(high_offset: HighOffset) -> None:
+    sizes = halving_sizes(9, 7, 44)
+    if high_offset == "aligned":
+        sizes = [(1 + i % 4, 1 + i % 3) for i in range(44)]
+    check_block(Block(sizes=tuple(sizes), high_offset=high_offset))
+
+
+def test_a_bias_of_some_branches() -> None:
+    block = Block()
+    features, parameters = block.tensors()
+    some = parameters._replace(mid=parameters.mid._replace(bias=None))
+    assert_close(block.run("cpu", features, some), block.run("reference", features, some))

@@ -28,7 +28,7 @@ inline std::vector<DeformChunk> deform_chunks(const DeformCall& tables, int64_t 
   std::vector<DeformChunk> chunks;
   for (int32_t j = 0; j < static_cast<int32_t>(tables.jobs.size()); ++j) {
     const int64_t pixels = tables.jobs[j].out.pixels();
-    for (int64_t n = 0; n < images; ++n) {
+    for (int64_t n = 0; pixels > 0 && n < images; ++n) {
       for (int64_t first = 0; first < pixels; first += kChunkRows) {
         chunks.push_back({j, n, first, std::min<int64_t>(kChunkRows, pixels - first)});
       }
@@ -65,9 +65,12 @@ template <class F>
 struct UpsampledMeanWeights {
   std::vector<F> y, x;
 
-  explicit UpsampledMeanWeights(const DeformJob& job)
-      : y(axis(job.out.height, job.up_height, job.up_mode)),
-        x(axis(job.out.width, job.up_width, job.up_mode)) {}
+  // A map without pixels has none, however long its other side is.
+  explicit UpsampledMeanWeights(const DeformJob& job) {
+    if (job.out.pixels() == 0) return;
+    y = axis(job.out.height, job.up_height, job.up_mode);
+    x = axis(job.out.width, job.up_width, job.up_mode);
+  }
 
   F at(int64_t pixel) const {
     const int64_t width = static_cast<int64_t>(x.size());

@@ -60,9 +60,11 @@ class Backward {
         group_outputs_(s_.out_channels / s_.groups),
         input_slices_(make_slices(s_, kInputSlice)),
         weight_slices_(make_slices(s_, kWeightSlice)) {
+    if (s_.images == 0) return;  // sizes then have no bound
     for (int32_t j = 0; j < static_cast<int32_t>(tables_.jobs.size()); ++j) {
       const DeformJob& job = tables_.jobs[j];
       for (int32_t t = job.first_term; t < job.first_term + job.terms; ++t) {
+        if (job.out.pixels() == 0) break;
         uses_.push_back({j, t, use_rows_});
         use_rows_ += job.out.pixels();
       }
@@ -99,7 +101,10 @@ class Backward {
     if (p_.grad_gates != nullptr) {
       std::fill_n(static_cast<F*>(p_.grad_gates), s_.images * tables_.sources.size(), F(0));
     }
-    for (int64_t first = 0; first < s_.images; first += together) {
+    if (uses_.empty() && p_.grad_source != nullptr) {
+      std::fill_n(static_cast<T*>(p_.grad_source), tables_.source_rows * s_.channels, T{});
+    }
+    for (int64_t first = 0; !uses_.empty() && first < s_.images; first += together) {
       const int64_t images = std::min(together, s_.images - first);
       if (needs_derivatives()) derivatives_.resize(images * slices * use_rows_ * s_.taps() * 3);
       input_pass(first, images);

@@ -285,6 +285,7 @@ class Forward {
 namespace dyhead {
 
 void run_deform_conv_fwd(const DeformFwdParams& params, Context&) {
+  if (params.call->shape.images == 0) return;  // sizes then have no bound
   dispatch_dtype(params.call->shape.dtype,
                  [&](auto zero) { cpu::Forward<decltype(zero)>(params).run(); });
 }

@@ -76,9 +76,9 @@ class Backward {
       for (int32_t b = 0; b < level.branches; ++b) {
         const int32_t j = level.branch[b];
         const FuseBranch<F>& branch = branches_[j];
-        if (!branch.resized || p_.grad_y == nullptr) continue;
+        if (!branch.resized || p_.grad_y == nullptr || branch.map.pixels() == 0) continue;
         first_line_[j] = size;
-        size += static_cast<int64_t>(level.out.height) * branch.map.width * t_.channels;
+        size += static_cast<int64_t>(branch.y.size()) * branch.map.width * t_.channels;
         for (int32_t y = 0; y < branch.map.height; ++y) resized_rows_.push_back({j, y});
       }
     }
@@ -242,6 +242,7 @@ class Backward {
 namespace dyhead {
 
 void run_fuse_branches_bwd(const FuseBranchesBwdParams& params, Context&) {
+  if (params.tables->images == 0) return;  // sizes then have no bound
   dispatch_dtype(params.tables->dtype,
                  [&](auto zero) { cpu::Backward<decltype(zero)>(params).run(); });
 }

@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#if defined(DYHEAD_SANITIZE_THREAD)
+#include <thread>
+#include <vector>
+#endif
 
 namespace dyhead::cpu {
 
@@ -18,11 +22,19 @@ template <class MakeScratch, class F>
 void parallel_tasks(int64_t count, MakeScratch&& make_scratch, F&& f) {
   if (count == 0) return;
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  const auto work = [&] {
     auto scratch = make_scratch();
     for (int64_t i = next++; i < count; i = next++) f(i, scratch);
-  });
+  };
+#if defined(DYHEAD_SANITIZE_THREAD)
+  // ThreadSanitizer knows how these wait for each other; torch's OpenMP it does not.
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < std::min<int64_t>(count, 4); ++i) threads.emplace_back(work);
+  for (std::thread& thread : threads) thread.join();
+#else
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+#endif
 }
 
 template <class F>

@@ -29,7 +29,7 @@ BlockCoefficientsTables read_coefficient_tables(BlockCoefficientsShape& s,
                   job_levels.size(), " levels and ", job_branches.size(), " branches");
   STD_TORCH_CHECK(job_levels.size() <= kMaxCoefficientJobs, "expected at most ",
                   kMaxCoefficientJobs, " jobs, got ", job_levels.size(),
-                  "; run this pyramid under backend(\"reference\")");
+                  "; call this for some of the levels at a time");
   s.jobs = static_cast<int32_t>(job_levels.size());
   s.levels = 1 + narrow("a level", *std::max_element(job_levels.begin(), job_levels.end()), 0,
                         kMaxCoefficientJobs - 1);

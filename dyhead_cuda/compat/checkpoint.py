@@ -323,7 +323,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         was saved, its state dict stands in its place.
 
     Raises:
-        FileNotFoundError: no such file.
+        TypeError: no path.
+        OSError: a file that is not there (FileNotFoundError) or cannot be opened.
         ValueError: a file of another kind, a damaged one, one with a TorchScript program, or one
             that does not hold a mapping, with what to do.
 
@@ -337,7 +338,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         >>> checkpoint["meta"]["epoch"], len(compat.from_mmdet(checkpoint).blocks)
         (12, 2)
     """
-    shown = os.fspath(path)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected the path of a file, got {type(path).__name__}")
+    shown = str(os.fspath(path))
     if shown.endswith(".safetensors"):
         raise ValueError(
             f"expected a file of torch.save or of pickle, got {shown}; read it with "

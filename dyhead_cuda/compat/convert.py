@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyhead_cuda import checks
 from dyhead_cuda.compat.names import MMDET, CodeBase
 from dyhead_cuda.compat.towers import find_blocks, unnest
 from dyhead_cuda.modules import ATTENTIONS, DyHead, DyHeadBlock
@@ -31,8 +32,11 @@ def _tensor(key: str, value: Any) -> Tensor:
     """A contiguous copy of a parameter, which detectron2 stores as a numpy array."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value, order="C"))
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+    if not dense or not value.is_floating_point():
+        kind = type(value).__name__
+        if isinstance(value, Tensor):
+            kind = str(value.dtype if dense else "a tensor that is not dense")
         raise ValueError(f'expected a floating-point tensor or array for "{key}", got {kind}')
     return value.detach().clone(memory_format=torch.contiguous_format)
 
@@ -191,7 +195,10 @@ def convert_to(
     if not isinstance(head, DyHead):
         raise TypeError(f"expected a dyhead_cuda.DyHead, got {type(head).__name__}")
     _check_representable(head, code_base, any_groups)
+    checks.instance("prefix", prefix, str)
     indices = range(len(head.blocks)) if indices is None else indices
+    if not isinstance(indices, Sequence) or not all(isinstance(i, int) for i in indices):
+        raise TypeError(f"expected indices as a list or range of integers, got {indices!r}")
     if len(indices) != len(head.blocks) or len(set(indices)) != len(indices):
         raise ValueError(
             f"expected {len(head.blocks)} different indices, one per block, got {list(indices)}"

@@ -397,5 +397,5 @@ def check_supported(block: nn.Module, code_base: CodeBase) -> None:
         check(block, code_base)
         parameters = block_parameters(block, code_base)
         checks.block_parameters(parameters, norm_of(block, code_base).num_groups)
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UnsupportedError(f"its structure differs: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dyhead_cuda import checks
 from dyhead_cuda.compat.names import CODE_BASES, CodeBase
 
 # Under what training code keeps parameters, in the order of preference: those that were trained,
@@ -78,6 +79,8 @@ def unnest(checkpoint: Any, code_base: CodeBase) -> Mapping[str, Any]:
             "expected a state dict or a checkpoint that holds one, got "
             f"{type(checkpoint).__name__}; {advice}"
         )
+    if not all(isinstance(key, str) for key in checkpoint):  # an optimizer's, for one
+        checkpoint = {key: value for key, value in checkpoint.items() if isinstance(key, str)}
     if _blocks(checkpoint, code_base):
         return checkpoint
     nested = {key: _as_mapping(checkpoint.get(key)) for key in NESTS}
@@ -142,8 +145,11 @@ def find_blocks(
         prefix: of a tower or of a single block; None where there is one tower.
 
     Raises:
+        TypeError: a prefix that is no string.
         ValueError: no tower, several, or one with a block missing.
     """
+    if prefix is not None:
+        checks.instance("prefix", prefix, str)
     blocks = _blocks(state_dict, code_base)
     if not blocks:
         raise _nothing_found(checkpoint, state_dict, code_base)

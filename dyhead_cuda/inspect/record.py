@@ -113,6 +113,7 @@ def record(head: DyHead, features: Features) -> list[list[LevelRecord]]:
         Per block, per level: what :func:`describe` returns.
 
     Raises:
+        TypeError: no head, or features that are no list, tuple or dict of tensors.
         ValueError: features that do not fit; a block that is not what its parameters say, because
             of hooks or adapters on its inner modules.
 
@@ -123,14 +124,24 @@ def record(head: DyHead, features: Features) -> list[list[LevelRecord]]:
         >>> level.coefficients.shape
         torch.Size([4, 16])
     """
-    levels = [x[:1] for x in unpack(features)]
+    of_head = blocks_of(head)
+    levels = unpack(features)
+    checks.pyramid(levels, of_head[0].in_channels, of_head[0].high_offset)
+    _check_an_image(levels)
+    levels = [x[:1] for x in levels]
     blocks = []
     with torch.no_grad():
-        for block in blocks_of(head):
+        for block in of_head:
             run = run_block(block, levels)
             blocks.append(describe(block, run))
             levels = run.outputs
     return blocks
+
+
+def _check_an_image(levels: Sequence[Tensor]) -> None:
+    for x in levels:
+        if x.numel() == 0:
+            raise ValueError(f"expected levels of an image and of pixels, got {list(x.shape)}")
 
 
 def blocks_of(head: DyHead) -> list[DyHeadBlock]:
@@ -142,11 +153,15 @@ def blocks_of(head: DyHead) -> list[DyHeadBlock]:
     Returns:
         The blocks, first to last.
 
+    Raises:
+        TypeError: no head.
+
     Example:
         >>> import dyhead_cuda
         >>> len(blocks_of(dyhead_cuda.DyHead(16, 16, num_blocks=2)))
         2
     """
+    checks.instance("head", head, DyHead)
     return cast(list[DyHeadBlock], list(head.blocks))
 
 
@@ -161,8 +176,9 @@ def run_block(block: DyHeadBlock, features: Sequence[Tensor]) -> BlockRun:
         What is between its attentions.
 
     Raises:
-        ValueError: the block is not what its parameters say, because of hooks or adapters on its
-            inner modules.
+        TypeError: no block, or features that are no list or tuple of tensors.
+        ValueError: features that do not fit; the block is not what its parameters say, because of
+            hooks or adapters on its inner modules.
 
     Example:
         >>> import torch, dyhead_cuda
@@ -170,6 +186,8 @@ def run_block(block: DyHeadBlock, features: Sequence[Tensor]) -> BlockRun:
         >>> run.combined[0].shape, run.gates[0]["mid"].shape
         (torch.Size([2, 16, 6, 6]), torch.Size([2]))
     """
+    checks.instance("block", block, DyHeadBlock)
+    checks.pyramid(features, block.in_channels, block.high_offset)
     reason = block.unfused_reason()
     if reason is not None:
         raise ValueError(
@@ -211,6 +229,10 @@ def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelRecord]:
     Returns:
         A record of each level, finest first.
 
+    Raises:
+        TypeError: no block, or no run.
+        ValueError: a run of no image, or with a level of no pixels.
+
     Example:
         >>> import torch, dyhead_cuda
         >>> block = dyhead_cuda.DyHeadBlock(8, 16)
@@ -218,6 +240,9 @@ def describe(block: DyHeadBlock, run: BlockRun) -> list[LevelRecord]:
         >>> level.modulation.shape
         torch.Size([9, 6, 6])
     """
+    checks.instance("block", block, DyHeadBlock)
+    checks.instance("run", run, BlockRun, "run_block(block, features) returns one")
+    _check_an_image(run.inputs)
     compute = run.inputs[0].dtype
     parameters = block.parameters_tuple()
     weight, bias = parameters.offset_weight.to(compute), parameters.offset_bias.to(compute)
@@ -284,6 +309,7 @@ def samples(
         "nearest").
 
     Raises:
+        TypeError: no records of levels, or indices that are no integers.
         ValueError: no such level or pixel, an unknown name, "aligned" with "nearest".
 
     Example:
@@ -300,6 +326,11 @@ def samples(
             'expected upsample="bilinear" with high_offset="aligned": a sample between two pixels '
             "of a level that was resized by repeating them is at no one place of it"
         )
+    if not isinstance(levels, list | tuple):
+        raise TypeError(f"expected a list of LevelRecord, got {type(levels).__name__}")
+    for record_of_level in levels:
+        checks.instance("a level", record_of_level, LevelRecord, "record(head, features) has them")
+    checks.integers(level=level, row=row, column=column)
     if not 0 <= level < len(levels):
         raise ValueError(f"expected a level from 0 to {len(levels) - 1}, got {level}")
     here = levels[level]

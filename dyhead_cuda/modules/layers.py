@@ -52,7 +52,9 @@ class ModulatedDeformConv2d(nn.Module):
         bias: whether to add a learned bias.
 
     Raises:
-        ValueError: channels that the groups do not divide, sizes below 1.
+        TypeError: a bias that is no bool.
+        ValueError: channels that the groups do not divide, sizes that are no integers, below 1 or
+            too large.
 
     Source: arXiv 1811.11168, equation 1.
 
@@ -91,7 +93,11 @@ class ModulatedDeformConv2d(nn.Module):
                 f"expected in_channels divisible by {deform_groups} deformable groups, "
                 f"got {in_channels}"
             )
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        kernel = checks.pair("kernel_size", kernel_size, 1, checks.MAX_KERNEL)
+        checks.switch(bias=bias)
+        checks.pair("stride", stride, 1)
+        checks.pair("padding", padding, 0)
+        checks.pair("dilation", dilation, 1)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.groups, self.deform_groups = groups, deform_groups
@@ -118,6 +124,7 @@ class ModulatedDeformConv2d(nn.Module):
             [N, C_out, H_out, W_out] in the dtype and memory format of ``x``.
 
         Raises:
+            TypeError: what should be a tensor is none.
             ValueError: shapes, devices or types that do not fit.
         """
         return functional.modulated_deform_conv2d(
@@ -206,6 +213,7 @@ class DynamicReLU(NotScriptable, nn.Module):
             As ``x``.
 
         Raises:
+            TypeError: no tensor.
             ValueError: another number of channels, or of another device.
         """
         parts = (("fc1", self.fc1, LINEAR), ("fc2", self.fc2, LINEAR))
@@ -213,6 +221,7 @@ class DynamicReLU(NotScriptable, nn.Module):
         if reason is not None:
             if self.label is not None:
                 plain.say_once(self, self.label, reason)
+            checks.relu_input(x, self.channels)
             dtype = dtype_of(self, x)
             return unfused.dynamic_relu(x, self.fc1, self.fc2, self.activation, dtype)
         return functional.dynamic_relu(

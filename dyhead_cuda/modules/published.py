@@ -60,6 +60,10 @@ class DeformBranch(NotScriptable, nn.Module):
         num_groups: of the normalisation.
         eps: of the normalisation.
 
+    Raises:
+        TypeError: a bias that is no bool.
+        ValueError: sizes below 1, channels that the groups do not divide, an eps that is none.
+
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``, ``Conv3x3Norm``.
 
     Example:
@@ -80,6 +84,9 @@ class DeformBranch(NotScriptable, nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        checks.positive(in_channels=in_channels, out_channels=out_channels, num_groups=num_groups)
+        checks.epsilon(eps)
+        checks.switch(bias=bias)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.norm = nn.GroupNorm(num_groups, out_channels, eps)
@@ -108,6 +115,7 @@ class DeformBranch(NotScriptable, nn.Module):
             [N, C_out, H_out, W_out].
 
         Raises:
+            TypeError: what should be a tensor is none.
             ValueError: shapes, devices or types that do not fit.
         """
         y = functional.modulated_deform_conv2d(
@@ -150,6 +158,7 @@ class DyHeadBlock(NotScriptable, nn.Module):
         memory_format: of the results.
 
     Raises:
+        TypeError: a switch that is no bool.
         ValueError: sizes that do not fit, unknown names.
 
     Source: arXiv 2106.08322; microsoft/DynamicHead, ``dyhead/dyhead.py``, ``DyConv``.
@@ -186,6 +195,8 @@ class DyHeadBlock(NotScriptable, nn.Module):
         checks.names("attentions", attentions, ATTENTIONS)
         checks.one_of("init", init, get_args(Init))
         checks.memory_format(memory_format)
+        checks.epsilon(eps)
+        checks.switch(deform_bias=deform_bias, recompute=recompute)
         checks.positive(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -310,7 +321,7 @@ class DyHeadBlock(NotScriptable, nn.Module):
 
         Raises:
             ValueError: sizes, channels, dtypes or devices that do not fit.
-            TypeError: features that are no such container.
+            TypeError: features that are no such container of tensors.
         """
         reason, levels = self.unfused_reason(), unpack(features)
         if reason is None:
@@ -418,6 +429,7 @@ class DyHead(NotScriptable, nn.Module):
             torch.preserve_format is that of the features, as for convolutions.
 
     Raises:
+        TypeError: a switch that is no bool.
         ValueError: sizes that do not fit, unknown names.
 
     Source: arXiv 2106.08322; microsoft/DynamicHead; mmdet ``necks/dyhead.py``.
@@ -485,7 +497,7 @@ class DyHead(NotScriptable, nn.Module):
 
         Raises:
             ValueError: sizes, channels, dtypes or devices that do not fit.
-            TypeError: features that are no such container.
+            TypeError: features that are no such container of tensors.
         """
         together: list[DyHeadBlock] = []
         settings: tuple[Any, ...] | None = None

@@ -35,6 +35,7 @@ class UnifiedDyHeadBlock(NotScriptable, nn.Module):
         recompute: see :class:`~dyhead_cuda.DyHead`.
 
     Raises:
+        TypeError: a ``recompute`` that is no bool.
         ValueError: sizes below 1, unknown targets.
 
     Source: arXiv 2106.08322, equation 2.
@@ -57,6 +58,7 @@ class UnifiedDyHeadBlock(NotScriptable, nn.Module):
         super().__init__()
         checks.one_of("targets", targets, checks.TARGETS)
         checks.positive(levels=levels, channels=channels)
+        checks.switch(recompute=recompute)
         self.levels, self.channels, self.targets = levels, channels, targets
         self.recompute = recompute
         self.scale = nn.Linear(levels, levels)
@@ -113,6 +115,7 @@ class UnifiedDyHeadBlock(NotScriptable, nn.Module):
             As ``features``; [N, 1, C, H, W] for targets "median".
 
         Raises:
+            TypeError: no tensor.
             ValueError: shapes, devices or types that do not fit.
         """
         reason = self.unfused_reason()
@@ -125,7 +128,7 @@ class UnifiedDyHeadBlock(NotScriptable, nn.Module):
         return recomputed(run, *arguments) if self.recompute else run(*arguments)
 
     def _unfused(self, features: Tensor) -> Tensor:
-        checks.unified_features(features)
+        checks.unified_features(features, self.levels, self.channels)
         return unfused.unified_block(
             features.to(dtype_of(self, features)),
             self.scale,
@@ -150,6 +153,7 @@ class UnifiedDyHead(NotScriptable, nn.Module):
         recompute: see :class:`~dyhead_cuda.DyHead`.
 
     Raises:
+        TypeError: a ``recompute`` that is no bool.
         ValueError: sizes below 1, unknown names, "median" with more than one block.
 
     Source: arXiv 2106.08322, section 3.

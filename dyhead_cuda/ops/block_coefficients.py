@@ -7,6 +7,7 @@ branches are known, and so is the mean that the dynamic ReLU starts from: no pix
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from dyhead_cuda import library
 from dyhead_cuda.ops.common import dense, forbid_second_derivative, wanted_gradients
 from dyhead_cuda.ops.folding import Images, Summed, register_folding
 from dyhead_cuda.ops.transforms import call, register_autograd
+
+MAX_JOBS = 128  # of one call, kMaxCoefficientJobs in csrc/common/block_coefficients.h
 
 
 def block_coefficients(
@@ -46,8 +49,8 @@ def block_coefficients(
         gate_weight, gate_bias: [C] and [1], of the scale gate.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: [H, C], [H], [4 C, H] and [4 C], of the dynamic
             ReLU.
-        job_levels, job_branches: level and kind of branch of each of up to 128 jobs. Every level
-            has a job.
+        job_levels, job_branches: level and kind of branch of each job, in the order of the levels.
+            Every level has a job.
         num_groups, eps: of the group normalisation.
 
     Returns:
@@ -60,11 +63,8 @@ def block_coefficients(
     Source: the published block (microsoft/DynamicHead, ``dyhead/dyhead.py``), rearranged; see
     ``csrc/common/block_coefficients.h``.
     """
-    scale, shift, coefficients, _, _ = call(
-        "block_coefficients_fwd",
-        dense(mean),
-        dense(var),
-        dense(up_mean),
+    moments = dense(mean), dense(var), dense(up_mean)
+    parameters = (
         [dense(t) for t in norm_weights],
         [dense(t) for t in norm_biases],
         dense(gate_weight),
@@ -73,12 +73,41 @@ def block_coefficients(
         dense(fc1_bias),
         dense(fc2_weight),
         dense(fc2_bias),
-        list(job_levels),
-        list(job_branches),
-        num_groups,
-        eps,
     )
+
+    def run(
+        moments: Sequence[Tensor], levels: Sequence[int], branches: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tables = list(levels), list(branches), num_groups, eps
+        scale, shift, coefficients, _, _ = call(
+            "block_coefficients_fwd", *moments, *parameters, *tables
+        )
+        return scale, shift, coefficients
+
+    if len(job_levels) <= MAX_JOBS:
+        return run(moments, job_levels, job_branches)
+    parts = []
+    for jobs in calls_of(job_levels):
+        levels = [level - job_levels[jobs.start] for level in job_levels[jobs]]
+        parts.append(run([t[jobs] for t in moments], levels, job_branches[jobs]))
+    scale, shift, coefficients = (torch.cat(part) for part in zip(*parts, strict=True))
     return scale, shift, coefficients
+
+
+def calls_of(job_levels: Sequence[int]) -> list[slice]:
+    """The jobs of each call: whole levels, as many as one call takes.
+
+    Levels do not depend on each other here, and autograd adds up what they give the parameters.
+    """
+    calls: list[slice] = []
+    first = end = 0
+    for _, level in groupby(job_levels):
+        jobs = len(list(level))
+        if end > first and end + jobs - first > MAX_JOBS:
+            calls.append(slice(first, end))
+            first = end
+        end += jobs
+    return [*calls, slice(first, end)]
 
 
 def _fake_fwd(

@@ -18,6 +18,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def dense(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``t``, contiguous and of the type, if given: no node of a graph where it already is."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"expected a tensor, got {type(t).__name__}")
     if dtype is not None and t.dtype != dtype:
         t = t.to(dtype)
     return t if t.is_contiguous() else t.contiguous()

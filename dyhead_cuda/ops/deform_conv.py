@@ -53,13 +53,14 @@ def deform_conv(
         Rows [S, C_out] of the jobs' outputs, and per job, image and channel the mean, the biased
         variance and the mean after upsampling, each [J, N, C_out] (J = 0 without ``moments``).
     """
+    source = dense(source)
     dtype = compute_dtype(source.dtype)
     kinds = {w.dtype for w in (*weights, *bias)}
     # The CUDA kernels read half-precision weights as they are, beside half-precision rows.
     kept = source.is_cuda and kinds == {source.dtype}
     return call(
         "deform_conv_fwd",
-        dense(source),
+        source,
         dense(predictions, dtype),
         [dense(w, None if kept else dtype) for w in weights],
         # AOTInductor knows no empty lists of tensors.

@@ -36,10 +36,11 @@ def dynamic_relu(
     their gradients come back in the type they have.
     """
     checks.one_of("activation", activation, checks.ACTIVATIONS)
+    rows = dense(rows)
     dtype = compute_dtype(rows.dtype)
     out, _, _, _ = call(
         "dynamic_relu_fwd",
-        dense(rows),
+        rows,
         dense(fc1_weight, dtype),
         dense(fc1_bias, dtype),
         dense(fc2_weight, dtype),

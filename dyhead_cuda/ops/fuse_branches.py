@@ -52,10 +52,11 @@ def fuse_branches(
     Returns:
         Rows [R, C] of all levels, of y's type.
     """
+    y = dense(y)
     dtype = compute_dtype(y.dtype)
     return call(
         "fuse_branches_fwd",
-        dense(y),
+        y,
         dense(scale, dtype),
         dense(shift, dtype),
         dense(coefficients, dtype),

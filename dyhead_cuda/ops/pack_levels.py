@@ -26,7 +26,7 @@ def pack_levels(levels: Sequence[Tensor]) -> Tensor:
     Returns:
         A new matrix of the levels' type.
     """
-    return call("pack_levels", [x if _is_laid_out(x) else x.contiguous() for x in levels])
+    return call("pack_levels", [_laid_out(x) for x in levels])
 
 
 def unpack_levels(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tensor]:
@@ -43,8 +43,8 @@ def unpack_levels(rows: Tensor, sizes: Sequence[Size], images: int) -> list[Tens
     return list(call("unpack_levels", dense(rows), images, size_numbers(sizes)))
 
 
-def _is_laid_out(x: Tensor) -> bool:
-    return x.is_contiguous() or is_channels_last(x)
+def _laid_out(x: Tensor) -> Tensor:
+    return x if isinstance(x, Tensor) and is_channels_last(x) else dense(x)
 
 
 def _fake_pack(levels: Sequence[Tensor]) -> Tensor:

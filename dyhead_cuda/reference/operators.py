@@ -87,6 +87,7 @@ def modulated_deform_conv2d(
         torchvision's gradient is one-sided at exactly -1). Samples at NaN or infinity are NaN.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes that do not fit, with the expected shape.
 
     Source: arXiv 1811.11168, equation 1.
@@ -155,6 +156,7 @@ def dynamic_relu(
         As ``x``.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes that do not fit, an unknown activation.
 
     Source: arXiv 2003.10027; the paper, section 3.2, "task-aware attention".

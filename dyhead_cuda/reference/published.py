@@ -18,7 +18,6 @@ from dyhead_cuda.numerics import (
     to_compute,
 )
 from dyhead_cuda.pyramid import (
-    HIGH_OFFSETS,
     UPSAMPLES,
     BlockParameters,
     BranchParameters,
@@ -33,6 +32,21 @@ def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: f
         return x
     # As [N, C, H * W]: torch's kernel for channels_last maps loses digits on a map of one pixel.
     return torch.group_norm(x.flatten(2), num_groups, weight, bias, eps).view(x.shape)
+
+
+def _check_block(
+    features: Sequence[Tensor],
+    parameters: BlockParameters,
+    high_offset: HighOffset,
+    upsample: Upsample,
+    num_groups: int,
+    eps: float,
+) -> None:
+    checks.levels(features)
+    in_channels, _ = checks.block_parameters(parameters, num_groups, features)
+    checks.pyramid(features, in_channels, high_offset)
+    checks.one_of("upsample", upsample, UPSAMPLES)
+    checks.epsilon(eps)
 
 
 def branch_maps(
@@ -59,7 +73,9 @@ def branch_maps(
         [N, C_out, H_l, W_l].
 
     Raises:
-        ValueError: an unknown ``high_offset`` or ``upsample``.
+        TypeError: features that are no list or tuple of tensors, or no ``BlockParameters``.
+        ValueError: a pyramid or parameters that do not fit, an unknown ``high_offset`` or
+            ``upsample``.
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``.
 
@@ -70,8 +86,7 @@ def branch_maps(
         >>> [list(branches) for branches in branch_maps(levels, parameters)]
         [['mid', 'high'], ['mid', 'low']]
     """
-    checks.one_of("high_offset", high_offset, HIGH_OFFSETS)
-    checks.one_of("upsample", upsample, UPSAMPLES)
+    _check_block(features, parameters, high_offset, upsample, num_groups, eps)
     maps = []
     for level, x in enumerate(features):
         size = x.shape[-2:]
@@ -112,6 +127,10 @@ def branch_gate(branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [N], from 0.5 to 1.
 
+    Raises:
+        TypeError: what should be a tensor is none.
+        ValueError: a branch of another shape, or of no floating type.
+
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``, ``AttnConv``.
 
     Example:
@@ -119,6 +138,18 @@ def branch_gate(branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         >>> branch_gate(torch.ones(2, 8, 4, 4), torch.full((8,), 0.25), torch.tensor([1.0]))
         tensor([1., 1.])
     """
+    checks.tensor("branch", branch)
+    checks.same_kind(branch, weight=weight, bias=bias)
+    if weight.dtype != branch.dtype or bias.dtype != branch.dtype:
+        raise ValueError(
+            f"expected weight and bias of the branch's {branch.dtype}, got {weight.dtype} and "
+            f"{bias.dtype}"
+        )
+    if branch.dim() < 2 or weight.shape != branch.shape[1:2] or bias.shape != (1,):
+        raise ValueError(
+            "expected branch [N, C, ...], weight [C] and bias [1], got "
+            f"{list(branch.shape)}, {list(weight.shape)} and {list(bias.shape)}"
+        )
     return hsigmoid(F.relu(branch.flatten(2).mean(2) @ weight + bias))
 
 
@@ -145,6 +176,7 @@ def combine_branches(
         list of [N, C_out, H_l, W_l], float64 for float64 features and float32 for all others.
 
     Raises:
+        TypeError: features that are no list or tuple of tensors, or no ``BlockParameters``.
         ValueError: a pyramid or parameters that do not fit, with what was expected.
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``.
@@ -156,9 +188,7 @@ def combine_branches(
         >>> [tuple(x.shape) for x in combine_branches(levels, parameters)]
         [(1, 16, 8, 8), (1, 16, 4, 4)]
     """
-    in_channels, _ = checks.block_parameters(parameters, num_groups, features)
-    checks.pyramid(features, in_channels, high_offset)
-    checks.one_of("upsample", upsample, UPSAMPLES)
+    _check_block(features, parameters, high_offset, upsample, num_groups, eps)
     features = [to_compute(x) for x in features]
     p = parameters.to(features[0].dtype)
     outputs = []
@@ -210,6 +240,7 @@ def pyramid_block(
         list of [N, C_out, H_l, W_l] in the dtype of the features.
 
     Raises:
+        TypeError: features that are no list or tuple of tensors, or no ``BlockParameters``.
         ValueError: a pyramid or parameters that do not fit, with what was expected.
 
     Source: microsoft/DynamicHead, ``dyhead/dyhead.py``; mmdet, ``necks/dyhead.py``.

@@ -37,7 +37,9 @@ def stack_pyramid(
         [N, L, C, H, W] in the dtype of the features.
 
     Raises:
-        ValueError: no level, an unknown mode, or levels that differ in batch or channels.
+        TypeError: no list or tuple of tensors.
+        ValueError: no level, an unknown mode, a size that is none, or levels that differ in batch,
+            channels, type or device.
 
     Source: the paper, section 3.1.
 
@@ -46,7 +48,7 @@ def stack_pyramid(
         >>> stack_pyramid([torch.randn(1, 8, side, side) for side in (16, 8, 4)]).shape
         torch.Size([1, 3, 8, 8, 8])
     """
-    checks.stackable(features, mode)
+    checks.stackable(features, mode, size)
     if size is None:
         size = features[median_level(len(features))].shape[-2:]
     height, width = size
@@ -78,6 +80,7 @@ def scale_gates(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         [N, L], float64 for float64 features and float32 for all others.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes that do not fit.
 
     Source: the paper, equation 3.
@@ -105,6 +108,7 @@ def scale_attention(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         As ``features``.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes that do not fit.
 
     Source: the paper, equation 3.
@@ -148,6 +152,7 @@ def spatial_attention(
         [N, 1, C_out, H, W] for "median", [N, L, C_out, H, W] for "all".
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes that do not fit, unknown targets.
 
     Source: the paper, equation 4.
@@ -205,6 +210,7 @@ def task_attention(
         As ``features``.
 
     Raises:
+        TypeError: what should be a tensor is none.
         ValueError: shapes that do not fit, an unknown activation.
 
     Source: the paper, equation 5.
@@ -237,6 +243,7 @@ def unified_block(
         [N, L, C_out, H, W], or [N, 1, C_out, H, W] for targets "median".
 
     Raises:
+        TypeError: what should be a tensor is none, or no :class:`UnifiedParameters`.
         ValueError: shapes that do not fit, unknown targets.
 
     Source: the paper, equation 2.
@@ -247,6 +254,7 @@ def unified_block(
         >>> unified_block(torch.randn(1, 3, 8, 6, 7), block.parameters_tuple()).shape
         torch.Size([1, 3, 8, 6, 7])
     """
+    checks.unified_parameters(parameters, UnifiedParameters)
     p = parameters
     gates = scale_gates(features, p.scale_weight, p.scale_bias)
     features = spatial_attention(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import group_norm, interpolate, linear
 
 from dyhead_cuda import backend, functional, library
+from dyhead_cuda.ops.block_coefficients import MAX_JOBS, calls_of
 from dyhead_cuda.pyramid import BlockParameters
 from dyhead_cuda.reference import hsigmoid
 from tests.helpers.coefficients import (
@@ -415,3 +418,20 @@ def test_moments_of_another_type_raise(direction: str) -> None:
     changed[biases] = changed[biases][:2]
     with pytest.raises(RuntimeError, match="as many norm_biases"):
         operator(*changed)
+
+
+def test_calls_have_whole_levels_and_all_jobs() -> None:
+    levels = block_case(100).job_levels
+    calls = calls_of(levels)
+    assert [j for jobs in calls for j in range(len(levels))[jobs]] == list(range(len(levels)))
+    assert all(len(levels[jobs]) <= MAX_JOBS for jobs in calls)
+    assert all(levels[a.stop - 1] != levels[b.start] for a, b in pairwise(calls))
+    assert len(calls) == 3
+
+
+def test_a_call_takes_as_many_jobs_as_is_said() -> None:
+    for jobs, fits in ((MAX_JOBS, True), (MAX_JOBS + 1, False)):
+        case = Case((0,) * jobs, (0,) * jobs, images=1)
+        arguments = operator_arguments(case, [t.detach() for t in case.tensors()])
+        with nullcontext() if fits else pytest.raises(RuntimeError, match="some of the levels"):
+            torch.ops.dyhead.block_coefficients_fwd(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -220,3 +221,27 @@ def test_any_table_raises_or_gives_finite_results() -> None:
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     assert run.stdout.count("\n") > 100
+
+
+@pytest.mark.parametrize(("images", "height", "width"), [(0, HUGE, 1), (1, HUGE, 0), (HUGE, 0, 1)])
+def test_huge_sizes_of_no_pixels_take_no_time(images: int, height: int, width: int) -> None:
+    size = [min(height, HUGE - 9), width]  # so that the taps' positions fit 32 bits
+    source, predictions, weights = torch.ones(0, 4), torch.ones(0, 27), [torch.ones(8, 4, 3, 3)]
+    moments = images < HUGE
+    tables = (
+        images, size, size, size, [1, 1], [1, 1, 3, 3, 1, 1, 1, 1], [0, 0],
+        [0, 0, 0, 1, 1, 0, 1, 0], True, False,
+    )  # fmt: skip
+    start = time.process_time()
+    out, mean, *_ = torch.ops.dyhead.deform_conv_fwd(
+        source, predictions, weights, None, None, *tables, moments, False
+    )
+    grads = [torch.ones_like(mean) if moments else None] * 3
+    _, _, grad_weights, grad_bias, _ = torch.ops.dyhead.deform_conv_bwd(
+        out, *grads, source, predictions, weights, None, out, mean, *tables, [1] * 4 + [0], False,
+        False,
+    )  # fmt: skip
+    assert time.process_time() - start < 1, "a loop over 2^31 rows takes several seconds"
+    assert out.shape == (0, 8)
+    assert grad_weights.eq(0).all()
+    assert grad_bias.eq(0).all()

@@ -230,9 +230,9 @@ def test_the_four_readings_differ() -> None:
 
 
 def test_high_offset_and_mask_by_hand() -> None:
-    offset = torch.arange(18 * 4 * 5).view(1, 18, 4, 5).repeat(2, 1, 1, 1)
+    offset = torch.arange(18 * 4 * 5).double().view(1, 18, 4, 5).repeat(2, 1, 1, 1)
     offset[1] += 1000
-    mask = torch.arange(9 * 4 * 5).view(1, 9, 4, 5).repeat(2, 1, 1, 1) + 5000
+    mask = torch.arange(9 * 4 * 5).double().view(1, 9, 4, 5).repeat(2, 1, 1, 1) + 5000
     flat, flat_mask = reference.high_offset_and_mask(offset, mask, (2, 3), "flat")
     assert flat.flatten(1).tolist() == [list(range(108)), list(range(1000, 1108))]
     assert flat_mask[0].flatten().tolist() == list(range(5000, 5054))

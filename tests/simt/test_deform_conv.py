@@ -308,7 +308,7 @@ def test_subnormal_sums_are_flushed(simt: Any) -> None:
     tensors = {name: t.detach() for name, t in work.tensors(torch.float32).items()}
     operator = Operator(simt)
     results = operator.run(work, tensors)
-    cotangent = random_like(results[0])[0]
+    cotangent = random_like(results[0])[0].float()
     normal, tiny = (
         operator.backward(work.plan, tensors, results, [cotangent * scale])["source"].double()
         for scale in (1.0, 2.0**-130)
