@@ -367,7 +367,7 @@ class InputTile {
 };
 
 template <class Op, int kRows, bool kVectors>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     deform_bwd_input_kernel(const __grid_constant__ DeformBwdInputParams p) {
   InputTile<Op, kRows, kVectors>(p).run();
 }
