@@ -47,7 +47,7 @@ struct DeformBwdParams {
   const void* grad_var;       // [J, N, C_out]
   const void* grad_up_mean;   // [J, N, C_out]
   bool deterministic;         // the same bits in every run, even if that is slower
-  // Null where not wanted; on CUDA the first two never are.
+  // Null where not wanted.
   void* grad_source;       // [R, C]
   void* grad_predictions;  // [Q, 3 D K]
   void* grad_weights;      // [W, C_out, C / groups, kh, kw], of the compute type

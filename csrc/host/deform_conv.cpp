@@ -282,11 +282,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_bwd(
   STD_TORCH_CHECK(gates.has_value() || !wanted[4],
                   "expected gates, as their gradient is wanted, got none");
   DeformBwdParams params{};
-  // The input kernel on CUDA writes both of its results, whichever of them is wanted.
-  const Tensor grad_source = wanted.allocate(0, kIsCuda, source, {deform.source_rows, s.channels},
+  const Tensor grad_source = wanted.allocate(0, false, source, {deform.source_rows, s.channels},
                                              source.scalar_type(), params.grad_source);
   const Tensor grad_predictions =
-      wanted.allocate(1, kIsCuda, source, {deform.prediction_rows, s.prediction_columns()}, compute,
+      wanted.allocate(1, false, source, {deform.prediction_rows, s.prediction_columns()}, compute,
                       params.grad_predictions);
   const Tensor grad_weights = wanted.allocate(
       2, false, source,

@@ -96,7 +96,7 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
                   const py::array& source, const py::array& predictions, const Matrices& matrices,
                   const py::object& gates, const py::array& out, const py::array& mean,
                   bool out_in_compute_dtype, bool with_bias, bool allow_tf32, bool deterministic,
-                  const DeviceLimits& device) {
+                  bool with_source, bool with_predictions, const DeviceLimits& device) {
   using F = compute_t<T>;
   const DeformShape& s = call.shape;
   Matrices memory({}, {}, s.dtype);
@@ -127,8 +127,8 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
     params.grad_up_mean = memory.add("grad_up_mean", moments.at(2));
   }
   params.deterministic = deterministic;
-  params.grad_source = grad_source.data();
-  params.grad_predictions = grad_predictions.data();
+  params.grad_source = with_source ? grad_source.data() : nullptr;
+  params.grad_predictions = with_predictions ? grad_predictions.data() : nullptr;
   params.grad_bias = with_bias ? grad_bias.data() : nullptr;
   params.grad_gates = gates.is_none() ? nullptr : grad_gates.data();
   Workspaces workspaces;
@@ -136,8 +136,8 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
                run_deform_bwd_input(params, rows.data(), allow_tf32, device, workspaces, nullptr));
   py::dict result;
   result["rows"] = rows.to_numpy();
-  result["source"] = grad_source.to_numpy();
-  result["predictions"] = grad_predictions.to_numpy();
+  if (with_source) result["source"] = grad_source.to_numpy();
+  if (with_predictions) result["predictions"] = grad_predictions.to_numpy();
   if (with_bias) result["bias"] = grad_bias.to_numpy();
   if (!gates.is_none()) result["gates"] = grad_gates.to_numpy();
   return result;
@@ -205,7 +205,7 @@ void bind(py::module_& module) {
          const std::vector<py::array>& weights, const std::string& weights_dtype,
          const py::object& gates, const py::array& out, const py::array& mean, const Tables& tables,
          bool mask_logits, bool out_in_compute_dtype, bool with_bias, bool allow_tf32,
-         bool deterministic, const DeviceLimits& device) {
+         bool deterministic, bool with_source, bool with_predictions, const DeviceLimits& device) {
         const DType dtype = named_dtype(dtype_name);
         const DeformCall call =
             read_call(tables, mask_logits, dtype, source.shape(1), weights.at(0).shape(0),
@@ -214,14 +214,16 @@ void bind(py::module_& module) {
         return dispatch_dtype(dtype, [&](auto zero) {
           return backward<decltype(zero)>(call, grad_out, grads, source, predictions, matrices,
                                           gates, out, mean, out_in_compute_dtype, with_bias,
-                                          allow_tf32, deterministic, device);
+                                          allow_tf32, deterministic, with_source, with_predictions,
+                                          device);
         });
       },
       py::arg("dtype"), py::arg("grad_out"), py::arg("grads"), py::arg("source"),
       py::arg("predictions"), py::arg("weights"), py::arg("weights_dtype"), py::arg("gates"),
       py::arg("out"), py::arg("mean"), py::arg("tables"), py::arg("mask_logits"),
       py::arg("out_in_compute_dtype"), py::kw_only(), py::arg("with_bias"),
-      py::arg("allow_tf32") = false, py::arg("deterministic") = false, py::arg("device"));
+      py::arg("allow_tf32") = false, py::arg("deterministic") = false,
+      py::arg("with_source") = true, py::arg("with_predictions") = true, py::arg("device"));
 }
 
 const Bindings bindings(bind);

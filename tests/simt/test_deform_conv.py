@@ -90,6 +90,8 @@ class Operator:
         *,
         out_in_compute_dtype: bool = False,
         deterministic: bool = False,
+        with_source: bool = True,
+        with_predictions: bool = True,
     ) -> dict[str, Tensor]:
         """Of all but the weights, from what the forward returned and the gradients of that."""
         source, weights = tensors["source"], tensors["weights"]
@@ -112,6 +114,8 @@ class Operator:
             with_bias="bias" in tensors,
             allow_tf32=self.allow_tf32,
             deterministic=deterministic,
+            with_source=with_source,
+            with_predictions=with_predictions,
             device=self.device(),
         )
         del gradients["rows"]  # what the gradient of the weights starts from
@@ -300,6 +304,44 @@ def test_one_value_is_its_own_mean(simt: Any, dtype: torch.dtype) -> None:
 def test_moments_of_large_means(simt: Any, ratio: float) -> None:
     tensors = large_means.tensors_of(ratio)
     large_means.check_moments(Operator(simt).run(large_means.CALL, tensors), ratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["sums", "deterministic"])
+@pytest.mark.parametrize("name", ["all", "plain masks"])
+def test_gradients_nobody_needs(
+    simt: Any, name: str, deterministic: bool, dtype: torch.dtype
+) -> None:
+    """Without some of them the others have the same bits; sums by atomics are close."""
+    work = WORKS[name]
+    tensors = {key: t.detach() for key, t in work.tensors(dtype).items()}
+    operator = Operator(simt)
+    results = operator.run(work, tensors)
+    cotangents = [random_like(t)[0].to(t.dtype) for t in results]
+
+    def gradients(source: bool, predictions: bool) -> dict[str, Tensor]:
+        return operator.backward(
+            work.plan,
+            tensors,
+            results,
+            cotangents,
+            deterministic=deterministic,
+            with_source=source,
+            with_predictions=predictions,
+        )
+
+    every = gradients(True, True)
+    for source, predictions in ((True, False), (False, True), (False, False)):
+        found = gradients(source, predictions)
+        assert found.keys() == every.keys() - {
+            *(() if source else ("source",)),
+            *(() if predictions else ("predictions",)),
+        }
+        for key, gradient in found.items():
+            if key == "source" and not deterministic:
+                assert_close([gradient], [every[key]], dtype)
+            else:
+                assert torch.equal(gradient, every[key]), key
 
 
 def test_subnormal_sums_are_flushed(simt: Any) -> None:

@@ -72,23 +72,23 @@ struct DeformBwdInputParams {
   const void* packed;
   const void* rows;
   Scatter scatter;
-  void* sums;                   // [R, C]: floating-point or fixed-point (deform_conv_scatter.cuh)
-  unsigned* largest;            // see largest_words
-  int32_t sum_bits;             // log2 of the max number of values in one sum, rounded up
-  void* derivatives;            // [uses, 3 D K], with the columns of the predictions, or null
-  void* gate_partial;           // [tiles, max_terms] or null
-  int32_t max_terms;            // of a job
+  void* sums;          // [R, C]: floating-point or fixed-point (deform_conv_scatter.cuh), or null
+  unsigned* largest;   // see largest_words
+  int32_t sum_bits;    // log2 of the max number of values in one sum, rounded up
+  void* derivatives;   // [uses, 3 D K], with the columns of the predictions, or null
+  void* gate_partial;  // [tiles, max_terms] or null
+  int32_t max_terms;   // of a job
   int64_t use_first[kMaxJobs];  // first row of each job's first term in `derivatives`
 };
 
 struct DeformBwdGatherParams {
   DeformLaunch launch;
-  const void* derivatives;
+  const void* derivatives;  // or null
   int64_t use_first[kMaxJobs];
   const void* bias_partial;  // or null
   const void* gate_partial;  // or null
   int32_t max_terms;
-  void* grad_predictions;  // the kernel adds to these three
+  void* grad_predictions;  // the kernel adds to these three, or null
   void* grad_bias;
   void* grad_gates;
 };

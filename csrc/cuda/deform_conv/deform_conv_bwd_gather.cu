@@ -162,7 +162,7 @@ cudaError_t gather(const DeformBwdGatherParams& p, int32_t matrices, cudaStream_
   cudaError_t error = cudaSuccess;
   bool predicted = false;
   for (int j = 0; j < p.launch.job_count; ++j) predicted = predicted || !p.launch.jobs[j].plain();
-  if (predicted) {
+  if (predicted && p.grad_predictions != nullptr) {
     error =
         launch(gather_predictions_kernel<F>,
                {.grid = dim3(kBlocks, jobs), .block = dim3(kGatherThreads), .stream = stream}, p);

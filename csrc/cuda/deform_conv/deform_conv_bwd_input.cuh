@@ -66,7 +66,7 @@ class InputTile {
     TilePlace place;
     Stretch stretch;
     int32_t pixels[kRows];  // index in the map, or -1
-    int32_t samples;        // in the list
+    typename Samples::Counts samples;
   };
 
   DYHEAD_DEVICE static Place& shared_place() {

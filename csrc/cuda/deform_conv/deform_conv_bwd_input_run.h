@@ -70,15 +70,20 @@ inline int32_t sum_bits(const DeformCall& call, int64_t times) {
 // the memory of their tiles.
 struct DeformBwdWorkspaces {
   void* packed;  // the weights
-  void* sums;    // of grad_source: grad_source itself where that has the compute type
+  void* sums;    // of grad_source: grad_source itself where that has the compute type; or null
   int64_t sum_words;
-  unsigned* largest;
+  unsigned* largest;  // null without grad_source
   int64_t largest_words;
-  void* derivatives;
+  void* derivatives;   // null without grad_predictions
   void* bias_partial;  // null without grad_bias
   void* gate_partial;  // null without grad_gates
   int32_t max_terms;   // of a job
 };
+
+// Whether somebody wants what the input kernel computes.
+inline bool wants_samples(const DeformBwdParams& p) {
+  return p.grad_source != nullptr || p.grad_predictions != nullptr || p.grad_gates != nullptr;
+}
 
 inline bool sums_in_place(const DeformBwdParams& p) {
   const DType dtype = p.call->shape.dtype;
@@ -99,14 +104,19 @@ DeformBwdWorkspaces allocate_bwd_workspaces(const DeformBwdParams& p, const Defo
   }
   DeformBwdWorkspaces w{};
   for (const DeformJob& job : call.jobs) w.max_terms = std::max(w.max_terms, job.terms);
-  // Integer sums of float64 values are two words of 8 bytes each.
-  const int64_t fixed_bytes = s.dtype == DType::kFloat64 ? 16 : 8;
-  w.sum_words = call.source_rows * s.channels * (p.deterministic ? fixed_bytes : value_bytes) / 4;
   w.packed = allocate(panels.bytes(s, call.weights));
-  w.sums = sums_in_place(p) ? p.grad_source : allocate(w.sum_words * 4);
-  w.largest_words = largest_words(p.deterministic, call.source_rows * s.channels);
-  w.largest = static_cast<unsigned*>(allocate(w.largest_words * 4));
-  w.derivatives = allocate(max_uses * s.prediction_columns() * value_bytes);
+  if (p.grad_source != nullptr) {
+    // Integer sums of float64 values are two words of 8 bytes each.
+    const int64_t fixed_bytes = s.dtype == DType::kFloat64 ? 16 : 8;
+    const int64_t sum_bytes = p.deterministic ? fixed_bytes : value_bytes;
+    w.sum_words = call.source_rows * s.channels * sum_bytes / 4;
+    w.sums = sums_in_place(p) ? p.grad_source : allocate(w.sum_words * 4);
+    w.largest_words = largest_words(p.deterministic, call.source_rows * s.channels);
+    w.largest = static_cast<unsigned*>(allocate(w.largest_words * 4));
+  }
+  if (p.grad_predictions != nullptr) {
+    w.derivatives = allocate(max_uses * s.prediction_columns() * value_bytes);
+  }
   const int64_t tiles = max_tiles(launches);
   if (p.grad_bias != nullptr) w.bias_partial = allocate(tiles * s.out_channels * value_bytes);
   if (p.grad_gates != nullptr) w.gate_partial = allocate(tiles * w.max_terms * value_bytes);
@@ -208,7 +218,9 @@ inline cudaError_t run_bwd_pass(const DeformBwdParams& p, const DeformBwdWorkspa
     grads.rows = rows;
     grads.bias_partial = w.bias_partial;
     cudaError_t error = launch_deform_bwd_rows(grads, stream);
-    if (error == cudaSuccess) error = launch_deform_bwd_input(input, math, vectors, stream);
+    if (error == cudaSuccess && wants_samples(p)) {
+      error = launch_deform_bwd_input(input, math, vectors, stream);
+    }
     if (error == cudaSuccess && scatter != Scatter::kMeasure) {
       error = gather_launch(p, w, input, stream);
     }
@@ -217,8 +229,9 @@ inline cudaError_t run_bwd_pass(const DeformBwdParams& p, const DeformBwdWorkspa
   return cudaSuccess;
 }
 
-// Fills all gradients but that of the weights. Writes to `rows`, [S, C_out] of the source's type,
-// the gradient of the outputs including that of their moments. `allocate` as in run_deform_fwd.
+// Fills the wanted gradients but that of the weights. Writes to `rows`, [S, C_out] of the source's
+// type, the gradient of the outputs including that of their moments. `allocate` as in
+// run_deform_fwd.
 template <class Allocate>
 cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allow_tf32,
                                  const DeviceLimits& device, Allocate&& allocate,
@@ -237,7 +250,9 @@ cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allo
     return run_bwd_pass(p, w, rows, math, launches, input, scatter, stream);
   };
   cudaError_t error = pack_and_clear(p, panels, math, w, stream);
-  if (error == cudaSuccess && p.deterministic) error = pass(Scatter::kMeasure);
+  if (error != cudaSuccess) return error;
+  if (p.grad_source == nullptr) return pass(Scatter::kNone);
+  if (p.deterministic) error = pass(Scatter::kMeasure);
   if (error == cudaSuccess) error = pass(p.deterministic ? Scatter::kFixed : Scatter::kSum);
   if (error != cudaSuccess || sums_in_place(p)) return error;
   return launch_deform_bwd_finish({s.dtype, p.deterministic, w.sums, w.largest, input.sum_bits,

@@ -61,9 +61,14 @@ class SortedSamples {
  public:
   using Weights = Vec<F, 4>;
 
-  // `count` stands in shared memory.
-  DYHEAD_DEVICE SortedSamples(Weights* weights, SampleEntry* list, int32_t& count)
-      : weights_(weights), list_(list), count_(count) {}
+  // How many samples the list has, and how many of these are inside the map and come first.
+  struct Counts {
+    int32_t inside, all;
+  };
+
+  // `counts` stands in shared memory.
+  DYHEAD_DEVICE SortedSamples(Weights* weights, SampleEntry* list, Counts& counts)
+      : weights_(weights), list_(list), counts_(counts) {}
 
   // Finds and sorts the samples of `taps` taps from `first_tap` on. Those outside the map come last
   // or, without `all`, not at all. `scratch` takes two items for each sample and the counters of
@@ -75,7 +80,7 @@ class SortedSamples {
     auto* items = reinterpret_cast<SortItem*>(scratch);
     auto* counters = reinterpret_cast<int*>(items + 2 * samples);
     const uint32_t key_row = static_cast<uint32_t>(sampler.source.width) + 1u;
-    Range range{kOutside, 0u, 0};
+    Range range{kOutside, 0u, {0, 0}};
 #pragma unroll 1
     for (int i = tile_thread(); i < samples; i += kTileThreads) {
       const OutputPixel at = tile_pixel(launch, place, i % kRows, kRows);
@@ -91,8 +96,8 @@ class SortedSamples {
         key = point.inside ? static_cast<uint32_t>(point.top + 1) * key_row +
                                  static_cast<uint32_t>(point.left + 1)
                            : kOutside;
-        if (point.inside) range.add({key, key, 0});
-        if (point.inside || all) ++range.count;
+        if (point.inside) range.add({key, key, {1, 1}});
+        if (!point.inside && all) ++range.counts.all;
       }
       items[i] = {key, static_cast<uint32_t>(i)};
     }
@@ -103,12 +108,12 @@ class SortedSamples {
       const uint32_t key = items[i].key;
       if (key >= kOutside) items[i].key = range.most + (key == kOutside ? 2u : 3u);
     }
-    if (tile_thread() == 0) count_ = range.count;
+    if (tile_thread() == 0) counts_ = range.counts;
     const uint32_t first = range.least < range.most ? range.least : range.most;
     const SortItem* sorted =
         sort_items(items, items + samples, counters, samples, first, range.most + 3u - first);
 #pragma unroll 1
-    for (int i = tile_thread(); i < range.count; i += kTileThreads) {
+    for (int i = tile_thread(); i < range.counts.all; i += kTileThreads) {
       const SortItem item = sorted[i];
       const uint32_t before = i == 0 ? kNoPixel - 1u : sorted[i - 1].key;
       const bool inside = range.least <= item.key && item.key <= range.most;
@@ -118,13 +123,16 @@ class SortedSamples {
     __syncthreads();
   }
 
-  // Where the list is cut for the run of a walker: into equal parts, but rather between cells if
-  // that is only a few samples further, as the sums of a cell that is cut leave twice.
+  DYHEAD_DEVICE const Counts& counts() const { return counts_; }
+
+  // Where the samples inside are cut for the run of a walker: into equal parts, but rather between
+  // cells if that is only a few samples further, as the sums of a cell that is cut leave twice.
   DYHEAD_DEVICE int start_of_run(int walker, int walkers) const {
     constexpr int kFew = 4;
-    const int start = count_ * walker / walkers;
+    const int count = counts_.inside;
+    const int start = count * walker / walkers;
     for (int i = start; i <= start + kFew; ++i) {
-      if (i >= count_ || list_[i].move() != Move::kSameCell) return i;
+      if (i >= count || list_[i].move() != Move::kSameCell) return i;
     }
     return start;
   }
@@ -138,15 +146,16 @@ class SortedSamples {
   static constexpr uint32_t kOutside = 0xfffffffeu;
   static constexpr uint32_t kNoPixel = 0xffffffffu;  // of the tile
 
-  // The keys of samples inside, and how many samples the list has. No keys: least > most.
+  // The keys of samples inside; if there are none, least > most.
   struct Range {
     uint32_t least, most;
-    int count;
+    Counts counts;
 
     DYHEAD_DEVICE void add(const Range& other) {
       least = other.least < least ? other.least : least;
       most = other.most > most ? other.most : most;
-      count += other.count;
+      counts.inside += other.counts.inside;
+      counts.all += other.counts.all;
     }
   };
 
@@ -156,7 +165,8 @@ class SortedSamples {
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
       range.add({__shfl_xor_sync(kFullMask, range.least, distance),
                  __shfl_xor_sync(kFullMask, range.most, distance),
-                 __shfl_xor_sync(kFullMask, range.count, distance)});
+                 {__shfl_xor_sync(kFullMask, range.counts.inside, distance),
+                  __shfl_xor_sync(kFullMask, range.counts.all, distance)}});
     }
     const int thread = tile_thread();
     if (thread % kWarpSize == 0) warps[thread / kWarpSize] = range;
@@ -168,7 +178,7 @@ class SortedSamples {
 
   Weights* weights_;
   SampleEntry* list_;
-  int32_t& count_;
+  Counts& counts_;
 };
 
 }  // namespace dyhead::cuda

@@ -36,7 +36,6 @@ class Walk {
   // samples are whole pixels, else 4.
   template <int kCorners>
   DYHEAD_DEVICE void run(int64_t at, int32_t width, int channels) {
-    constexpr int kWalkers = kTileThreads / kWalkerLanes;
     const int walker = tile_thread() / kWalkerLanes;
     const int unit = tile_thread() % kWalkerLanes;
     const int begin = samples_.start_of_run(walker, kWalkers);
@@ -111,11 +110,40 @@ class Walk {
       entry = next;
     }
     scattered_.finish();
+    if (dots_ != nullptr) add_outside<kCorners>(unit);
   }
 
  private:
   using Step = InputStep<T>;
   static constexpr int kUnit = Step::kUnit;
+  static constexpr int kWalkers = kTileThreads / kWalkerLanes;
+
+  // Outside the map values are 0, and their products with gradients that are not finite are NaN.
+  template <int kCorners>
+  DYHEAD_DEVICE void add_outside(int unit) const {
+    const auto [inside, all] = samples_.counts();
+#pragma unroll 1
+    for (int i = inside + tile_thread() / kWalkerLanes; __any_sync(kFullMask, i < all);
+         i += kWalkers) {
+      const int sample = i < all ? samples_[i].sample() : -1;
+      F zero = F(0);
+      if (sample >= 0) {
+        F grad[kUnit];
+        unpack(column(sample, unit), grad);
+#pragma unroll
+        for (int k = 0; k < kUnit; ++k) zero += F(0) * grad[k];
+      }
+      F dots[kCorners];
+#pragma unroll
+      for (int c = 0; c < kCorners; ++c) dots[c] = zero;
+      add_dots(dots, sample);
+    }
+  }
+
+  DYHEAD_DEVICE UnitWords column(int sample, int unit) const {
+    return load_vec<4>(
+        reinterpret_cast<const uint32_t*>(column_unit<kRows>(columns_, sample, unit)));
+  }
 
   DYHEAD_DEVICE static void clear(F (&values)[kUnit]) {
 #pragma unroll
@@ -125,10 +153,8 @@ class Walk {
   template <int kCorners>
   DYHEAD_DEVICE void add_sample(int sample, int unit, F (&sums)[kCorners][kUnit],
                                 const UnitWords (&values)[kCorners], F (&dots)[kCorners]) const {
-    const UnitWords words =
-        load_vec<4>(reinterpret_cast<const uint32_t*>(column_unit<kRows>(columns_, sample, unit)));
     F grad[kUnit];
-    unpack(words, grad);
+    unpack(column(sample, unit), grad);
     const auto weights = samples_.weights(sample);
 #pragma unroll
     for (int c = 0; c < kCorners; ++c) {
