@@ -1,63 +1,54 @@
 """``make gpu-check``: builds for the GPU that is here, measures, tests, and runs the sanitizers.
 
-Uses the Python that runs it and installs nothing. Logs and results go below ``$OUT``, or
-``build/gpu-check`` if that is not set; the last thing printed is which of the project's targets
-were reached. Exit status: 0 if everything passed (a missed target is no failure), 1 if not, 2
-without a GPU.
+It uses the Python that runs it. Logs and results go below ``$OUT``, or ``build/gpu-check`` if that
+is not set; the last things printed are which of the project's targets were reached, and what was
+left out. Exit status: 0 if everything passed (a missed target is no failure), 1 if not, 2 without a
+GPU or without torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+from benchmarks.gpu_steps import (
+    BUDGET_S,
+    HEAD_BENCHMARKS,
+    OPERATOR_BENCHMARKS,
+    SANITIZERS,
+    Step,
+    find_sanitizer,
+    steps_for,
+)
+
+if TYPE_CHECKING:
+    from benchmarks.reports.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET_S = 520.0  # under nine minutes, with room for the start of Python
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# Options of the benchmarks by the file that each writes; --seconds limits when it starts work.
-_PEERS = ("--peers", "torchvision", "layers", "dense")
-HEAD_BENCHMARKS = {
-    "head-batch8.json": (
-        *("--only", "head", "--batch", "8", "--dtype", "bfloat16", *_PEERS, "compile"),
-        *("--seconds", "110"),
-    ),
-    "head-batch1.json": (
-        *("--only", "head", "--batch", "1", "--dtype", "bfloat16", "float32", *_PEERS),
-        *("--graph", "--seconds", "40"),
-    ),
-}
-OPERATOR_BENCHMARKS = {
-    "operators.json": (
-        *("--only", "block", "branches", "block_coefficients", "fuse_branches", "pack_levels"),
-        *("dynamic_relu", "offset_conv", "deform_conv", "spatial_attention"),
-        *("--batch", "8", "--dtype", "bfloat16", *_PEERS, "--seconds", "40"),
-    )
-}
-NO_SUCH_TOOL = "compute-sanitizer is not on PATH"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command, whose output is appended to ``log``."""
-
-    name: str
-    command: list[str]
-    limit_s: float
-    log: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-    essential: bool = False  # skip everything after it if it fails
-    unavailable: str = ""  # why it cannot run here, which is no failure
+TESTS = ("tests", *SANITIZERS)  # steps that run pytest
+GRACE_S = 5.0  # from SIGINT, after which pytest tells what failed, to SIGKILL
+SHOWN_FAILURES = 10
+# A line of pytest -v: a test that begins, one that ended, or both, as one process or several print.
+_ENDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+_TEST = re.compile(
+    rf"^(?:\[gw\d+\] .*?(?P<before>{_ENDS}) )?"
+    rf"(?P<test>tests/\S+?\.py::\w+(?:\[.*?\])?(?:@\w+)?)(?: (?P<after>{_ENDS})\b|\s|$)",
+    re.MULTILINE,
+)
+_PERCENT = re.compile(r"\[ *(\d+)%\]")
+_COUNTS = re.compile(r"^=* ?(\d+ \w+.* in [\d.]+s.*?) ?=*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -68,80 +59,34 @@ class Outcome:
     verdict: str  # "passed", "FAILED" or "not available"
     seconds: float = 0.0
     remark: str = ""
+    failures: Sequence[str] = ()  # pytest's line for each test that failed
+    skipped: Sequence[str] = ()  # why it skipped tests
 
 
-def _benchmarks(options: Mapping[str, Sequence[str]], output: Path) -> list[Step]:
-    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--shapes", "glip"]
-    return [
-        Step(
-            f"benchmark {Path(name).stem}",
-            [*command, *chosen, "--json", str(output / name)],
-            int(chosen[-1]) + 30,
-            "benchmarks.log",
-        )
-        for name, chosen in options.items()
-    ]
-
-
-def steps_for(archs: Sequence[str], sanitizer: str | None, output: Path) -> list[Step]:
-    """All steps, in order: those that measure the targets come first.
-
-    Args:
-        archs: the entries of DYHEAD_CUDA_ARCHS to build for.
-        sanitizer: the compute-sanitizer program; None if there is none.
-        output: the directory for results.
-    """
-    # Sanitizers name the source lines.
-    build = {
-        "DYHEAD_CUDA_ARCHS": ";".join(archs),
-        "DYHEAD_REQUIRE": "cpu,cuda",
-        "DYHEAD_LINEINFO": "on",
-    }
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    steps = [
-        Step(
-            "build",
-            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-            240,
-            "build.log",
-            build,
-            essential=True,
-        ),
-        Step("info", [sys.executable, "-m", "dyhead_cuda", "info"], 60, "build.log"),
-        Step("check", [sys.executable, "-m", "dyhead_cuda", "check"], 60, "build.log"),
-        *_benchmarks(HEAD_BENCHMARKS, output),
-        Step("tests", [*pytest, "tests", "-m", "gpu"], 210, "tests.log"),
-    ]
-    for tool in SANITIZERS:
-        # Without this, torch packs tensors into one allocation, which hides reads past their ends.
-        steps.append(
-            Step(
-                tool,
-                [
-                    *(sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "3"),
-                    *("--kernel-name", "kns=dyhead"),
-                    *(*pytest, "tests/gpu", "tests/ops", "-m", "sanitize"),
-                ],
-                60,
-                "sanitizer.log",
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                unavailable="" if sanitizer else NO_SUCH_TOOL,
-            )
-        )
-    return [*steps, *_benchmarks(OPERATOR_BENCHMARKS, output)]
+def running_tests(said: str) -> list[str]:
+    """The tests that had begun, and not ended, where the output of pytest -v ends."""
+    running: dict[str, None] = {}
+    for match in _TEST.finditer(said):
+        if match["before"] or match["after"]:
+            running.pop(match["test"], None)
+        else:
+            running[match["test"]] = None
+    return list(running)
 
 
 def run_command(step: Step, log: IO[bytes], limit_s: float) -> int | None:
-    """The exit status; None if the command, with all its children, had to be killed."""
+    """The exit status; None if the command, with all its children, had to be stopped."""
     try:
         process = subprocess.Popen(
-            step.command,
+            step.command_within(limit_s),
             cwd=ROOT,
-            env={**os.environ, **step.environment},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **step.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
+            # What runs in the background ignores SIGINT, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     except OSError as error:
         log.write(f"{error}\n".encode())
@@ -149,58 +94,107 @@ def run_command(step: Step, log: IO[bytes], limit_s: float) -> int | None:
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            log.write(b"\nkilled: it did not end on SIGINT\n")
         return None
     finally:
-        if process.poll() is None:
+        # Children, too, which may outlive the command.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def run_step(step: Step, output: Path, limit_s: float) -> Outcome:
-    """Runs one step for at most ``limit_s`` seconds."""
+    """Runs one step for at most ``limit_s`` seconds, and a few more if it does not end then."""
     if step.unavailable:
         return Outcome(step, "not available", remark=step.unavailable)
+    if step.missing:
+        missing = ", ".join(step.missing)
+        return Outcome(step, "FAILED", remark=f"not run: {sys.executable} has no {missing}")
     start = time.monotonic()
     with (output / step.log).open("ab") as log:
-        log.write(f"$ {shlex.join(step.command)}\n".encode())
+        log.write(f"$ {shlex.join(step.command_within(limit_s))}\n".encode())
         log.flush()
         offset = log.tell()
         status = run_command(step, log, limit_s)
-    seconds = time.monotonic() - start
     said = (output / step.log).read_bytes()[offset:].decode(errors="replace")
+    return judged(step, status, time.monotonic() - start, said)
+
+
+def judged(step: Step, status: int | None, seconds: float, said: str) -> Outcome:
+    """The outcome of a step by its exit status (None: it was stopped) and what it printed."""
+    lines = [line.strip("= \t") for line in said.splitlines() if line.strip("= \t")]
+    last = lines[-1] if lines else ""
+    failures = re.findall(r"^(?:FAILED|ERROR) tests/.*", said, re.MULTILINE)
+    see = f"see {step.log}"
     if status is None:
-        return Outcome(step, "FAILED", seconds, f"stopped after {limit_s:.0f} s")
+        where = stopped_at(said) or last
+        return Outcome(step, "FAILED", seconds, f"stopped: {where}; {see}", failures)
     if status != 0 and step.name in SANITIZERS and "Device not supported" in said:
         return Outcome(step, "not available", seconds, "compute-sanitizer refuses this device")
-    lines = [line.strip("= \t") for line in said.splitlines() if line.strip("= \t")]
-    remark = lines[-1] if lines else ""
     if status != 0:
-        return Outcome(step, "FAILED", seconds, f"exit status {status}: {remark}; see {step.log}")
+        place = re.search(r"^=+ +at (.+)", said, re.MULTILINE)
+        at = f", first at {place[1]}" if place and step.name in SANITIZERS else ""
+        remark = f"exit status {status}: {last}{at}; {see}"
+        return Outcome(step, "FAILED", seconds, remark, failures)
     if step.name in SANITIZERS and not re.search(r"SUMMARY: 0 (errors|hazards)", said):
-        return Outcome(step, "FAILED", seconds, f"no error summary; see {step.log}")
-    return Outcome(step, "passed", seconds, remark if step.name in ("tests", *SANITIZERS) else "")
+        return Outcome(step, "FAILED", seconds, f"no error summary; {see}")
+    if step.name not in TESTS:
+        return Outcome(step, "passed", seconds)
+    counts = ["", *_COUNTS.findall(said)][-1]
+    if not re.search(r"\d passed", counts):
+        return Outcome(step, "FAILED", seconds, f"no test passed: {counts or last}; {see}")
+    reasons = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)", said, re.MULTILINE)
+    return Outcome(step, "passed", seconds, counts, skipped=list(dict.fromkeys(reasons)))
+
+
+def stopped_at(said: str) -> str:
+    """Where a run of pytest -v was when it was stopped; "" if it had begun no test."""
+    found = running_tests(said)
+    if not found and not _TEST.search(said):
+        return ""
+    percents, counts = _PERCENT.findall(said), _COUNTS.findall(said)
+    parts = [f"{percents[-1]}% done"] if percents else []
+    parts += counts[-1:]
+    parts.append(f"running: {', '.join(found)}" if found else "between two tests")
+    return ", ".join(parts)
 
 
 def run_steps(steps: Sequence[Step], output: Path, budget_s: float = BUDGET_S) -> list[Outcome]:
-    """Runs the steps until the time is up; steps that were not run count as failed."""
+    """Runs the steps until the time is up; steps that were not run count as failed.
+
+    What a step leaves of its limit goes to those after it.
+    """
     output.mkdir(parents=True, exist_ok=True)
     for log in {step.log for step in steps}:
         (output / log).unlink(missing_ok=True)
-    deadline = time.monotonic() + budget_s
+    start, allowed = time.monotonic(), 0.0
     outcomes: list[Outcome] = []
     broken = ""
     for step in steps:
-        left = deadline - time.monotonic()
+        allowed = min(allowed + step.limit_s, budget_s)
+        left = start + allowed - time.monotonic()
         if broken or left < 1:
             outcome = Outcome(step, "FAILED", remark=f"not run: {broken or 'out of time'}")
         else:
             print(f"{step.name} ...", flush=True)
-            outcome = run_step(step, output, min(step.limit_s, left))
+            outcome = run_step(step, output, left)
             print(f"  {outcome.verdict} in {outcome.seconds:.1f} s. {outcome.remark}", flush=True)
+            _print_failures(outcome.failures)
         outcomes.append(outcome)
         if step.essential and outcome.verdict == "FAILED":
             broken = f"{step.name} failed"
     return outcomes
+
+
+def _print_failures(failures: Sequence[str]) -> None:
+    for line in failures[:SHOWN_FAILURES]:
+        print(f"    {line}", flush=True)
+    if len(failures) > SHOWN_FAILURES:
+        print(f"    and {len(failures) - SHOWN_FAILURES} more", flush=True)
 
 
 def format_table(outcomes: Sequence[Outcome]) -> str:
@@ -218,12 +212,49 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
 
 def format_targets(output: Path) -> str:
     """The verdicts on the targets that the results in ``output`` allow."""
-    from benchmarks.reports import results, targets
+    from benchmarks.reports import targets
 
-    found = [output / name for name in HEAD_BENCHMARKS if (output / name).is_file()]
+    found, notes = read_results(output, HEAD_BENCHMARKS)
     if not found:
-        return "no benchmark results: no target was measured"
-    return targets.format_verdicts(targets.judge([results.read(path) for path in found]))
+        return "\n".join([*notes, "no benchmark results: no target was measured"])
+    return "\n".join([*notes, targets.format_verdicts(targets.judge(list(found.values())))])
+
+
+def read_results(output: Path, names: Iterable[str]) -> tuple[dict[str, Results], list[str]]:
+    """The results that are there, by file, and why others cannot be read."""
+    from benchmarks.reports import results
+
+    found, notes = {}, []
+    for name in names:
+        if (output / name).is_file():
+            try:
+                found[name] = results.read(output / name)
+            except results.ResultsError as error:  # stopped while it wrote
+                notes.append(str(error))
+    return found, notes
+
+
+def format_left_out(outcomes: Sequence[Outcome], output: Path) -> str:
+    """What this run does not tell: steps, tests and rows of benchmarks that have no result."""
+    lines = [
+        f"{o.step.name}: {o.remark}"
+        for o in outcomes
+        if o.verdict == "not available" or o.remark.startswith(("not run", "stopped"))
+    ]
+    for o in outcomes:
+        lines += [f"{o.step.name}: skipped: {reason}" for reason in o.skipped]
+    found, _ = read_results(output, (*HEAD_BENCHMARKS, *OPERATOR_BENCHMARKS))
+    for name, run in found.items():
+        absent = [row for row in run.rows if row.status not in ("ok", "wrong")]
+        if absent:
+            what = "; ".join(dict.fromkeys(f"{row.implementation}: {row.remark}" for row in absent))
+            lines.append(f"{name}: {len(absent)} rows without a number ({what})")
+    if find_spec("torchvision") is None:
+        lines.append("benchmarks: torchvision is not installed, with which ours is compared")
+    lines.append(
+        "always: other shapes and batches (python -m benchmarks), other GPUs, several GPUs"
+    )
+    return "\n".join(["left out:", *(f"  {line}" for line in lines)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,13 +263,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     arguments = parser.parse_args(argv)
 
-    import torch
+    try:
+        import torch
 
-    from dyhead_cuda.archs import target_of
+        from dyhead_cuda.archs import target_of
+    except ImportError as error:
+        print(
+            f"gpu-check: expected torch and numpy in {sys.executable}, but {error}; run make venv "
+            "where there is a network, or name a Python that has them: "
+            "make gpu-check VENV=none PYTHON=/path/to/python",
+            file=sys.stderr,
+        )
+        return 2
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     archs = sorted({target_of(torch.cuda.get_device_capability(gpu)) for gpu in gpus})
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = find_sanitizer()
     output = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
     if arguments.dry_run:
         if not archs:
@@ -246,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in steps_for(archs or ["90a"], sanitizer, output):
             variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
             note = f"  # not available: {step.unavailable}" if step.unavailable else ""
-            print(" ".join([*variables, shlex.join(step.command)]) + note)
+            command = shlex.join(step.command_within(step.limit_s))
+            print(" ".join([*variables, command]) + note)
         return 0
     if not archs:
         print(
@@ -260,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (output / name).unlink(missing_ok=True)
     outcomes = run_steps(steps_for(archs, sanitizer, output), output)
     table = f"{names}; torch {torch.__version__}\n{format_table(outcomes)}"
-    table += f"\n\n{format_targets(output)}"
+    table += f"\n\n{format_targets(output)}\n\n{format_left_out(outcomes, output)}"
     print(table)
     (output / "summary.txt").write_text(table + "\n")
     return int(any(outcome.verdict == "FAILED" for outcome in outcomes))

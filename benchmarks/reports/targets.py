@@ -32,6 +32,8 @@ class Target:
         title: for the table.
         limit: the number; ``at_least`` says from which side.
         measure: gets the number from all implementations of what is measured.
+        peer: the implementation that ours is compared with, if any; a run that did not ask for it
+            says nothing about the target.
         case, blocks, batch, precision, direction: what is measured; a batch of 0 stands for every
             batch that was measured, and the worst one counts.
         first_step: a limit that counts as a first step.
@@ -48,6 +50,7 @@ class Target:
     batch: int = 8
     precision: str = "bfloat16"
     direction: str = FORWARD
+    peer: str = ""
     first_step: float | None = None
     form: str = ".1f"
 
@@ -94,8 +97,8 @@ def _launches_per_block(_: Results, group: Group) -> float | None:
 
 
 TARGETS = (
-    Target("forward", "times faster than (a)", 10, True, faster_than(LAYERS)),
-    Target("forward", "times faster than (b)", 6, True, faster_than(COMPILED)),
+    Target("forward", "times faster than (a)", 10, True, faster_than(LAYERS), peer=LAYERS),
+    Target("forward", "times faster than (b)", 6, True, faster_than(COMPILED), peer=COMPILED),
     Target("forward", "of the roofline", 0.45, True, _of_roofline, first_step=0.25, form=".0%"),
     Target(
         *("forward", "ms with a CUDA graph", 1.0, False, _graph_milliseconds),
@@ -106,26 +109,42 @@ TARGETS = (
         *("forward", "times faster than (a)", 4, True, faster_than(LAYERS)),
         batch=0,
         precision="float32",
+        peer=LAYERS,
     ),
-    Target("forward", "of the memory of (a)", 1 / 4, False, memory_share(), form=".2f"),
+    Target(
+        *("forward", "of the memory of (a)", 1 / 4, False, memory_share()),
+        peer=LAYERS,
+        form=".2f",
+    ),
     Target("forward", "kernels per block", 6, False, _launches_per_block, batch=0),
-    Target("backward", "times faster than (a)", 8, True, faster_than(LAYERS), direction=BOTH),
-    Target("backward", "times faster than (b)", 5, True, faster_than(COMPILED), direction=BOTH),
+    Target(
+        *("backward", "times faster than (a)", 8, True, faster_than(LAYERS)),
+        direction=BOTH,
+        peer=LAYERS,
+    ),
+    Target(
+        *("backward", "times faster than (b)", 5, True, faster_than(COMPILED)),
+        direction=BOTH,
+        peer=COMPILED,
+    ),
     Target(
         *("backward", "times faster than (a)", 4, True, faster_than(LAYERS)),
         batch=0,
         precision="float32",
+        peer=LAYERS,
         direction=BOTH,
     ),
     Target(
         *("backward", "of the memory of (a)", 1 / 3, False, memory_share()),
         direction=BOTH,
+        peer=LAYERS,
         form=".2f",
     ),
     Target(
         *("backward", "of the memory of (a), recompute=True", 1 / 6, False),
         memory_share(RECOMPUTE),
         direction=BOTH,
+        peer=LAYERS,
         form=".2f",
     ),
 )
@@ -164,7 +183,8 @@ def _values(target: Target, runs: Sequence[Results]) -> list[float | None]:
     values = []
     for results in runs:
         for group in results.groups():
-            if _fits(target, next(iter(group.values()))):
+            asked = {OURS, target.peer or OURS} <= group.keys()
+            if asked and _fits(target, next(iter(group.values()))):
                 right = {name: row for name, row in group.items() if row.status == OK}
                 value = target.measure(results, right)
                 if value is not None or target.batch:

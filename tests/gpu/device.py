@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
+# One process runs all of them, where several share the tests (pytest -n, --dist loadgroup).
+heavy = pytest.mark.xdist_group("memory")
+
 
 def need_memory(gibibytes: int) -> None:
-    """Skip the test where less GPU memory is free."""
+    """Skip the test where less GPU memory is free. Those that need half of it are ``heavy``."""
+    torch.cuda.empty_cache()  # of earlier tests in this process
     free, _ = torch.cuda.mem_get_info()
     if free < gibibytes << 30:
         pytest.skip(f"needs {gibibytes} GiB of free GPU memory, got {free >> 30}")

@@ -36,6 +36,7 @@ from tests.helpers.training import HALF, deterministic
 
 from .device import (
     captured,
+    heavy,
     launched,
     need_memory,
     need_two_devices,
@@ -126,7 +127,6 @@ def test_tf32_where_torch_says_so(call: Call) -> None:
 
 
 @dtypes
-@pytest.mark.sanitize
 @pytest.mark.parametrize("name", ["all", "many channels"])
 def test_unaligned_tensors(name: str, dtype: torch.dtype) -> None:
     tensors = WORKS[name].tensors(dtype, DEVICE)
@@ -134,7 +134,6 @@ def test_unaligned_tensors(name: str, dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.sanitize
 @pytest.mark.parametrize("names", [("source",), ("predictions",), ("weights",), ("bias",)])
 def test_one_unaligned_tensor_beside_vectors(names: Sequence[str], dtype: torch.dtype) -> None:
     call = Convolution(channels=64, out_channels=48)
@@ -163,6 +162,7 @@ def test_layouts(dtype: torch.dtype) -> None:
     assert_gradients_close(grads, wanted, dtype)
 
 
+@heavy
 def test_more_than_2_to_the_31_elements() -> None:
     images, height, width, channels = 9, 1000, 1000, 256
     assert images * height * width * channels > 2**31
@@ -215,7 +215,6 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 
 @dtypes
-@pytest.mark.sanitize
 @pytest.mark.parametrize("value", [-1e30, 2.0**31, -(2.0**31)])
 @pytest.mark.parametrize("channels", [8, 7])
 def test_far_offsets(channels: int, value: float, dtype: torch.dtype) -> None:
@@ -230,7 +229,6 @@ def test_far_offsets(channels: int, value: float, dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.sanitize
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize(("call", "place"), CALLS_AND_PLACES)
 def test_not_finite(call: str, place: str, value: float, dtype: torch.dtype) -> None:
@@ -252,7 +250,6 @@ def test_non_finite_values_stay_where_they_are_read(dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.sanitize
 @pytest.mark.parametrize(
     "call", [Work(channels=24, out_channels=16), Convolution(size=(3, 3), offset_scale=2)], ids=str
 )

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from dyhead_cuda import backend, functional, reference
 from dyhead_cuda.reference import Activation
+from tests.helpers import relu_checks
 from tests.helpers.compare import (
     TOLERANCE,
     assert_close,
-    assert_gradients_close,
     gradients,
     leaf,
     relative_l2,
 )
-from tests.helpers.inputs import random_relu_inputs
+from tests.helpers.relu_checks import check, expected_of, run
 
-from .device import captured, need_memory, need_two_devices, on_a_busy_stream
+from .device import captured, heavy, need_memory, need_two_devices, on_a_busy_stream
 
 pytestmark = pytest.mark.gpu
 
@@ -30,54 +30,13 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype
 activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
 
 
-def random_inputs(
-    shape: Sequence[int],
-    dtype: torch.dtype = torch.float64,
-    *,
-    seed: int = 0,
-    device: str = DEVICE,
-) -> list[Tensor]:
-    """x [N, C, ...] and the four parameters in the accumulation type."""
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    # A hidden layer this wide has gradients that do not all cancel.
-    hidden = max(8, shape[1] // 4)
-    inputs = random_relu_inputs(shape, dtype, hidden=hidden, parameter_dtype=compute, seed=seed)
-    return [leaf(t.to(device)) for t in inputs]
-
-
-def run(inputs: Sequence[Tensor], activation: Activation = "hsigmoid") -> Tensor:
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs
-    with backend("cuda"):
-        return functional.dynamic_relu(
-            x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
-        )
-
-
-def expected_of(inputs: Sequence[Tensor], activation: Activation = "hsigmoid") -> Tensor:
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs
-    return reference.dynamic_relu(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation
-    )
-
-
-def check(inputs: Sequence[Tensor], activation: Activation = "hsigmoid") -> None:
-    """Result and all gradients against the reference in float64."""
-    dtype = inputs[0].dtype
-    precise = [leaf(t, torch.float64) for t in inputs]
-    expected = expected_of(precise, activation)
-    actual = run(inputs, activation)
-    assert actual.dtype == dtype
-    assert_close(actual, expected, dtype)
-    grads = gradients(actual, inputs, dtype)
-    assert [g.dtype for g in grads] == [t.dtype for t in inputs]
-    assert_gradients_close(grads, gradients(expected, precise, dtype), dtype)
+random_inputs = partial(relu_checks.random_inputs, device=DEVICE)
 
 
 # --- against the reference ----------------------------------------------------------------------
 
 
 @dtypes
-@pytest.mark.sanitize
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 64, 20, 30), (3, 37, 130)])
 def test_small(shape: Sequence[int], dtype: torch.dtype) -> None:
     check(random_inputs(shape, dtype))
@@ -106,7 +65,6 @@ def test_sizes(shape: Sequence[int], activation: Activation, dtype: torch.dtype)
 
 
 @dtypes
-@pytest.mark.sanitize
 def test_unaligned_rows(dtype: torch.dtype) -> None:
     x, *parameters = random_inputs((2, 64, 70), dtype)
     memory = torch.empty(x.numel() + 1, dtype=dtype, device=x.device)
@@ -146,7 +104,6 @@ def test_non_finite_values_come_through(value: float, dtype: torch.dtype) -> Non
     assert relative_l2(out[finite], expected[finite]) <= TOLERANCE[dtype]
 
 
-@pytest.mark.sanitize
 def test_no_images() -> None:
     rows = torch.empty(0, 5, 8, device=DEVICE)
     _, *parameters = random_inputs((1, 8, 5), torch.float32)
@@ -169,6 +126,7 @@ def test_more_channels_than_shared_memory_holds_raise() -> None:
     assert torch.ones(5, device=DEVICE).sum() == 5
 
 
+@heavy
 def test_more_than_2_to_the_31_elements() -> None:
     images, pixels, channels = 9, 1_000_000, 256
     assert images * pixels * channels > 2**31

@@ -15,7 +15,7 @@ from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf
 from tests.helpers.fuse_cases import Case, block_case, check
 from tests.helpers.inputs import halving_sizes
 
-from .device import captured, need_memory, need_two_devices, on_a_busy_stream
+from .device import captured, heavy, need_memory, need_two_devices, on_a_busy_stream
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +60,6 @@ def test_sizes(case: Case, dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.sanitize
 def test_unaligned_rows(dtype: torch.dtype) -> None:
     case = block_case(halving_sizes(9, 7, 2), channels=64)
     y, *parameters = case.tensors(dtype, DEVICE)
@@ -69,6 +68,7 @@ def test_unaligned_rows(dtype: torch.dtype) -> None:
     check(case, [unaligned, *parameters])
 
 
+@heavy
 def test_more_than_2_to_the_31_elements() -> None:
     height, width, channels = 3000, 3000, 256
     assert height * width * channels > 2**31

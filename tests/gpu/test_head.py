@@ -34,6 +34,7 @@ from tests.helpers.published_models import MODELS, pyramid, run
 from .device import (
     allocated,
     captured,
+    heavy,
     launched,
     need_memory,
     need_two_devices,
@@ -92,7 +93,6 @@ def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
 # --- against the reference ----------------------------------------------------------------------
 
 
-@pytest.mark.sanitize
 @variants
 def test_small_block(high_offset: HighOffset) -> None:
     block = Block(in_channels=16, out_channels=24, high_offset=high_offset, device=DEVICE)
@@ -100,6 +100,7 @@ def test_small_block(high_offset: HighOffset) -> None:
     check_block(block, torch.bfloat16, smooth=True)
 
 
+@heavy
 @dtypes
 def test_block_of_an_image(dtype: torch.dtype) -> None:
     need_memory(60)

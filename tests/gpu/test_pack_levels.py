@@ -11,7 +11,7 @@ from tests.helpers.compare import TOLERANCE
 from tests.helpers.inputs import halving_sizes
 from tests.helpers.packing import check
 
-from .device import need_memory
+from .device import heavy, need_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,6 @@ def test_sizes(images: int, channels: int, size: tuple[int, int], dtype: torch.d
     check([x.contiguous(memory_format=torch.channels_last) for x in levels])
 
 
-@pytest.mark.sanitize
 def test_unaligned_and_empty_levels() -> None:
     memory = torch.randn(2 * 16 * 9 + 1, device=DEVICE)
     x = memory[1:].view(2, 16, 3, 3)
@@ -47,6 +46,7 @@ def test_unaligned_and_empty_levels() -> None:
     check([x[:0], last[:0]])
 
 
+@heavy
 def test_more_than_2_to_the_31_elements() -> None:
     need_memory(40)
     x = torch.empty(1, 256, 3000, 3000, dtype=torch.bfloat16, device=DEVICE).normal_()

@@ -33,7 +33,7 @@ from tests.helpers.coefficients import (
     run,
 )
 from tests.helpers.compare import assert_close, assert_gradients_close, leaf
-from tests.helpers.devices import each_device, each_device_sanitized, names_on_each_device
+from tests.helpers.devices import each_device
 from tests.helpers.inputs import (
     flat_parameters,
     halving_sizes,
@@ -53,13 +53,14 @@ computes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=
 
 
 @computes
-@names_on_each_device(CASES, ["three levels", "odd groups", "one of everything"])
+@each_device
+@pytest.mark.parametrize("name", CASES)
 def test_cases(name: str, device: str, dtype: torch.dtype) -> None:
     check(CASES[name], CASES[name].tensors(dtype, device=device))
 
 
 @computes
-@each_device_sanitized
+@each_device
 @pytest.mark.parametrize("kinds", [[kind] for kind in STORAGE] + [STORAGE], ids=str)
 def test_parameters_of_any_type(kinds: list[torch.dtype], device: str, dtype: torch.dtype) -> None:
     case = block_case(3, channels=24, num_groups=4, hidden=6)
@@ -162,7 +163,7 @@ def test_corners_have_the_slopes_of_torch(
 
 
 @computes
-@each_device_sanitized
+@each_device
 def test_no_images(device: str, dtype: torch.dtype) -> None:
     case = block_case(2, images=0)
     tensors = case.tensors(dtype, device=device)

@@ -13,12 +13,13 @@ from dyhead_cuda.ops.jobs import map_rows
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
 from tests.helpers.deform_checks import check
 from tests.helpers.deform_work import CONVOLUTIONS, WORKS, ManyJobs, Work
-from tests.helpers.devices import each_device, each_device_sanitized, names_on_each_device
+from tests.helpers.devices import each_device
 
 library.require("cpu")
 
 
-@names_on_each_device(WORKS, ["all", "wide", "many channels", "no images"])
+@each_device
+@pytest.mark.parametrize("name", WORKS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_jobs_equal_the_reference_with_all_gradients(
     name: str, dtype: torch.dtype, device: str
@@ -33,13 +34,14 @@ def test_results_in_the_compute_type_are_computed_in_it() -> None:
     assert_close(work.run(tensors), work.reference(tensors), torch.float32)
 
 
-@names_on_each_device(CONVOLUTIONS, ["vectors", "wide output", "groups across deformable groups"])
+@each_device
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_convolutions_equal_the_reference(name: str, dtype: torch.dtype, device: str) -> None:
     check(CONVOLUTIONS[name], dtype, CONVOLUTIONS[name].tensors(dtype, device))
 
 
-@each_device_sanitized
+@each_device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_many_jobs(dtype: torch.dtype, device: str) -> None:
     """On a GPU they take several launches."""

@@ -14,28 +14,28 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.ops.jobs import map_rows
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.devices import each_device, each_device_sanitized
+from tests.helpers.devices import each_device
 from tests.helpers.fuse_cases import CASES, RANDOM_CASES, Case, Size, block_case, check
 from tests.helpers.inputs import halving_sizes
 
 library.require("cpu")
 
 
-@each_device_sanitized
+@each_device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_formula_with_all_gradients(name: str, dtype: torch.dtype, device: str) -> None:
     check(CASES[name], CASES[name].tensors(dtype, device))
 
 
-@each_device_sanitized
+@each_device
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_whole_vectors(dtype: torch.dtype, device: str) -> None:
     case = block_case(halving_sizes(13, 21, 3), channels=64)
     check(case, case.tensors(dtype, device))
 
 
-@each_device_sanitized
+@each_device
 def test_no_images(device: str) -> None:
     case = replace(CASES["two levels"], images=0)
     check(case, case.tensors(torch.float32, device))
@@ -107,7 +107,7 @@ def test_non_finite_values_pass_through(channels: int, dtype: torch.dtype, devic
         assert torch.equal(actual == value, expected == value)
 
 
-@each_device_sanitized
+@each_device
 @pytest.mark.parametrize("empty", [(0, 4), (4, 0), (0, 0)])
 def test_levels_without_pixels(empty: Size, device: str) -> None:
     full: tuple[Size, tuple[Size, ...]] = ((5, 4), ((5, 4), (3, 2)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from dyhead_cuda import fused, library
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
 from tests.helpers.compare import TOLERANCE, leaf
-from tests.helpers.devices import each_device, each_device_sanitized
+from tests.helpers.devices import each_device
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.packing import check, expected_rows
 
@@ -43,7 +43,7 @@ def test_levels(channels: int, images: int, layout: str, dtype: torch.dtype) -> 
 
 
 @dtypes
-@each_device_sanitized
+@each_device
 @pytest.mark.parametrize("channels", [1, 27, 64])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_levels_of_two_layouts(mixed: bool, channels: int, device: str, dtype: torch.dtype) -> None:
