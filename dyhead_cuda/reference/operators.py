@@ -109,9 +109,12 @@ def modulated_deform_conv2d(
 
     values = to_compute(input)
     with no_autocast(values):
+        if height * width == 0:  # zero everywhere, as outside of any map
+            values = F.pad(values, (0, int(width == 0), 0, int(height == 0)))
+            height, width = values.shape[2:]
         rows = values.flatten(2).transpose(1, 2)  # [N, H * W, C]
         out = rows.new_zeros(n, pixels, groups, out_channels // groups)
-        if n > 0 and pixels > 0 and height * width > 0:
+        if n > 0 and pixels > 0:
             rows = rows.unflatten(2, (deform_groups, -1)).transpose(1, 2).flatten(0, 1)
             first_y, first_x = _tap_grid(geometry, values)
             shifts = offset.to(values.dtype).reshape(n * deform_groups, taps, 2, pixels)

@@ -57,6 +57,28 @@ def test_a_mask_far_outside(value: float, chosen: str, dtype: torch.dtype) -> No
     assert torch.equal(out.isnan(), lost.expand_as(out))
 
 
+@values
+@backends
+@pytest.mark.parametrize("place", ["offset", "mask"])
+@pytest.mark.parametrize("size", [(0, 2), (3, 0), (0, 0)])
+def test_a_map_of_no_pixels(size: tuple[int, int], place: str, value: float, chosen: str) -> None:
+    """Zero everywhere, as outside of any map."""
+    x = torch.zeros(1, 2, *size, requires_grad=True)
+    out_size = [n + 2 for n in size]
+    tensors = {"offset": torch.zeros(1, 18, *out_size), "mask": torch.ones(1, 9, *out_size)}
+    tensors[place][0, 4, 1, 1] = value
+    with backend(chosen):  # type: ignore[arg-type]
+        out = functional.modulated_deform_conv2d(
+            x, weight=torch.ones(3, 2, 3, 3), padding=2, **tensors
+        )
+    expected = torch.zeros(1, 3, *out_size)
+    expected[:, :, 1, 1] = math.nan
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
 def levels(value: float, dtype: torch.dtype, channels: int) -> list[Tensor]:
     return [torch.full((2, channels, s, s), value, dtype=dtype) for s in (16, 8, 4)]
 
