@@ -1,6 +1,8 @@
 // The sort of items in shared memory, by itself.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/tile/launch.cuh"
 
 namespace dyhead::simt_test {
