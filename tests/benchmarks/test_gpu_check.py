@@ -257,6 +257,8 @@ def in_the_background() -> Iterator[None]:
 TESTS = """
 import os, signal, time
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # if it is ignored, as in the background
+
 def test_fine(): pass
 def test_wrong(): assert 1 == 2
 def test_slow():

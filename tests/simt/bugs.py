@@ -276,9 +276,9 @@ DEFORM_CONV = Suite(
             select="test_not_finite and masks and mask and float32",
         ),
         "a gradient that is not finite is lost outside": Bug(
-            DEFORM_INPUT,
-            "dots[i] = values.dot(i, grad);",
-            "dots[i] = corners.pixel[i] < 0 ? F(0) : values.dot(i, grad);",
+            DEFORM_WALK,
+            "zero += F(0) * grad[k];",
+            "zero += F(0);",
             INPUT_KERNEL,
             "test_not_finite and masks and gradient and float32",
         ),
