@@ -65,12 +65,11 @@ def test_a_map_of_no_pixels(size: tuple[int, int], place: str, value: float, cho
     """Zero everywhere, as outside of any map."""
     x = torch.zeros(1, 2, *size, requires_grad=True)
     out_size = [n + 2 for n in size]
-    tensors = {"offset": torch.zeros(1, 18, *out_size), "mask": torch.ones(1, 9, *out_size)}
-    tensors[place][0, 4, 1, 1] = value
+    offset, mask = torch.zeros(1, 18, *out_size), torch.ones(1, 9, *out_size)
+    (offset if place == "offset" else mask)[0, 4, 1, 1] = value
+    weight = torch.ones(3, 2, 3, 3)
     with backend(chosen):  # type: ignore[arg-type]
-        out = functional.modulated_deform_conv2d(
-            x, weight=torch.ones(3, 2, 3, 3), padding=2, **tensors
-        )
+        out = functional.modulated_deform_conv2d(x, offset, weight, padding=2, mask=mask)
     expected = torch.zeros(1, 3, *out_size)
     expected[:, :, 1, 1] = math.nan
     torch.testing.assert_close(out, expected, equal_nan=True)
