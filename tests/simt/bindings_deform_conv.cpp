@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <deque>
+#include <optional>
 #include <string>
 
 #include "bindings.h"
@@ -166,6 +167,15 @@ void bind(py::module_& module) {
       },
       py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
       py::kw_only(), py::arg("vectors") = true, py::arg("allow_tf32") = false, py::arg("device"));
+  m.def(
+      "problem",
+      [](const Tables& tables, const std::string& dtype, int64_t channels,
+         int64_t out_channels) -> std::optional<std::string> {
+        const char* problem =
+            deform_problem(read_call(tables, true, named_dtype(dtype), channels, out_channels, 1));
+        return problem == nullptr ? std::nullopt : std::optional<std::string>(problem);
+      },
+      py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"));
   m.def(
       "input_tile_rows",
       [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,

@@ -117,3 +117,18 @@ def test_tiles_of_the_input_kernel(simt: Any) -> None:
     assert rows(kilobytes=163) == 64
     assert rows(vectors=False) == 64
     assert rows("float32") == 64
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "problem"),
+    [
+        ((1, 2**31 - 8), 1, None),
+        ((1, 2**31 - 4), 1, "expected source maps of (height + 1) * (width + 1) < 2^32"),
+        ((1, 2**31 - 8), 64, "expected source maps of less than 64 GiB per image"),
+    ],
+)
+def test_maps_too_large_for_the_kernels(
+    simt: Any, size: tuple[int, int], channels: int, problem: str | None
+) -> None:
+    tables = Plan(1, [size], [(4, 4)], [Job((4, 4), 0, [(0, 0)])]).tables
+    assert simt.deform_conv.problem(tables, "bfloat16", channels, 8) == problem

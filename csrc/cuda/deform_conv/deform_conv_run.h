@@ -17,6 +17,10 @@ inline const char* deform_problem(const DeformCall& call) {
     if (map.pixels() * call.shape.channels * element_bytes(call.shape.dtype) >> 36) {
       return "expected source maps of less than 64 GiB per image";
     }
+    // The backward sorts samples by 32-bit keys (deform_conv_samples.cuh).
+    if ((int64_t{1} + map.height) * (int64_t{1} + map.width) > (int64_t{1} << 32) - 8) {
+      return "expected source maps of (height + 1) * (width + 1) < 2^32";
+    }
   }
   if (call.weights > (1 << 15) - 1) return "expected at most 2^15 - 1 matrices of weights";
   // Tiles have at least 64 rows, panels at least 32 columns.

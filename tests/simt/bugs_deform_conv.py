@@ -1,0 +1,259 @@
+"""Planted bugs of `deform_conv` and of the sort that its backward uses."""
+
+from __future__ import annotations
+
+from .planted import BARRIER, COMMON, CUDA, Bug, Suite, without
+
+# ---- the sort of items in shared memory ---------------------------------------------------------
+
+RADIX_SORT = f"{CUDA}/tile/radix_sort.cuh"
+
+SORT = Suite(
+    tests="test_sort.py",
+    kernel="sort",
+    select="",
+    bugs={
+        "counters cleared while they are read": without(
+            RADIX_SORT,
+            f"    {BARRIER}\n",
+            "      if (exists && before == 0u) counts[digit] += __popc(equal);\n"
+            "      __syncwarp();\n    }\n",
+        ),
+        "counters read before they are there": without(
+            RADIX_SORT, f"    {BARRIER}\n", "    count_before(counters);\n"
+        ),
+        "lanes of a warp out of order": Bug(
+            RADIX_SORT,
+            "counts[digit] + __popc(before)",
+            "counts[digit] + __popc(equal ^ before) - 1",
+        ),
+        "a digit left out": Bug(RADIX_SORT, "shift += kDigitBits", "shift += 2 * kDigitBits"),
+        "the leader counts too early": without(
+            RADIX_SORT,
+            "      __syncwarp();\n",
+            "      if (exists) spare[counts[digit] + __popc(before)] = item;\n",
+        ),
+    },
+    harmless=Bug(
+        RADIX_SORT,
+        "    count_before(counters);\n",
+        f"    count_before(counters);\n    {BARRIER}\n",
+    ),
+)
+
+# ---- deform_conv --------------------------------------------------------------------------------
+
+DEFORM_FORWARD = f"{CUDA}/deform_conv/deform_conv_fwd.cuh"
+DEFORM_INPUT = f"{CUDA}/deform_conv/deform_conv_bwd_input.cuh"
+DEFORM_SAMPLES = f"{CUDA}/deform_conv/deform_conv_samples.cuh"
+DEFORM_WALK = f"{CUDA}/deform_conv/deform_conv_walk.cuh"
+DEFORM_GATHER = f"{CUDA}/deform_conv/deform_conv_bwd_gather.cu"
+INPUT_KERNEL = "deform_conv_bwd_input_float32"
+ALL_JOBS = "test_jobs and all and float32"
+ALL_JOBS_BACKWARD = "test_jobs_backward and all and float32"
+OPERANDS_THERE = (
+    "      // Both operands of this step are ready; the buffers of the previous step are free.\n"
+)
+
+DEFORM_CONV = Suite(
+    tests="test_deform_conv.py",
+    kernel="deform_conv_fwd_float32",
+    select="test_convolutions and vectors and float32",
+    bugs={
+        "corners read before they are there": without(
+            DEFORM_FORWARD,
+            f"    {BARRIER}\n",
+            "    // The corners are staged, and the buffers of the previous stretch are free.\n",
+        ),
+        "operands read before they are there": without(
+            DEFORM_FORWARD, f"      {BARRIER}\n", OPERANDS_THERE
+        ),
+        "weights not waited for": without(DEFORM_FORWARD, "      cp_async_wait_all();\n"),
+        "the buffer that is being read is written": Bug(
+            DEFORM_FORWARD, "buffer ^= 1;", "buffer ^= 0;"
+        ),
+        "taps beyond nine read the first panels": Bug(
+            DEFORM_FORWARD,
+            "(launch_.shape.taps() - taps) * kPanel",
+            "0 * kPanel",
+            select="test_convolutions and large and float32",
+        ),
+        "pixels beyond the map count in the moments": Bug(
+            DEFORM_FORWARD,
+            "valid[row] = at.index < 0 ? F(0) : F(1);",
+            "valid[row] = F(1);",
+            select=ALL_JOBS,
+        ),
+        "moments of the values before they are rounded": Bug(
+            DEFORM_FORWARD,
+            "to_compute(from_compute<T>(product_.at(i, j)))",
+            "product_.at(i, j)",
+            "deform_conv_fwd_bfloat16",
+            "test_one_value_is_its_own_mean and bfloat16",
+        ),
+        "moments of a tile not weighted by its pixels": Bug(
+            DEFORM_FORWARD,
+            "const F share = added / (count + added);",
+            "const F share = F(1) / (count / added + F(2));",
+            select="test_jobs and chunks and float32",
+        ),
+        "a patch's row is taken for its column": Bug(
+            f"{CUDA}/deform_conv/deform_conv.cuh",
+            "% patches_x * kPatchWidth + row % kPatchWidth",
+            "% patches_x * kPatchWidth + row / kPatchWidth",
+            select="test_convolutions and middle and float32",
+        ),
+        "a unit stored where another is read": Bug(
+            f"{CUDA}/tile/tile_gemm.cuh", "((unit ^ (row & 7)) << 4)", "((unit ^ (row & 3)) << 4)"
+        ),
+        "lanes swap the wrong pairs": Bug(
+            DEFORM_FORWARD,
+            "exchange(words[1], words[3], 2, lane & 2);",
+            "exchange(words[1], words[2], 2, lane & 2);",
+            "deform_conv_fwd_float16",
+            "test_convolutions and vectors and float16",
+        ),
+        "columns used before they are there": without(
+            DEFORM_INPUT,
+            f"      {BARRIER}\n",
+            "      store_columns(product, now.taps);\n",
+            kernel=INPUT_KERNEL,
+        ),
+        "columns stored where panels are read": Bug(
+            DEFORM_INPUT,
+            f"      {BARRIER}\n      const int channel =",
+            "      const int channel =",
+            INPUT_KERNEL,
+        ),
+        "a panel not waited for": without(
+            DEFORM_INPUT, "        cp_async_wait_all();\n", kernel=INPUT_KERNEL
+        ),
+        "the rows of the first group kept for the second": Bug(
+            DEFORM_INPUT,
+            "to.new_rows = to.chunk != part || to.group != group;",
+            "to.new_rows = to.chunk != part;",
+            INPUT_KERNEL,
+            "test_convolutions and groups and float32",
+        ),
+        "channels of a lane taken for neighbours": Bug(
+            f"{CUDA}/deform_conv/deform_conv.h",
+            "return unit * kPiece + k / kPiece * kSpacing + k % kPiece;",
+            "return unit * kUnit + k;",
+            "deform_conv_bwd_input_float16",
+            "test_convolutions and vectors and float16",
+        ),
+        "dots of another corner": Bug(
+            DEFORM_WALK,
+            "2 * (lane & 1) + (lane >> 1)",
+            "(lane & 1) + 2 * (lane >> 1)",
+            INPUT_KERNEL,
+        ),
+        "sums of the right corners not handed on": Bug(
+            DEFORM_WALK, "handed_on ? sums[right][k] : F(0)", "F(0)", INPUT_KERNEL
+        ),
+        "values of the right corners not handed on": Bug(
+            DEFORM_WALK, "handed_on ? values[right] : ahead[c]", "ahead[c]", INPUT_KERNEL
+        ),
+        "the last sums of a run do not leave": Bug(
+            DEFORM_WALK, "last ? Move::kJump : next.move()", "next.move()", INPUT_KERNEL
+        ),
+        "a corner beyond the right border": Bug(
+            DEFORM_SAMPLES,
+            "if (below > 0 && right < map.width)",
+            "if (below > 0 && right <= map.width)",
+            INPUT_KERNEL,
+        ),
+        "the first pixel left out": Bug(
+            DEFORM_SAMPLES, "if (at.index >= 0) {", "if (at.index > 0) {", INPUT_KERNEL
+        ),
+        "the samples of one warp only": Bug(
+            DEFORM_SAMPLES, "range.add(warps[w]);", "range.least = warps[w].least;", INPUT_KERNEL
+        ),
+        "values that are not finite go missing": Bug(
+            f"{CUDA}/deform_conv/deform_conv_scatter.cuh",
+            "if (p_.scatter == Scatter::kFixed) NonFiniteMarks",
+            "if (p_.scatter == Scatter::kSum) NonFiniteMarks",
+            INPUT_KERNEL,
+            "not_finite and float32",
+        ),
+        "samples at no place are zero": Bug(
+            f"{COMMON}/sampling.h",
+            "const F lost = F(0) * dy + F(0) * dx;",
+            "const F lost = F(0);",
+            select="test_not_finite and logits and offset and float32",
+        ),
+        "corners outside have no weight": Bug(
+            f"{CUDA}/deform_conv/deform_conv.cuh",
+            "weight_[i] = corners.weight[i];",
+            "weight_[i] = corners.pixel[i] < 0 ? F(0) : corners.weight[i];",
+            select="test_not_finite and masks and mask and float32",
+        ),
+        "a gradient that is not finite is lost outside": Bug(
+            DEFORM_WALK,
+            "zero += F(0) * grad[k];",
+            "zero += F(0);",
+            INPUT_KERNEL,
+            "test_not_finite and masks and gradient and float32",
+        ),
+        "integer sums lose a digit": Bug(
+            f"{CUDA}/deform_conv/deform_conv_scatter.cuh",
+            "return sum / scale;",
+            "return sum / scale * F(1.001);",
+            "deform_conv_bwd_finish",
+            "test_deterministic and float32",
+        ),
+        "predictions of the flat rule gathered by the plain one": Bug(
+            DEFORM_GATHER,
+            "if (rule == ReadRule::kFlat) {",
+            "if (rule == ReadRule::kNone) {",
+            select=ALL_JOBS_BACKWARD,
+        ),
+        "the gate of one tile left out": Bug(
+            DEFORM_GATHER,
+            "i < tiles.per_image; i += kGatherThreads",
+            "i + 1 < tiles.per_image; i += kGatherThreads",
+            select=ALL_JOBS_BACKWARD,
+        ),
+    },
+    harmless=Bug(
+        DEFORM_FORWARD,
+        f"{OPERANDS_THERE}      {BARRIER}\n",
+        f"{OPERANDS_THERE}      {BARRIER}\n      {BARRIER}\n",
+    ),
+)
+
+DEFORM_WEIGHTS_KERNEL = f"{CUDA}/deform_conv/deform_conv_bwd_weights.cuh"
+ADD_WEIGHTS = f"{CUDA}/deform_conv/deform_conv_add_weights.cu"
+
+DEFORM_WEIGHTS = Suite(
+    tests="test_deform_weights.py",
+    kernel="deform_conv_bwd_weights_bfloat16",
+    select="test_slices_give and 30 or test_several_launches and bfloat16 or test_every_order",
+    bugs={
+        "operands read before they are there": Bug(
+            DEFORM_WEIGHTS_KERNEL,
+            f"      {BARRIER}\n      const std::byte* a =",
+            "      __syncwarp();\n      const std::byte* a =",
+        ),
+        "samples located where others are read": Bug(
+            DEFORM_WEIGHTS_KERNEL,
+            "locate(predicted, cursor, freed)",
+            "locate(predicted, cursor, steps_[buffer])",
+        ),
+        "another permutation of units stored than read": Bug(
+            DEFORM_WEIGHTS_KERNEL,
+            "depth_offset(sample % kDepth, thread % kUnits)",
+            "unit_offset(sample % kDepth, thread % kUnits)",
+        ),
+        "channels beyond the last one written": without(
+            ADD_WEIGHTS, "    if (channel + k >= slot.count) break;\n"
+        ),
+        "the last slice is not added": Bug(
+            ADD_WEIGHTS, "i < slices; ++i", "i < (slices + 1) / 2; ++i"
+        ),
+        "a launch forgets those before": Bug(
+            ADD_WEIGHTS, "p.add ? value + sum[k]", "p.add ? sum[k]"
+        ),
+    },
+    harmless=Bug(ADD_WEIGHTS, "#pragma unroll 4", "#pragma unroll 2"),
+)
