@@ -53,6 +53,12 @@ ACTIONS = {
         options.runtimes,
         "the exported head in onnxruntime and OpenVINO",
     ),
+    "model": Action(
+        "model.command",
+        None,
+        options.model,
+        "what limits the CUDA kernels, from counts: needs no GPU",
+    ),
     "study": Action(
         "study.command",
         "bench,detection",

@@ -11,6 +11,7 @@ from benchmarks.cases.precisions import PRECISIONS
 from benchmarks.cases.problems import DIRECTIONS, FAMILIES
 from benchmarks.cases.shapes import SHAPE_SETS
 from benchmarks.measuring.timing import COLD, WARM
+from benchmarks.model.devices import DEVICES as GPUS
 from benchmarks.study.variants import TABLES
 from dyhead_cuda.commands.options import integer, number
 from dyhead_cuda.detection.names import DEVICES
@@ -81,6 +82,20 @@ def runtimes(parser: argparse.ArgumentParser) -> None:
 def files(parser: argparse.ArgumentParser) -> None:
     """Adds the files of actions that have no options: ``plot`` and ``targets``."""
     parser.add_argument("files", nargs="+", type=Path)
+
+
+def model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``model``."""
+    parser.add_argument("--devices", nargs="+", choices=list(GPUS), default=list(GPUS))
+    parser.add_argument("--shapes", choices=list(SHAPE_SETS), default="glip")
+    parser.add_argument("--batch", nargs="+", type=integer(1), default=[1, 8])
+    parser.add_argument(
+        "--sampled",
+        type=integer(1),
+        default=16,
+        help="blocks of each launch that are run and counted (default: %(default)s)",
+    )
+    _add_write(parser, readme.MODEL)
 
 
 def study(parser: argparse.ArgumentParser) -> None:

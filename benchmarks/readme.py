@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-BENCHMARKS, RUNTIMES, STUDY = "bench", "runtimes", "study"  # the sections that there are
+# The sections that there are.
+BENCHMARKS, RUNTIMES, STUDY, MODEL = "bench", "runtimes", "study", "model"
 
 
 class SectionError(Exception):

@@ -105,6 +105,7 @@ py::list kernels() {
     record["kernel"] = place_of(address);
     record["launches"] = kernel.launches;
     record["blocks"] = kernel.blocks;
+    record["sampled_blocks"] = kernel.sampled_blocks;
     record["threads"] = kernel.threads;
     record["shared_bytes"] = kernel.shared_bytes;
     py::dict arrays;
@@ -130,8 +131,11 @@ void bind(py::module_& module) {
       module.def_submodule("counters", "What a device would charge for the kernels' accesses.");
   m.def(
       "reset",
-      [](bool vector_atomics, size_t l1_bytes) { reset_counts({vector_atomics, l1_bytes}); },
-      py::kw_only(), py::arg("vector_atomics") = true, py::arg("l1_bytes") = 64 * 1024);
+      [](bool vector_atomics, size_t l1_bytes, size_t sampled_blocks) {
+        reset_counts({vector_atomics, l1_bytes, sampled_blocks});
+      },
+      py::kw_only(), py::arg("vector_atomics") = true, py::arg("l1_bytes") = 64 * 1024,
+      py::arg("sampled_blocks") = 0);
   bind_patterns(m);
   m.def("read", &read, "Counts since the last reset, by kernel, place and kind of access.");
   m.def("kernels", &kernels, "Launches and arrays since the last reset, by kernel.");

@@ -273,13 +273,18 @@ void reset_counts(const CounterOptions& chosen) {
   all_kernels.clear();
 }
 
-void count_launch(const Launch& launch) {
+size_t count_launch(const Launch& launch) {
   running_kernel = reinterpret_cast<uintptr_t>(launch.kernel);
   KernelCount& count = all_kernels[running_kernel];
   ++count.launches;
-  count.blocks += size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+  const size_t blocks = size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+  const bool all = launch.cooperative || options.sampled_blocks == 0;
+  const size_t sampled = all ? blocks : std::min(blocks, options.sampled_blocks);
+  count.blocks += blocks;
+  count.sampled_blocks += sampled;
   count.threads = size_t{launch.block.x} * launch.block.y * launch.block.z;
   count.shared_bytes = launch.shared_bytes;
+  return sampled;
 }
 
 void count_launch_end() { touched.clear(); }

@@ -80,6 +80,9 @@ struct CounterOptions {
   bool vector_atomics = true;
   // Of the L1 cache that a block has to itself.
   size_t l1_bytes = 64 * 1024;
+  // How many blocks of a launch run, spread over its grid; 0 for all. Cooperative launches run
+  // whole.
+  size_t sampled_blocks = 0;
 };
 
 struct CountKey {
@@ -111,7 +114,8 @@ struct ArrayCount {
 
 struct KernelCount {
   uint64_t launches = 0;
-  uint64_t blocks = 0, threads = 0, shared_bytes = 0;  // of the last launch
+  uint64_t blocks = 0, sampled_blocks = 0;  // of all launches; of them those that ran
+  uint64_t threads = 0, shared_bytes = 0;   // of the last launch
   std::unordered_map<std::string, ArrayCount> arrays;
 };
 
@@ -133,7 +137,8 @@ void reset_counts(const CounterOptions& options);
 // Whether kernels that were built for counting are loaded. Else nothing below needs to be called.
 extern bool counting;
 
-void count_launch(const Launch& launch);
+// How many of a launch's blocks run.
+size_t count_launch(const Launch& launch);
 void count_launch_end();
 // All lanes of the warp that still run are at one place.
 void count_meeting(Warp& warp);

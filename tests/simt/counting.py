@@ -80,8 +80,8 @@ class Counts:
 
     Attributes:
         records: by place.
-        kernels: by kernel name: ``launches``, ``blocks``, ``threads`` of a block, ``shared_bytes``
-            of a block, and ``arrays``: by name of the array its ``bytes`` and the sectors of
+        kernels: by kernel name: ``launches``, ``blocks``, ``sampled_blocks`` (those that ran),
+            ``threads`` of a block, ``shared_bytes`` of a block, and ``arrays``: by name of the array its ``bytes`` and the sectors of
             ``loads``, ``l2_loads`` (those that the L1 cache did not have), ``stores``, ``atomics``,
             ``distinct_read`` and ``distinct_written`` (once per launch).
     """
@@ -110,9 +110,9 @@ steps = {{}}
 
 def step(name):
     steps[name] = [simt.counters.read(), simt.counters.kernels()]
-    simt.counters.reset(vector_atomics={vector_atomics}, l1_bytes={l1_bytes})
+    simt.counters.reset(**{options})
 
-simt.counters.reset(vector_atomics={vector_atomics}, l1_bytes={l1_bytes})
+simt.counters.reset(**{options})
 {code}
 step("")
 import json
@@ -121,26 +121,18 @@ print(json.dumps(steps))
 """
 
 
-def count(
-    code: str,
-    kernels: build.Kernels | None = None,
-    *,
-    vector_atomics: bool = True,
-    l1_bytes: int = 65536,
-) -> Counts:
+def count(code: str, kernels: build.Kernels | None = None, **options: Any) -> Counts:
     """Runs Python code with counting kernels, and counts what it does after its last ``step``.
 
     Args:
         code: ``simt`` is the module of the kernels, ``np`` is numpy.
         kernels: of :func:`build.counted` or :func:`build.mutate`; by default all.
-        vector_atomics: whether four neighbouring sums are one access, as on sm_90, or four.
-        l1_bytes: of the L1 cache, for each block by itself.
+        options: of :func:`count_steps`.
 
     Raises:
         RuntimeError: the code fails.
     """
-    steps = count_steps(code, kernels, vector_atomics=vector_atomics, l1_bytes=l1_bytes)
-    return steps[""]
+    return count_steps(code, kernels, **options)[""]
 
 
 def count_steps(
@@ -149,11 +141,24 @@ def count_steps(
     *,
     vector_atomics: bool = True,
     l1_bytes: int = 65536,
+    sampled_blocks: int = 0,
 ) -> dict[str, Counts]:
-    """:func:`count` for code that calls ``step(name)``: what it did before each, by name."""
-    program = _PROGRAM.format(
-        code=code, mark=_MARK, vector_atomics=vector_atomics, l1_bytes=l1_bytes
-    )
+    """:func:`count` for code that calls ``step(name)``: what it did before each, by name.
+
+    Args:
+        code: as of :func:`count`.
+        kernels: likewise.
+        vector_atomics: whether four neighbouring sums are one access, as on sm_90, or four.
+        l1_bytes: of the L1 cache, for each block by itself.
+        sampled_blocks: how many blocks of a launch run and count, spread over its grid; 0 for all.
+            What the others would write keeps the bits that it had.
+    """
+    options = {
+        "vector_atomics": vector_atomics,
+        "l1_bytes": l1_bytes,
+        "sampled_blocks": sampled_blocks,
+    }
+    program = _PROGRAM.format(code=code, mark=_MARK, options=options)
     result = (kernels or build.counted()).run_python(program)
     if result.returncode != 0:
         raise RuntimeError(f"the counted code failed:\n{result.stdout}")

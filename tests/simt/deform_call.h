@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -85,7 +86,8 @@ inline DeformCall read_call(const Tables& tables, bool mask_logits, DType dtype,
 class Workspaces {
  public:
   void* operator()(int64_t bytes) {
-    memory_.push_back(DeviceArray<uint8_t>::poisoned("workspace", {bytes}));
+    const std::string name = "workspace " + std::to_string(memory_.size());
+    memory_.push_back(DeviceArray<uint8_t>::poisoned(name.c_str(), {bytes}));
     return memory_.back().data();
   }
 

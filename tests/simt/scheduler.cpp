@@ -266,13 +266,22 @@ void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks) {
   }
 }
 
-void run_grid(const Launch& launch) {
+// The blocks to run, in random order: all, or one out of each of `sampled` stretches of the grid.
+std::vector<size_t> block_order(size_t blocks, size_t sampled) {
+  std::vector<size_t> order(sampled);
+  for (size_t i = 0; i < sampled; ++i) {
+    const size_t first = i * blocks / sampled;
+    const size_t length = (i + 1) * blocks / sampled - first;
+    order[i] = length == 1 ? first : first + random_below(length);
+  }
+  for (size_t i = sampled; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
+  return order;
+}
+
+void run_grid(const Launch& launch, size_t sampled) {
   const size_t count = size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-  std::vector<size_t> order(count);
-  std::iota(order.begin(), order.end(), size_t{0});
-  for (size_t i = count; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
   std::vector<std::unique_ptr<Block>> blocks;
-  for (size_t i : order) {
+  for (size_t i : block_order(count, sampled)) {
     const uint3 index = {static_cast<unsigned>(i % launch.grid.x),
                          static_cast<unsigned>(i / launch.grid.x % launch.grid.y),
                          static_cast<unsigned>(i / launch.grid.x / launch.grid.y)};
@@ -353,8 +362,7 @@ cudaError_t launch(const Launch& launch) {
   } scope(launch);
   blockDim = launch.block;
   gridDim = launch.grid;
-  if (counting) count_launch(launch);
-  run_grid(launch);
+  run_grid(launch, counting ? count_launch(launch) : blocks);
   if (counting) count_launch_end();
   return cudaSuccess;
 }

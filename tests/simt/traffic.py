@@ -47,10 +47,14 @@ class Steps(Emulated):
     offsets, ``"branches fwd"`` and so on for the others.
     """
 
-    def __init__(self, simt: Any, step: Step, processors: int) -> None:
+    def __init__(
+        self, simt: Any, step: Step, processors: int, shared_bytes: int, sampled: bool
+    ) -> None:
         super().__init__(simt)
         self.step = step
-        self.device = simt.deform_conv.DeviceLimits(processors, 227 * 1024)
+        self.device = simt.deform_conv.DeviceLimits(processors, shared_bytes)
+        self.sampled = sampled
+        self.random = torch.Generator().manual_seed(1)
 
     def __torch_dispatch__(
         self,
@@ -64,6 +68,9 @@ class Steps(Emulated):
         if len(self.calls) > before:
             operator, _, direction = self.calls[-1].rpartition("_")
             self.step(f"{self._name(operator, direction, args)} {direction}")
+            if self.sampled:
+                for tensor in (result,) if isinstance(result, torch.Tensor) else result:
+                    tensor.normal_(generator=self.random)
         return result
 
     def _name(self, operator: str, direction: str, args: tuple[Any, ...]) -> str:
@@ -80,11 +87,15 @@ def run_block(
     channels: int = CHANNELS,
     images: int = 1,
     processors: int = 132,
+    shared_bytes: int = 227 * 1024,
     forward_only: bool = False,
+    sampled: bool = False,
 ) -> None:
     """A published block in bfloat16 with float32 parameters, forward and backward.
 
-    Offsets are around a pixel. With few processors the forward takes its large tiles.
+    Offsets are around a pixel. With few processors the forward takes its large tiles. Where only
+    some blocks of a launch run, most of its results are undefined: then ``sampled`` gives random
+    numbers to the next launch.
     """
     simt.set_seed(0)
     source = torch.Generator().manual_seed(0)
@@ -95,7 +106,7 @@ def run_block(
     like = random_block_parameters(channels, channels)
     parameters = [t.float().requires_grad_() for t in flat_parameters(like)]
     features = [normal(images, channels, *size).requires_grad_() for size in sizes]
-    with Steps(simt, step, processors):
+    with Steps(simt, step, processors, shared_bytes, sampled):
         outs = fused.pyramid_blocks(
             features,
             [rebuild_parameters(like, parameters)],
