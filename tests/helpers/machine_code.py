@@ -1,0 +1,121 @@
+"""The machine code of the CUDA library's kernels, read with ``cuobjdump``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import dyhead_cuda
+
+LIBRARY = Path(dyhead_cuda.__file__).parent / "lib" / "libdyhead_cuda.so"
+_FLOP = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}  # of an HMMA instruction, by its shape
+
+
+def find_disassembler() -> Path | None:
+    """cuobjdump of the CUDA toolkit, or the one that Triton, and so torch, brings along."""
+    folders = []
+    if nvcc := shutil.which("nvcc"):
+        folders.append(Path(nvcc).resolve().parent)
+    if (triton := importlib.util.find_spec("triton")) and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
+    found = shutil.which("cuobjdump", path=path)
+    return Path(found) if found else None
+
+
+def _cuobjdump(*arguments: str) -> str:
+    tool = find_disassembler()
+    assert tool is not None
+    # cuobjdump looks for nvdisasm on PATH.
+    path = os.pathsep.join([str(tool.parent), os.environ.get("PATH", "")])
+    run = subprocess.run(
+        [str(tool), *arguments, str(LIBRARY)],
+        env={**os.environ, "PATH": path},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return run.stdout
+
+
+@cache
+def machine_code(arch: str) -> dict[str, str]:
+    """The instructions of each kernel, by its mangled name; none for an architecture left out."""
+    functions = _cuobjdump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]
+    return {name: code for name, _, code in (f.partition("\n") for f in functions)}
+
+
+@cache
+def registers(arch: str) -> dict[str, int]:
+    """The registers of a thread of each kernel, by its mangled name."""
+    text = _cuobjdump("-res-usage", "-arch", f"sm_{arch}")
+    return {name: int(n) for name, n in re.findall(r"Function (\S+):\s+REG:(\d+)", text)}
+
+
+def short_names(mangled: Sequence[str]) -> dict[str, str]:
+    """Names without namespaces and arguments, such as ``deform_fwd_kernel<float, 128, 32, true>``.
+
+    Args:
+        mangled: the names of kernels.
+    """
+    run = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), text=True, capture_output=True, check=True
+    )
+    found = (re.search(r"(\w+)(<.*>)?\(", line) for line in run.stdout.splitlines())
+    names = (match[1] + (match[2] or "") if match else "" for match in found)
+    plain = (re.sub(r"\w+::|\((?:int|bool)\)", "", name) for name in names)
+    return dict(zip(mangled, plain, strict=True))
+
+
+@cache
+def _lines(code: str) -> tuple[tuple[int, str], ...]:
+    """Each instruction with its address."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
+    return tuple((int(address, 16), text) for address, text in found)
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """The innermost loop that multiplies on tensor cores.
+
+    Attributes:
+        instructions: of one turn of a warp.
+        products: how many of them are products on tensor cores.
+        flop: of these products.
+        shared_loads: how many load fragments from shared memory (``ldmatrix``).
+    """
+
+    instructions: int
+    products: int
+    flop: int
+    shared_loads: int
+
+    @property
+    def per_product(self) -> float:
+        return self.instructions / self.products
+
+
+def main_loop(code: str) -> MainLoop | None:
+    """The loop with the fewest instructions that has products, or None where none has.
+
+    Args:
+        code: of a kernel.
+    """
+    loops = []
+    for address, text in _lines(code):
+        target = re.search(r"\bBRA\b[^0]*0x([0-9a-f]+)", text)
+        if target is None or int(target[1], 16) > address:
+            continue
+        body = [line for at, line in _lines(code) if int(target[1], 16) <= at <= address]
+        shapes = [match[1] for line in body if (match := re.search(r"HMMA\.(\d+)", line))]
+        if shapes:
+            loads = sum("LDSM" in line for line in body)
+            loops.append(MainLoop(len(body), len(shapes), sum(map(_FLOP.__getitem__, shapes)), loads))
+    return min(loops, key=lambda loop: loop.instructions, default=None)
