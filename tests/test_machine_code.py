@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-import dyhead_cuda
 from dyhead_cuda.library import read_build_record
+from tests.helpers.machine_code import (
+    LIBRARY,
+    find_disassembler,
+    machine_code,
+    main_loops,
+)
 
-LIBRARY = Path(dyhead_cuda.__file__).parent / "lib" / "libdyhead_cuda.so"
 VECTOR_OF_TYPE = {"d": 2, "f": 4, "8bfloat16": 8, "7float16": 8}  # as names are mangled: 16 bytes
 # Kernels kernel<T, V> on vectors of V values of T.
 VECTOR_KERNELS = (
@@ -33,41 +34,16 @@ WRITTEN_IN_THE_LAUNCH = ("dynamic_relu_fwd", "dynamic_relu_bwd")
 TILE_KERNELS = ("deform_fwd", "deform_bwd_input", "deform_bwd_weights")
 # In these samples are loaded during the products of the step before.
 OVERLAPPED_KERNELS = ("deform_fwd", "deform_bwd_weights")
+# Instructions of main loops for each product on tensor cores, by architecture and kernel:
+# `python -m tests.helpers.machine_code` prints them.
+BUDGETS = Path(__file__).with_suffix(".json")
+# Another nvcc orders and fuses a few instructions differently.
+SLACK = 1.03
 TENSOR_INSTRUCTION = {
     "8bfloat16": "HMMA.16816.F32.BF16",
     "7float16": "HMMA.16816.F32",
     "4Tf32": "HMMA.1688.F32.TF32",
 }
-
-
-def find_disassembler() -> Path | None:
-    """cuobjdump of the CUDA toolkit, or the one that Triton, and so torch, brings along."""
-    folders = []
-    if nvcc := shutil.which("nvcc"):
-        folders.append(Path(nvcc).resolve().parent)
-    if (triton := importlib.util.find_spec("triton")) and triton.origin:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
-    found = shutil.which("cuobjdump", path=path)
-    return Path(found) if found else None
-
-
-@cache
-def machine_code(arch: str) -> dict[str, str]:
-    """The instructions of each kernel, by its mangled name; none for an architecture left out."""
-    tool = find_disassembler()
-    assert tool is not None
-    # cuobjdump looks for nvdisasm on PATH.
-    path = os.pathsep.join([str(tool.parent), os.environ.get("PATH", "")])
-    run = subprocess.run(
-        [str(tool), "-sass", "-arch", f"sm_{arch}", str(LIBRARY)],
-        env={**os.environ, "PATH": path},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    functions = run.stdout.split("Function : ")[1:]
-    return {name: code for name, _, code in (f.partition("\n") for f in functions)}
 
 
 @cache
@@ -203,3 +179,25 @@ def test_scattered_sums_are_vectors_where_the_device_has_them(kernels: dict[str,
         assert sums, match[0]
         if kernels is machine_code("90a"):
             assert all("F32x4" in name for name in sums), f"{match[0]}: {sums}"
+
+
+def test_main_loops_stay_within_their_budgets() -> None:
+    """No main loop gets more instructions for each of its products, unseen."""
+    if not LIBRARY.exists() or find_disassembler() is None:
+        pytest.skip(
+            "the CUDA library is not built, or no cuobjdump on PATH, beside nvcc or in triton"
+        )
+    budgets = json.loads(BUDGETS.read_text())
+    lines = []
+    for arch in set(budgets) & set(architectures()):
+        codes = machine_code(arch)
+        if not codes:
+            continue
+        found = main_loops(arch)
+        assert found.keys() == budgets[arch].keys()
+        lines += [
+            f"sm_{arch} {name}: {number} instructions for a product, at most {budgets[arch][name]}"
+            for name, number in found.items()
+            if number > SLACK * budgets[arch][name]
+        ]
+    assert not lines, "\n".join(lines)

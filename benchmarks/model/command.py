@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _missing() -> str | None:
     """What the model needs and this machine has not, in a sentence."""
     if not LIBRARY.exists():
-        return f"the model reads the machine code of {LIBRARY.name}, which is not built: `make build`"
+        return f"the model reads the machine code of {LIBRARY.name}: build it with `make build`"
     if find_disassembler() is None:
         return "the model needs cuobjdump, of the CUDA toolkit or of triton: `pip install triton`"
     return None

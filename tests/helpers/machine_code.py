@@ -1,8 +1,14 @@
-"""The machine code of the CUDA library's kernels, read with ``cuobjdump``."""
+"""The machine code of the CUDA library's kernels, read with ``cuobjdump``.
+
+``python -m tests.helpers.machine_code`` prints how many instructions the main loops have for each
+product, ``--write`` makes them the budgets that ``tests/test_machine_code.py`` checks.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -117,5 +123,31 @@ def main_loop(code: str) -> MainLoop | None:
         shapes = [match[1] for line in body if (match := re.search(r"HMMA\.(\d+)", line))]
         if shapes:
             loads = sum("LDSM" in line for line in body)
-            loops.append(MainLoop(len(body), len(shapes), sum(map(_FLOP.__getitem__, shapes)), loads))
+            flop = sum(_FLOP[shape] for shape in shapes)
+            loops.append(MainLoop(len(body), len(shapes), flop, loads))
     return min(loops, key=lambda loop: loop.instructions, default=None)
+
+
+def main_loops(arch: str) -> dict[str, float]:
+    """Instructions for each product in the main loops, by the kernels' :func:`short_names`."""
+    codes = machine_code(arch)
+    loops = {name: main_loop(codes[mangled]) for mangled, name in short_names(list(codes)).items()}
+    return {name: round(loop.per_product, 2) for name, loop in sorted(loops.items()) if loop}
+
+
+def main() -> None:
+    """Prints or writes the budgets."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.helpers.machine_code", description=__doc__
+    )
+    parser.add_argument("--write", action="store_true", help="the numbers become the budgets")
+    arguments = parser.parse_args()
+    text = json.dumps({arch: main_loops(arch) for arch in ("80", "90a")}, indent=1) + "\n"
+    if arguments.write:
+        (Path(__file__).parents[1] / "test_machine_code.json").write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -81,9 +81,10 @@ class Counts:
     Attributes:
         records: by place.
         kernels: by kernel name: ``launches``, ``blocks``, ``sampled_blocks`` (those that ran),
-            ``threads`` of a block, ``shared_bytes`` of a block, and ``arrays``: by name of the array its ``bytes`` and the sectors of
-            ``loads``, ``l2_loads`` (those that the L1 cache did not have), ``stores``, ``atomics``,
-            ``distinct_read`` and ``distinct_written`` (once per launch).
+            ``threads`` and ``shared_bytes`` of a block, and ``arrays``: by name of the array its
+            ``bytes`` and the sectors of ``loads``, ``l2_loads`` (those that the L1 cache did not
+            have), ``stores``, ``atomics``, ``distinct_read`` and ``distinct_written`` (once per
+            launch).
     """
 
     records: tuple[Record, ...]

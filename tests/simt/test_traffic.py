@@ -60,3 +60,22 @@ def test_bounds() -> None:
     assert grown({"fwd: k": {"load_sectors": 102}}, bounds)
     assert grown({"fwd: k": {"atomic_sectors": 1}}, bounds)
     assert grown({"fwd: other": {}}, bounds)
+
+
+def test_a_sample_stands_for_the_whole() -> None:
+    """The tiles of one map of whole patches do the same work, but at its borders."""
+    code = "traffic.run_block(simt, step, [(32, 32)], 64, 2, sampled=True, forward_only=True)"
+    # What each block counts, times the number of blocks.
+    whole, sample = (
+        traffic.count_steps(code, sampled_blocks=sampled)["branches fwd"] for sampled in (0, 4)
+    )
+    for name, launched in whole.kernels.items():
+        assert launched["sampled_blocks"] == launched["blocks"]
+        scale = launched["blocks"] / sample.kernels[name]["sampled_blocks"]
+        assert sample.kernels[name]["blocks"] == launched["blocks"]
+        if "deform_fwd" in name:
+            assert scale > 1
+            assert scale * sample.total("flop", name) == whole.total("flop", name)
+            for number, access in (("sectors", "global load"), ("wavefronts", "shared store")):
+                found = scale * sample.total(number, name, access)
+                assert found == pytest.approx(whole.total(number, name, access), rel=0.15)
