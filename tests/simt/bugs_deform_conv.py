@@ -228,8 +228,17 @@ ADD_WEIGHTS = f"{CUDA}/deform_conv/deform_conv_add_weights.cu"
 DEFORM_WEIGHTS = Suite(
     tests="test_deform_weights.py",
     kernel="deform_conv_bwd_weights_bfloat16",
-    select="test_slices_give and 30 or test_several_launches and bfloat16 or test_every_order",
+    select="test_slices_give and 30 or test_several_launches and bfloat16 or test_every_order"
+    " or test_plain_samples_are_copied and bfloat16",
     bugs={
+        "plain samples outside the map not cleared": Bug(
+            DEFORM_WEIGHTS_KERNEL, "from, inside ? 16 : 0);", "from, 16);"
+        ),
+        "plain samples copied over those that are multiplied": Bug(
+            DEFORM_WEIGHTS_KERNEL,
+            "copy_samples(b_ + buffer * Shared::kB, next)",
+            "copy_samples(b_ + (buffer ^ 1) * Shared::kB, next)",
+        ),
         "operands read before they are there": Bug(
             DEFORM_WEIGHTS_KERNEL,
             f"      {BARRIER}\n      const std::byte* a =",

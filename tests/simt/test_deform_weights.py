@@ -166,10 +166,14 @@ class Tables:
     images: int = 2
     channels: int = 3
     out_channels: int = 5
+    scale: int = 1
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        return [(0, 3) if j % 7 == 3 else (1 + j % 3, 2 + j % 2) for j in range(self.jobs)]
+        s = self.scale
+        return [
+            (0, 3) if j % 7 == 3 else ((1 + j % 3) * s, (2 + j % 2) * s) for j in range(self.jobs)
+        ]
 
     @property
     def plan(self) -> Plan:
@@ -204,6 +208,34 @@ def test_several_launches(simt: Any, dtype: torch.dtype) -> None:
     *_, launches = operator.slices_of(tables.plan, 3, 5, name_of(dtype))
     assert [len(slices) for slices in launches] == [4, 4]
     check(tables, dtype, operator)
+
+
+# Samples of vectors and at most 32 outputs are copied.
+COPIED = Tables(jobs=6, channels=72, out_channels=27, scale=7)
+
+
+@pytest.mark.parametrize("processors", [1, 100])
+@dtypes
+def test_plain_samples_are_copied(simt: Any, dtype: torch.dtype, processors: int) -> None:
+    check(COPIED, dtype, Operator(simt, processors=processors))
+
+
+def test_plain_samples_tf32(simt: Any) -> None:
+    check(COPIED, torch.float32, Operator(simt, allow_tf32=True))
+
+
+def test_infinite_plain_samples_stay_where_they_are_read(simt: Any) -> None:
+    """The corner of a map is read by the taps up to the middle one, and not from outside."""
+    tables = Tables(jobs=1, channels=8, out_channels=27, scale=7)
+    tensors = tables.tensors(HALF)
+    tensors["source"][0, 3] = torch.inf
+    grad_rows = torch.ones(tables.images * 7 * 14, 27, dtype=HALF)
+    gradient = Operator(simt).run(tables.plan, tensors, grad_rows)
+    expected = torch.ones(3, 3, dtype=torch.bool)
+    expected[2], expected[:, 2] = False, False
+    # Matrix 0 is used twice, by both terms.
+    assert torch.equal(gradient[0, :, 3].isinf(), expected.expand(27, 3, 3))
+    assert gradient[0, :, [0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [*FAR, -3e9])

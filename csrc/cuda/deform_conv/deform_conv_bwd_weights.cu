@@ -5,12 +5,12 @@
 namespace dyhead::cuda {
 
 cudaError_t launch_deform_bwd_weights(const DeformBwdWeightsParams& params, DeformMath math,
-                                      bool vectors, cudaStream_t stream) {
+                                      bool vectors, bool plain, cudaStream_t stream) {
   const DeformWeightSlices& slices = params.slices;
   const int32_t blocks = slices.first[slices.count] * params.columns.blocks(params.launch.shape);
   if (blocks == 0) return cudaSuccess;
   const DeformBwdWeightsKernel chosen = dispatch_math(math, [&](auto op) {
-    return DeformBwdWeightsKernels<decltype(op)>::choose(params.columns.outs, vectors);
+    return DeformBwdWeightsKernels<decltype(op)>::choose(params.columns.outs, vectors, plain);
   });
   if (chosen.kernel == nullptr) return cudaErrorInvalidConfiguration;
   const LaunchConfig config{

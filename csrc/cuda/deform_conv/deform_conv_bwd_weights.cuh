@@ -28,9 +28,11 @@ struct WeightsShared {
   static constexpr size_t kBytes = 2 * (kA + kB + sizeof(WeightStep<Op>));
 };
 
-template <class Op, int kOuts, bool kVectors>
+// kPlain: samples are pixels of the source, so they are copied, not blended.
+template <class Op, int kOuts, bool kVectors, bool kPlain>
 class WeightsTile {
  public:
+  static_assert(kVectors || !kPlain);
   using T = typename Operand<Op>::Storage;
   using F = typename Operand<Op>::Compute;
   using Shared = WeightsShared<Op, kOuts>;
@@ -163,7 +165,7 @@ class WeightsTile {
     const TapSampler<F> sampler = tap_sampler<F>(p_.launch, p_.predictions, p_.gates, cursor.place,
                                                  p_.launch.terms[cursor.term]);
     const DeformWeightSlot& slot = own_slot();
-    if (at.index >= 0 && slot.count > 0) {
+    if (!kPlain && at.index >= 0 && slot.count > 0) {
       predicted = {sampler.predicted(slot.deform_group, slot.tap, at), sampler.gate};
     }
     if (thread < kDepth) step.pixels[thread] = at.index;
@@ -174,6 +176,14 @@ class WeightsTile {
       step.source = (map.first_row + image * map.pixels()) * shape.channels;
       step.grad = (out.first_row + image * out.pixels()) * shape.out_channels;
     }
+    if constexpr (kPlain) {
+      const bool read = at.index >= 0 && slot.count > 0;
+      const SamplePoint<F> point =
+          read ? sampler.point(F(0), F(0), slot.tap, at) : SamplePoint<F>{};
+      step.corners[thread].pixel[0] =
+          point.inside ? point.top * sampler.source.width + point.left : -1;
+      return predicted;
+    }
     // The pixel is kept where its corners will be stored, since the products need the registers.
     step.corners[thread].pixel[0] = at.index;
     step.corners[thread].pixel[1] = at.y;
@@ -182,7 +192,7 @@ class WeightsTile {
   }
 
   DYHEAD_DEVICE void locate(const Predicted& predicted, const Cursor& cursor, Step& step) const {
-    if (!locates()) return;
+    if (kPlain || !locates()) return;
     Corners<F>& corners = step.corners[tile_thread()];
     const OutputPixel at{corners.pixel[0], corners.pixel[1], corners.pixel[2]};
     const DeformWeightSlot& slot = own_slot();
@@ -248,16 +258,35 @@ class WeightsTile {
                     static_cast<const T*>(p_.source) + step.source + slot.first + unit, channels,
                     slot.count - unit);
     };
+    const auto address = [&](std::byte* to, int sample) {
+      return to + sample / kDepth * kPanelBytes<Op> +
+             depth_offset(sample % kDepth, thread % kUnits);
+    };
     const auto store_samples = [&](std::byte* to, int item) {
-      const int sample = item * kItemRows + thread / kUnits;
-      gathered.store(to + sample / kDepth * kPanelBytes<Op> +
-                     depth_offset(sample % kDepth, thread % kUnits));
+      gathered.store(address(to, item * kItemRows + thread / kUnits));
+    };
+    // Starts the copies of a plain step's samples; those outside the map are zeros.
+    const auto copy_samples = [&](std::byte* to, const Step& step) {
+#pragma unroll
+      for (int item = 0; item < kItems; ++item) {
+        const int sample = item * kItemRows + thread / kUnits;
+        const DeformWeightSlot& slot = work_.slots[sample / kDepth];
+        const int32_t pixel = step.corners[sample].pixel[0];
+        const bool inside = pixel >= 0 && unit < slot.count;
+        const T* from = static_cast<const T*>(p_.source) + step.source +
+                        (inside ? static_cast<int64_t>(pixel) * channels + slot.first + unit : 0);
+        cp_async_zfill<16>(address(to, sample), from, inside ? 16 : 0);
+      }
     };
 
     load_grad(a_, steps_[0]);
-    for (int item = 0; item < kItems; ++item) {
-      load_samples(steps_[0], item);
-      store_samples(b_, item);
+    if constexpr (kPlain) {
+      copy_samples(b_, steps_[0]);
+    } else {
+      for (int item = 0; item < kItems; ++item) {
+        load_samples(steps_[0], item);
+        store_samples(b_, item);
+      }
     }
     int buffer = 0;
     for (int64_t left = work_.tiles; left > 0; --left) {
@@ -272,6 +301,7 @@ class WeightsTile {
       buffer ^= 1;
       const Step& next = steps_[buffer];
       if (left > 1) load_grad(a_ + buffer * Shared::kA, next);
+      if (kPlain && left > 1) copy_samples(b_ + buffer * Shared::kB, next);
       Predicted predicted{};
       if (left > 2) predicted = start_step(cursor, freed);
       if (left > 3 && thread == kTileThreads - 1) {
@@ -281,9 +311,9 @@ class WeightsTile {
       // The loads are in flight during the products.
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        if (left > 1) load_samples(next, step);
+        if (!kPlain && left > 1) load_samples(next, step);
         product_.step(a, b, step);
-        if (left > 1) store_samples(b_ + buffer * Shared::kB, step);
+        if (!kPlain && left > 1) store_samples(b_ + buffer * Shared::kB, step);
       }
       if (left > 2) locate(predicted, cursor, freed);
     }
@@ -311,20 +341,24 @@ class WeightsTile {
   Product product_;
 };
 
-template <class Op, int kOuts, bool kVectors>
+template <class Op, int kOuts, bool kVectors, bool kPlain>
 __global__ void __launch_bounds__(kTileThreads,
                                   kOuts <= 32 && kVectors && Operand<Op>::kTensor ? 2 : 1)
     deform_bwd_weights_kernel(const __grid_constant__ DeformBwdWeightsParams p) {
-  WeightsTile<Op, kOuts, kVectors>(p).run();
+  WeightsTile<Op, kOuts, kVectors, kPlain>(p).run();
 }
 
-template <class Op, int kOuts, bool kVectors>
+template <class Op, int kOuts, bool kVectors, bool kPlain = false>
 DeformBwdWeightsKernel weights_kernel() {
-  return {deform_bwd_weights_kernel<Op, kOuts, kVectors>, WeightsShared<Op, kOuts>::kBytes};
+  return {deform_bwd_weights_kernel<Op, kOuts, kVectors, kPlain>, WeightsShared<Op, kOuts>::kBytes};
 }
 
 template <class Op>
-DeformBwdWeightsKernel DeformBwdWeightsKernels<Op>::choose(int32_t outs, bool vectors) {
+DeformBwdWeightsKernel DeformBwdWeightsKernels<Op>::choose(int32_t outs, bool vectors, bool plain) {
+  // TF32 has to round the samples.
+  if constexpr (!std::is_same_v<Op, Tf32>) {
+    if (outs == 32 && plain) return weights_kernel<Op, 32, true, true>();
+  }
   if (outs == 32) return vectors ? weights_kernel<Op, 32, true>() : weights_kernel<Op, 32, false>();
   if constexpr (!std::is_same_v<Op, double>) {
     if (outs == 128 && vectors) return weights_kernel<Op, 128, true>();

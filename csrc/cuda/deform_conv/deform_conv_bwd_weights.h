@@ -114,11 +114,12 @@ struct DeformBwdWeightsKernel {
 // As DeformFwdKernels.
 template <class Op>
 struct DeformBwdWeightsKernels {
-  static DeformBwdWeightsKernel choose(int32_t outs, bool vectors);
+  // plain: whether all jobs are plain, without gates.
+  static DeformBwdWeightsKernel choose(int32_t outs, bool vectors, bool plain);
 };
 
 cudaError_t launch_deform_bwd_weights(const DeformBwdWeightsParams& params, DeformMath math,
-                                      bool vectors, cudaStream_t stream);
+                                      bool vectors, bool plain, cudaStream_t stream);
 cudaError_t launch_deform_add_weights(const DeformAddWeightsParams& params, cudaStream_t stream);
 
 }  // namespace dyhead::cuda

@@ -98,6 +98,9 @@ cudaError_t run_deform_bwd_weights(const DeformBwdParams& p, const void* grad_ro
   const DeformMath math = deform_math(s.dtype, allow_tf32);
   const bool vectors = reads_vectors(s, p.source);
   const DeformWeightColumns columns = weight_columns(s, math, vectors, device);
+  const bool plain = vectors && p.gates == nullptr &&
+                     std::all_of(call.jobs.begin(), call.jobs.end(),
+                                 [](const DeformJob& job) { return job.plain(); });
   const int64_t slice_bytes = columns.blocks(s) * columns.values() * compute_bytes(s.dtype);
 
   DeformBwdWeightsParams params{};
@@ -126,7 +129,7 @@ cudaError_t run_deform_bwd_weights(const DeformBwdParams& p, const void* grad_ro
   for (size_t i = 0; i < launches.size(); ++i) {
     params.launch = launches[i];
     params.slices = add.slices = slices[i];
-    if (cudaError_t error = launch_deform_bwd_weights(params, math, vectors, stream);
+    if (cudaError_t error = launch_deform_bwd_weights(params, math, vectors, plain, stream);
         error != cudaSuccess) {
       return error;
     }
