@@ -2,9 +2,11 @@
 # and a generated file for each kernel that multiplies tiles and each kind of arithmetic. Such a kernel takes minutes to
 # compile, so that each has a file of its own: they compile in parallel, and only what changed compiles again.
 
-# Header below csrc/cuda, without its ending, and the class template in it that chooses among the kernel's tiles.
+# Header below csrc/cuda, without its ending, and the class template in it that chooses among the kernel's tiles; then
+# the kinds of arithmetic that it has, if not all.
 set(DYHEAD_TILE_KERNELS
     "deform_conv/deform_conv_fwd DeformFwdKernels"
+    "deform_conv/plain_conv_fwd PlainFwdKernels bfloat16 float16 tf32"
     "deform_conv/deform_conv_bwd_input DeformBwdInputKernels"
     "deform_conv/deform_conv_bwd_weights DeformBwdWeightsKernels")
 # Name of the arithmetic in the file's name, and the argument of Operand (csrc/cuda/tile/tile_gemm.cuh) that it is.
@@ -15,8 +17,8 @@ function(dyhead_cuda_sources result csrc)
   file(GLOB sources CONFIGURE_DEPENDS "${csrc}/cuda/*/*.cu")
   foreach(kernel IN LISTS DYHEAD_TILE_KERNELS)
     separate_arguments(kernel UNIX_COMMAND "${kernel}")
-    list(GET kernel 0 header)
-    list(GET kernel 1 template)
+    list(POP_FRONT kernel header template)
+    set(kinds "${kernel}")
     # A tree without the kernel, as a test of the build makes one, has no instances either.
     if(NOT EXISTS "${csrc}/cuda/${header}.cuh")
       continue()
@@ -26,6 +28,9 @@ function(dyhead_cuda_sources result csrc)
       separate_arguments(arithmetic UNIX_COMMAND "${arithmetic}")
       list(GET arithmetic 0 suffix)
       list(GET arithmetic 1 operand)
+      if(kinds AND NOT suffix IN_LIST kinds)
+        continue()
+      endif()
       set(source "${CMAKE_CURRENT_BINARY_DIR}/instances/${name}_${suffix}.cu")
       # Leaves a file with this content as it is, so that it does not compile again.
       file(CONFIGURE OUTPUT "${source}" @ONLY CONTENT

@@ -378,10 +378,14 @@ def test_every_kernel_and_arithmetic_has_a_file_that_stays(tmp_path: Path) -> No
     sources = {Path(p) for p in (tmp_path / "build" / "sources.txt").read_text().split(";")}
     instances = {path for path in sources if path.is_relative_to(tmp_path)}
     assert sources - instances == set((ROOT / "csrc" / "cuda").glob("*/*.cu"))
+    tensor_cores, others = ("bfloat16", "float16", "tf32"), ("float32", "float64")
     assert {path.stem for path in instances} == {
-        f"deform_conv_{kernel}_{arithmetic}"
-        for kernel in ("fwd", "bwd_input", "bwd_weights")
-        for arithmetic in ("bfloat16", "float16", "tf32", "float32", "float64")
+        *(f"plain_conv_fwd_{arithmetic}" for arithmetic in tensor_cores),
+        *(
+            f"deform_conv_{kernel}_{arithmetic}"
+            for kernel in ("fwd", "bwd_input", "bwd_weights")
+            for arithmetic in (*tensor_cores, *others)
+        ),
     }
     for instance in instances:
         (header,) = re.findall(r'#include "(.*)"', instance.read_text())

@@ -26,6 +26,7 @@ from tests.helpers.compare import (
 from tests.helpers.deform_checks import assert_same_bits, bits, check, expected_of, results
 from tests.helpers.deform_work import (
     CONVOLUTIONS,
+    PLAIN,
     WORKS,
     Call,
     Convolution,
@@ -105,7 +106,12 @@ def test_half_precision_weights_are_read_as_they_are(call: Call, dtype: torch.dt
 
 @pytest.mark.parametrize(
     "call",
-    [WORKS["all"], LEVEL, *(CONVOLUTIONS[n] for n in ("vectors", "groups", "middle output"))],
+    [
+        WORKS["all"],
+        LEVEL,
+        *(CONVOLUTIONS[n] for n in ("vectors", "groups", "middle output")),
+        PLAIN["predicting"],
+    ],
     ids=str,
 )
 def test_tf32_where_torch_says_so(call: Call) -> None:

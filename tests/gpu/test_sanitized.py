@@ -23,7 +23,7 @@ from dyhead_cuda.numerics import gradient_errors
 from tests.helpers import coefficients, deform_checks, fuse_cases, packing, relu_checks
 from tests.helpers.blocks import Block, check_block
 from tests.helpers.compare import TOLERANCE, assert_close
-from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Call, Convolution, ManyJobs
+from tests.helpers.deform_work import CONVOLUTIONS, PLAIN, WORKS, Call, Convolution, ManyJobs
 from tests.helpers.devices import Device
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.not_finite import CALLS, planted
@@ -105,6 +105,7 @@ TESTS: dict[str, Callable[[], None]] = {
     "deform_conv float64, groups": partial(
         convolve, CONVOLUTIONS["groups across deformable groups"], F64
     ),
+    "deform_conv bfloat16, plain": partial(convolve, PLAIN["predicting"], BF16),
     "deform_conv, several launches": partial(convolve, ManyJobs(), F32),
     "deform_conv, no images": partial(convolve, WORKS["no images"], F32),
     "deform_conv, unaligned": partial(convolve, WORKS["many channels"], BF16, aligned=False),

@@ -253,14 +253,8 @@ class Convolution(Call):
     offset_scale: float = 1.0
 
     @property
-    def output(self) -> tuple[int, int]:
-        height, width = (
-            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, pad, dilation, kernel, stride in zip(
-                self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
-        return height, width
+    def output(self) -> Size:
+        return output_of(self, self.size)
 
     @property
     def plan(self) -> Plan:
@@ -314,6 +308,69 @@ class Convolution(Call):
         moved["predictions"][::3, :18] = value
         moved["predictions"][1::3, 4] = value
         return moved
+
+
+@dataclass(frozen=True)
+class Plain(Call):
+    """A plain convolution of several maps, as the one that predicts offsets and masks."""
+
+    out_in_compute_dtype: bool = True
+    channels: int = 16
+    out_channels: int = 27
+    sizes: tuple[Size, ...] = ((9, 17), (3, 4))
+    kernel: Size = (3, 3)
+    stride: Size = (1, 1)
+    padding: Size = (1, 1)
+    dilation: Size = (1, 1)
+    groups: int = 1
+    with_bias: bool = True
+
+    @property
+    def plan(self) -> Plan:
+        outs = [output_of(self, size) for size in self.sizes]
+        jobs = [Job(out, None, [(i, 0)], self.stride) for i, out in enumerate(outs)]
+        return Plan(
+            self.images,
+            self.sizes,
+            [(0, 0)],
+            jobs,
+            self.kernel,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+    def values(self) -> Tensors:
+        normal = normals(11)
+        shape = (1, self.out_channels, self.channels // self.groups, *self.kernel)
+        values = {
+            "source": normal(sum(map_rows(self.sizes, self.images)), self.channels),
+            "predictions": normal(0, 3 * math.prod(self.kernel)),
+            "weights": normal(*shape) / math.sqrt(math.prod(shape[2:])),
+        }
+        if self.with_bias:
+            values["bias"] = normal(1, self.out_channels)
+        return values
+
+    def reference(self, tensors: Tensors) -> list[Tensor]:
+        t = {name: value.double() for name, value in tensors.items()}
+        bias = t["bias"][0] if "bias" in t else None
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        maps = [
+            conv2d(x, t["weights"][0], bias, *geometry) for x in self.maps(t["source"], self.sizes)
+        ]
+        rows = [y.permute(0, 2, 3, 1).reshape(-1, self.out_channels) for y in maps]
+        return [torch.cat(rows) + t["predictions"].sum()]  # of no values
+
+
+def output_of(work: Convolution | Plain, size: Size) -> Size:
+    height, width = (
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            size, work.padding, work.dilation, work.kernel, work.stride, strict=True
+        )
+    )
+    return height, width
 
 
 def read(values: Tensor, size: tuple[int, int], rule: int) -> Tensor:
@@ -382,4 +439,20 @@ CONVOLUTIONS = {
     ),
     "strides": Convolution(stride=(2, 3), size=(11, 13), padding=(0, 2)),
     "far offsets": Convolution(offset_scale=30),
+}
+
+# On both sides of what the CUDA kernel of plain convolutions takes: 3x3 without strides and
+# dilation, up to 32 outputs of a group, vectors of channels, maps that are not too narrow.
+PLAIN = {
+    "predicting": Plain(channels=136, sizes=((17, 33), (8, 16), (3, 4))),
+    "rounded": Plain(images=1, out_in_compute_dtype=False, out_channels=32, with_bias=False),
+    "padded": Plain(images=3, channels=8, out_channels=5, sizes=((5, 9),), padding=(3, 0)),
+    "plain groups": Plain(channels=144, out_channels=36, groups=2, padding=(0, 2)),
+    "odd channels": Plain(channels=12),
+    "many outputs": Plain(out_channels=40),
+    "narrow map": Plain(sizes=((1, 100), (3, 4))),
+    "one row": Plain(kernel=(1, 3), padding=(0, 1)),
+    "plain strides": Plain(stride=(2, 1)),
+    "dilated": Plain(dilation=(1, 2)),
+    "nothing": Plain(images=0),
 }

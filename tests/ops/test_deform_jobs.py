@@ -12,7 +12,7 @@ from dyhead_cuda import library
 from dyhead_cuda.ops.jobs import map_rows
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
 from tests.helpers.deform_checks import check
-from tests.helpers.deform_work import CONVOLUTIONS, WORKS, ManyJobs, Work
+from tests.helpers.deform_work import CONVOLUTIONS, PLAIN, WORKS, ManyJobs, Work
 from tests.helpers.devices import each_device
 
 library.require("cpu")
@@ -35,10 +35,11 @@ def test_results_in_the_compute_type_are_computed_in_it() -> None:
 
 
 @each_device
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *PLAIN])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_convolutions_equal_the_reference(name: str, dtype: torch.dtype, device: str) -> None:
-    check(CONVOLUTIONS[name], dtype, CONVOLUTIONS[name].tensors(dtype, device))
+    call = (CONVOLUTIONS | PLAIN)[name]
+    check(call, dtype, call.tensors(dtype, device))
 
 
 @each_device

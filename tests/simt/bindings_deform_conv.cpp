@@ -154,19 +154,32 @@ void bind(py::module_& module) {
   m.def(
       "tiling",
       [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
-         bool vectors, bool allow_tf32, const DeviceLimits& device) {
+         bool vectors, bool sums_only, bool allow_tf32, const DeviceLimits& device) {
         const DeformCall call =
             read_call(tables, true, named_dtype(dtype), channels, out_channels, 1);
-        const DeformTiling tiling =
-            forward_tiling(call, deform_math(call.shape.dtype, allow_tf32), vectors, device);
+        const DeformMath math = deform_math(call.shape.dtype, allow_tf32);
+        const DeformTiling tiling = forward_tiling(call, math, vectors, sums_only, device);
         std::vector<std::pair<int, int>> launches;  // jobs and tiles of each
-        for (const DeformLaunch& launch : deform_launches(call, tiling.rows)) {
+        for (const DeformLaunch& launch : deform_launches(call, tiling.rows, tiling.plain)) {
           launches.emplace_back(launch.job_count, launch.tile_count);
         }
         return py::make_tuple(tiling.rows, tiling.cols, launches);
       },
       py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
-      py::kw_only(), py::arg("vectors") = true, py::arg("allow_tf32") = false, py::arg("device"));
+      py::kw_only(), py::arg("vectors") = true, py::arg("sums_only") = true,
+      py::arg("allow_tf32") = false, py::arg("device"));
+  m.def(
+      "takes_plain_kernel",
+      [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
+         bool vectors, bool sums_only, bool allow_tf32, const DeviceLimits& device) {
+        const DeformCall call =
+            read_call(tables, true, named_dtype(dtype), channels, out_channels, 1);
+        const DeformMath math = deform_math(call.shape.dtype, allow_tf32);
+        return takes_plain_kernel(call, math, vectors, sums_only, device);
+      },
+      py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
+      py::kw_only(), py::arg("vectors") = true, py::arg("sums_only") = true,
+      py::arg("allow_tf32") = false, py::arg("device"));
   m.def(
       "problem",
       [](const Tables& tables, const std::string& dtype, int64_t channels,

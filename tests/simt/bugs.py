@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .bugs_deform_conv import DEFORM_CONV, DEFORM_WEIGHTS, SORT
+from .bugs_deform_conv import DEFORM_CONV, DEFORM_WEIGHTS, PLAIN_CONV, SORT
 from .planted import BARRIER, BARRIER_LINE, COMMON, CUDA, ROWS, Bug, Suite, without
 
 # ---- the tile product of the emulation's own tests ----------------------------------------------
@@ -232,6 +232,7 @@ SUITES = {
     "emulator": EMULATOR,
     "sort": SORT,
     "deform_conv": DEFORM_CONV,
+    "plain_conv": PLAIN_CONV,
     "deform_weights": DEFORM_WEIGHTS,
     "block_coefficients": BLOCK_COEFFICIENTS,
     "dynamic_relu": DYNAMIC_RELU,

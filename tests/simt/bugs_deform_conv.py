@@ -222,6 +222,102 @@ DEFORM_CONV = Suite(
     ),
 )
 
+PLAIN_FORWARD = f"{CUDA}/deform_conv/plain_conv_fwd.cuh"
+PLAIN_BARRIER = (
+    "        // Both operands are ready; the buffers of the previous column are free.\n"
+    f"        {BARRIER}\n"
+)
+HALO_COPY = "to + halo_offset(row, row % kHaloWidth, unit), at"
+
+PLAIN_CONV = Suite(
+    tests="test_deform_conv.py",
+    kernel="plain_conv_fwd_bfloat16",
+    select="test_plain_convolutions and (predicting or padded or groups or finite) and bfloat16",
+    bugs={
+        "a tile's place read before it is there": Bug(
+            PLAIN_FORWARD,
+            f"    {BARRIER}\n    const MapShape& map",
+            "    const MapShape& map",
+        ),
+        "the halo's pixels read before they are there": Bug(
+            PLAIN_FORWARD,
+            f"    }}\n    {BARRIER}\n  }}\n\n  DYHEAD_DEVICE void run",
+            "    }\n  }\n\n  DYHEAD_DEVICE void run",
+        ),
+        "operands read before they are there": without(PLAIN_FORWARD, PLAIN_BARRIER),
+        "copies not waited for": without(PLAIN_FORWARD, "        cp_async_wait_all();\n"),
+        "the halo that is being read is written": Bug(
+            PLAIN_FORWARD, "halo_buffer ^= 1;", "halo_buffer ^= 0;"
+        ),
+        "the panels that are being read are written": Bug(
+            PLAIN_FORWARD, "weights_buffer ^= 1;", "weights_buffer ^= 0;"
+        ),
+        "panels of the first step for all": without(
+            PLAIN_FORWARD, "          panels += kPlainTaps * kPlainTaps * kPanel;\n"
+        ),
+        "panels of a kernel row for those of a column": Bug(
+            PLAIN_FORWARD, "from + dy * kPlainTaps * kPanel", "from + dy * kPanel"
+        ),
+        "sums stored where operands are read": Bug(
+            PLAIN_FORWARD, f"    {BARRIER}\n    finish();\n", "    finish();\n"
+        ),
+        "sums read before they are there": without(
+            PLAIN_FORWARD, f"    {BARRIER}\n", "      }\n    }\n"
+        ),
+        "pixels outside are the map's first": Bug(
+            PLAIN_FORWARD, "at, exists ? 16 : 0)", "at, left > 0 ? 16 : 0)"
+        ),
+        "pixels beyond the right border are the next row's": Bug(
+            PLAIN_FORWARD, "x >= 0 && x < map.width", "x >= 0 && x <= map.width"
+        ),
+        "channels beyond the last one are read": Bug(
+            PLAIN_FORWARD, "first != kOutside && left > 0", "first != kOutside"
+        ),
+        "the last step takes all channels to exist": without(
+            PLAIN_FORWARD, "      left -= depth;\n"
+        ),
+        "a third of the halo is not copied": Bug(
+            PLAIN_FORWARD, "(part * kTimes + i) * kRows", "(part % 2 * kTimes + i) * kRows"
+        ),
+        "a halo's rows are as wide as a patch": Bug(
+            PLAIN_FORWARD,
+            "a_row + row * kHaloWidth * kRowBytes",
+            "a_row + row * kPatchWidth * kRowBytes",
+        ),
+        "all taps of a row read the first one's pixels": Bug(
+            PLAIN_FORWARD, "const int x = dx + lane() % 16;", "const int x = lane() % 16;"
+        ),
+        "units permuted by row where they are read by x": Bug(
+            PLAIN_FORWARD, HALO_COPY, HALO_COPY.replace("row % kHaloWidth", "row")
+        ),
+        "the paddings are exchanged": Bug(
+            PLAIN_FORWARD, "at_.y - launch.shape.pad_h", "at_.y - launch.shape.pad_w"
+        ),
+        "the first group's channels for all": Bug(
+            PLAIN_FORWARD, "at_.group * group_channels + first", "first"
+        ),
+        "a slice of the depth is not added": Bug(PLAIN_FORWARD, "i < kSlices;", "i < kSlices - 1;"),
+        "pixels beyond the map are stored": Bug(
+            PLAIN_FORWARD, "if (x < width) out", "if (x <= width) out"
+        ),
+        "TF32 truncated": Bug(
+            PLAIN_FORWARD,
+            "if (dx == 0) round_halo(",
+            "if (dx == 3) round_halo(",
+            "plain_conv_fwd_tf32",
+            "test_tf32_of_plain_convolutions_is_rounded",
+        ),
+        "another halo is rounded": Bug(
+            PLAIN_FORWARD,
+            "round_halo(halo + halo_buffer * kHalo)",
+            "round_halo(halo)",
+            "plain_conv_fwd_tf32",
+            "test_tf32_of_plain_convolutions_is_rounded",
+        ),
+    },
+    harmless=Bug(PLAIN_FORWARD, PLAIN_BARRIER, f"{PLAIN_BARRIER}        {BARRIER}\n"),
+)
+
 DEFORM_WEIGHTS_KERNEL = f"{CUDA}/deform_conv/deform_conv_bwd_weights.cuh"
 ADD_WEIGHTS = f"{CUDA}/deform_conv/deform_conv_add_weights.cu"
 

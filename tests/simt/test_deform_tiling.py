@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dyhead_cuda.fused import BlockPlan
-from dyhead_cuda.ops.jobs import Job, Plan
+from dyhead_cuda.fused import BlockPlan, predict_plan
+from dyhead_cuda.ops.jobs import Job, Plan, Size
 
 # 800 x 1344 pixels, padded to multiples of 32.
 PYRAMID = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
@@ -78,6 +78,76 @@ def test_patches_or_stretches(simt: Any) -> None:
     for size, tiles in {(80, 160): 100, (7, 11): 1, (13, 21): 3, (1, 1000): 8, (9, 17): 2}.items():
         plan = Plan(1, [size], [size], [Job(size, 0, [(0, 0)])])
         assert tiling(simt, plan, 256, 27) == (128, 32, [(1, tiles)]), size
+
+
+def takes_plain_kernel(
+    simt: Any,
+    plan: Plan,
+    channels: int = 256,
+    out_channels: int = 27,
+    *,
+    dtype: str = "bfloat16",
+    shared_bytes: int = 227 * KILOBYTE,
+    **options: bool,
+) -> bool:
+    device = simt.deform_conv.DeviceLimits(132, shared_bytes)
+    found: bool = simt.deform_conv.takes_plain_kernel(
+        plan.tables, dtype, channels, out_channels, device=device, **options
+    )
+    return found
+
+
+def plain_plan(
+    *sizes: Size, stride: Size = (1, 1), predictions: int | None = None, **geometry: Any
+) -> Plan:
+    jobs = [Job(size, predictions, [(i, 0)], stride) for i, size in enumerate(sizes)]
+    return Plan(1, sizes, sizes, jobs, **geometry)
+
+
+def test_plain_kernel(simt: Any) -> None:
+    """It predicts the offsets of every pyramid, on small devices too."""
+    for sizes in (PYRAMID, SMALL_PYRAMID, [(2**i, 2**i) for i in range(8, -1, -1)]):
+        plan = predict_plan(sizes, 2, len(sizes))
+        for dtype in ("bfloat16", "float16"):
+            assert takes_plain_kernel(simt, plan, dtype=dtype, shared_bytes=99 * KILOBYTE)
+        assert takes_plain_kernel(simt, plan, dtype="float32", allow_tf32=True)
+        for dtype in ("float32", "float64"):
+            assert not takes_plain_kernel(simt, plan, dtype=dtype)
+    # The coarser maps would be runs; here all are patches.
+    assert tiling(simt, predict_plan(PYRAMID, 1, 5), 256, 27) == (128, 32, [(5, 202)])
+    assert tiling(simt, predict_plan(PYRAMID, 1, 5), 256, 27, sums_only=False)[2] == [(5, 189)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "expected"),
+    [
+        (plain_plan((9, 17)), {}, True),
+        (plain_plan((9, 17)), {"vectors": False}, False),
+        (plain_plan((9, 17)), {"sums_only": False}, False),
+        (plain_plan((9, 17)), {"shared_bytes": 64 * KILOBYTE}, False),
+        (plain_plan((9, 17)), {"out_channels": 32}, True),
+        (plain_plan((9, 17)), {"out_channels": 33}, False),
+        (plain_plan((9, 17), groups=2), {"out_channels": 64}, True),
+        (plain_plan((9, 17), (3, 4), predictions=0), {}, False),
+        (plain_plan((9, 17), stride=(1, 2)), {}, False),
+        (plain_plan((9, 17), stride=(2, 1)), {}, False),
+        (plain_plan((9, 17), dilation=(1, 2)), {}, False),
+        (plain_plan((9, 17), dilation=(2, 1)), {}, False),
+        (plain_plan((9, 17), kernel=(3, 1)), {}, False),
+        (plain_plan((9, 17), kernel=(5, 3)), {}, False),
+        (plain_plan((9, 17), padding=(0, 3)), {}, True),
+        (plain_plan((9, 17), deform_groups=2), {}, False),
+        (Plan(1, [(3, 4)], [], [Job((3, 4), None, [(0, 0), (0, 0)])]), {}, False),
+        # 63 patches for 24 and for 8 runs.
+        (plain_plan((3, 1000)), {}, True),
+        (plain_plan((1, 1000)), {}, False),
+        (plain_plan((1, 1000), (100, 168)), {}, True),
+    ],
+)
+def test_what_the_plain_kernel_takes(
+    simt: Any, plan: Plan, options: dict[str, Any], expected: bool
+) -> None:
+    assert takes_plain_kernel(simt, plan, **options) == expected
 
 
 def test_more_jobs_than_a_table_holds(simt: Any) -> None:

@@ -39,19 +39,26 @@ def test_traffic_is_within_bounds() -> None:
     )
 
 
-def test_more_traffic_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("file", "permuted", "source", "kernel"),
+    [
+        ("tile/tile_gemm.cuh", "row", "deform_conv_fwd_bfloat16", "deform_fwd_kernel"),
+        ("deform_conv/plain_conv_fwd.cuh", "x", "plain_conv_fwd_bfloat16", "plain_fwd_kernel"),
+    ],
+)
+def test_more_traffic_is_noticed(file: str, permuted: str, source: str, kernel: str) -> None:
     """Rows of a tile without their permutation conflict in the banks."""
     planted = mutate(
-        "csrc/cuda/tile/tile_gemm.cuh",
-        "((unit ^ (row & 7)) << 4)",
+        f"csrc/cuda/{file}",
+        f"((unit ^ ({permuted} & 7)) << 4)",
         "(unit << 4)",
-        kernel="deform_conv_fwd_bfloat16",
+        kernel=source,
         count=True,
     )
     forward = "traffic.run_block(simt, step, [(8, 8)], forward_only=True)"
     found = traffic.by_kernel(traffic.count_steps(forward, kernels=planted))
     lines = grown(found, traffic.by_kernel(traffic.count_steps(forward)))
-    assert any("deform_fwd_kernel: shared_wavefronts" in line for line in lines), lines
+    assert any(f"{kernel}: shared_wavefronts" in line for line in lines), lines
 
 
 def test_bounds() -> None:

@@ -17,6 +17,9 @@
 // one buffer with the tap's weights while it blends the next samples into the other; weights arrive
 // by asynchronous copies. Every sample is blended once, and no columns are stored. The last tile of
 // a job and image to finish merges the moments of all its tiles, in a fixed order.
+//
+// A plain convolution with few outputs, such as the one that predicts offsets, needs no blending:
+// plain_conv_fwd.cuh has a kernel of its own for it.
 #pragma once
 
 #include <cstdint>
@@ -100,6 +103,7 @@ inline int32_t panel_depth(DeformMath math) {
 struct DeformTiling {
   int rows, cols;
   bool vectors;
+  bool plain = false;  // whether it is the kernel of plain convolutions
 };
 
 // Channels [first, last) of one step over a group's channels: at most max_channels, all of the same
@@ -212,6 +216,19 @@ inline size_t forward_shared_bytes(int rows, int cols, DType dtype, int taps) {
   return 2 * 128 * static_cast<size_t>(rows + cols) + corners * taps * rows;
 }
 
+// The tile of the kernel of plain convolutions (plain_conv_fwd.cuh): a patch of output pixels by
+// output channels. It has a fixed number of taps in each direction, and reads a halo of source
+// pixels.
+inline constexpr int kPlainRows = 128;
+inline constexpr int kPlainCols = 32;
+inline constexpr int kPlainTaps = 3;
+inline constexpr int kPlainHalo =
+    (kPatchWidth + kPlainTaps - 1) * (kPlainRows / kPatchWidth + kPlainTaps - 1);
+
+// Bytes of its dynamic shared memory: two buffers of the halo and of a kernel column's panels.
+inline constexpr size_t kPlainSharedBytes =
+    size_t{2 * 128} * (kPlainHalo + kPlainTaps * kPlainCols);
+
 using DeformFwdKernel = void (*)(DeformFwdKernelParams);
 
 // The forward kernels for operands Op, an argument of Operand (tile_gemm.cuh). Each Op is compiled
@@ -219,6 +236,12 @@ using DeformFwdKernel = void (*)(DeformFwdKernelParams);
 template <class Op>
 struct DeformFwdKernels {
   static DeformFwdKernel choose(const DeformTiling& tiling);  // null: none has this tile
+};
+
+// The same for plain convolutions, on tensor cores only.
+template <class Op>
+struct PlainFwdKernels {
+  static DeformFwdKernel choose();
 };
 
 cudaError_t launch_deform_pack(const DeformPackParams& params, cudaStream_t stream);

@@ -15,7 +15,9 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   const DeformShape& s = call.shape;
   if (call.out_rows == 0 && !p.moments) return cudaSuccess;
   const DeformMath math = deform_math(s.dtype, allow_tf32);
-  const DeformTiling tiling = forward_tiling(call, math, reads_vectors(s, p.source), device);
+  const bool sums_only = p.gates == nullptr && !p.moments;
+  const DeformTiling tiling =
+      forward_tiling(call, math, reads_vectors(s, p.source), sums_only, device);
   const DeformPanels panels = forward_panels(s, tiling.cols, panel_depth(math));
 
   DeformFwdKernelParams params{};
@@ -40,7 +42,7 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
                           : allocate(call.weights * s.out_channels * compute_bytes(s.dtype));
   params.packed = packed;
   params.packed_bias = packed_bias;
-  const std::vector<DeformLaunch> launches = deform_launches(call, tiling.rows);
+  const std::vector<DeformLaunch> launches = deform_launches(call, tiling.rows, tiling.plain);
   DeformZeros arrived{}, mean{}, var{}, up_mean{};
   if (p.moments) {
     // Launches run one after the other, so they share the memory of their tiles.

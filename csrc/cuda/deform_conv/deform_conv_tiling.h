@@ -18,20 +18,21 @@ inline bool fits(size_t shared_bytes, const DeviceLimits& device) {
   return shared_bytes + kStatic <= device.shared_bytes;
 }
 
-inline DeformTiles cut_into_tiles(const DeformJob& job, int rows) {
+// With `plain`, for the kernel of plain convolutions, which takes patches only.
+inline DeformTiles cut_into_tiles(const DeformJob& job, int rows, bool plain = false) {
   const int patch_height = rows / kPatchWidth;
   const int64_t patches_x = ceil_div(job.out.width, kPatchWidth);
   const int64_t patches = patches_x * ceil_div(job.out.height, patch_height);
   const int64_t stretches = ceil_div(job.out.pixels(), rows);
-  const bool patched = patches <= stretches + stretches / 8;
+  const bool patched = plain || patches <= stretches + stretches / 8;
   return {0, static_cast<int32_t>(patched ? patches : stretches),
           static_cast<int32_t>(patched ? patches_x : 0)};
 }
 
-inline int64_t count_tiles(const DeformCall& call, int rows) {
+inline int64_t count_tiles(const DeformCall& call, int rows, bool plain = false) {
   int64_t tiles = 0;
   for (const DeformJob& job : call.jobs) {
-    tiles += call.shape.images * cut_into_tiles(job, rows).per_image;
+    tiles += call.shape.images * cut_into_tiles(job, rows, plain).per_image;
   }
   return tiles;
 }
@@ -39,6 +40,33 @@ inline int64_t count_tiles(const DeformCall& call, int rows) {
 // The time of a tile of 64 rows, compared with 128: wavefronts of shared memory, as counted by the
 // emulation for either kernel that chooses between them.
 inline constexpr double kCostOf64Rows = 0.7;
+
+// Tensor cores multiply tiles of 16 bits or TF32.
+inline bool on_tensor_cores(DeformMath math) {
+  return math != DeformMath::kFloat32 && math != DeformMath::kFloat64;
+}
+
+// How many patches of the kernel of plain convolutions take less time than one tile of the other:
+// it has 3.8 times the wavefronts of shared memory, as counted by the emulation.
+inline constexpr int kPatchesPerTile = 3;
+
+// Whether the kernel of plain convolutions (plain_conv_fwd.cuh) computes a call. All jobs must be
+// 3x3 convolutions of one map without strides and dilation, with up to 32 outputs per group, on
+// tensor cores. It copies 16 bytes at a time, and its tiles are patches: on narrow maps they are
+// many. `sums_only`: there are no gates, and no moments are wanted.
+inline bool takes_plain_kernel(const DeformCall& call, DeformMath math, bool vectors,
+                               bool sums_only, const DeviceLimits& device) {
+  const DeformShape& s = call.shape;
+  const auto one_map = [](const DeformJob& job) {
+    return job.plain() && job.terms == 1 && job.stride_h == 1 && job.stride_w == 1;
+  };
+  return on_tensor_cores(math) && vectors && sums_only && s.deform_groups == 1 &&
+         s.kernel_h == kPlainTaps && s.kernel_w == kPlainTaps && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.out_channels / s.groups <= kPlainCols &&
+         std::all_of(call.jobs.begin(), call.jobs.end(), one_map) &&
+         fits(kPlainSharedBytes, device) &&
+         count_tiles(call, kPlainRows, true) <= kPatchesPerTile * count_tiles(call, kPlainRows);
+}
 
 // The tile of the forward kernel. Few output channels get narrow tiles. IEEE arithmetic is slow
 // compared with blending, so it takes 128 columns and blends again for the next 128. With 128 rows
@@ -49,11 +77,13 @@ inline constexpr double kCostOf64Rows = 0.7;
 // would be full). 64 rows: 545 tiles, each taking 0.7 of the time, so 5 rounds cost 3.5; 128 rows
 // win. An image of 200 x 336: 27 or 44 tiles, one round either way, so 64 rows win.
 inline DeformTiling forward_tiling(const DeformCall& call, DeformMath math, bool vectors,
-                                   const DeviceLimits& device) {
+                                   bool sums_only, const DeviceLimits& device) {
+  if (takes_plain_kernel(call, math, vectors, sums_only, device)) {
+    return {kPlainRows, kPlainCols, vectors, true};
+  }
   const int64_t outputs = call.shape.out_channels / call.shape.groups;
-  const bool tensor = math != DeformMath::kFloat32 && math != DeformMath::kFloat64;
   if (!vectors || math == DeformMath::kFloat64 || outputs <= 32) return {128, 32, vectors};
-  if (!tensor || outputs <= 128) return {128, 128, true};
+  if (!on_tensor_cores(math) || outputs <= 128) return {128, 128, true};
   const auto rounds = [&](int rows) {
     return static_cast<double>(ceil_div(count_tiles(call, rows), device.processors));
   };
@@ -88,7 +118,8 @@ inline DeformPanels backward_panels(const DeformShape& s, int32_t cols, int32_t 
 }
 
 // All launches of a call for tiles of `rows` pixels; empty if a job does not fit into one launch.
-inline std::vector<DeformLaunch> deform_launches(const DeformCall& call, int rows) {
+inline std::vector<DeformLaunch> deform_launches(const DeformCall& call, int rows,
+                                                 bool plain = false) {
   std::vector<DeformLaunch> launches;
   const auto start = [&](size_t job) {
     DeformLaunch launch{};
@@ -114,7 +145,7 @@ inline std::vector<DeformLaunch> deform_launches(const DeformCall& call, int row
       }
       next.terms[next.term_count++] = {source, static_cast<int16_t>(term.weight)};
     }
-    DeformTiles& tiles = next.tiles[next.job_count] = cut_into_tiles(job, rows);
+    DeformTiles& tiles = next.tiles[next.job_count] = cut_into_tiles(job, rows, plain);
     tiles.first = next.tile_count;
     next.tile_count += call.shape.images * tiles.per_image;
     ++next.job_count;
