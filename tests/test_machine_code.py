@@ -32,6 +32,8 @@ VECTOR_KERNELS = (
 WRITTEN_IN_THE_LAUNCH = ("dynamic_relu_fwd", "dynamic_relu_bwd")
 # What multiplies tiles, by kind of arithmetic as names are mangled.
 TILE_KERNELS = ("deform_fwd", "deform_bwd_input", "deform_bwd_weights")
+# Of 16 bytes from global to shared memory, past the L1 cache and registers.
+WIDE_COPY = "LDGSTS.E.BYPASS.128"
 # In these samples are loaded during the products of the step before.
 OVERLAPPED_KERNELS = ("deform_fwd", "deform_bwd_weights")
 # Instructions of main loops for each product on tensor cores, by architecture and kernel:
@@ -125,11 +127,15 @@ def test_vector_kernels_access_16_bytes(kernels: dict[str, str]) -> None:
 def test_tile_kernels(kernels: dict[str, str]) -> None:
     """16-byte loads in the sampler, asynchronous copies of weights, products on tensor cores."""
     seen = set()
-    for match, code in of_template(kernels, TILE_KERNELS, r"(\w+?)E?(?:Li\d+E)*Lb([01])E"):
+    arguments = r"(\w+?)E?(?:Li\d+E)*Lb([01])E(?:Lb([01])E)?"
+    for match, code in of_template(kernels, TILE_KERNELS, arguments):
         kernel, operand, vectors = match[1], match[2], match[3] == "1"
+        copies = match[4] == "1"  # samples of plain convolutions
         seen.add((kernel, operand, vectors))
         assert instructions(code, "LDGSTS"), match[0]
-        if vectors:
+        if copies:
+            assert any(i.startswith(WIDE_COPY) for i in instructions(code, "LDGSTS")), match[0]
+        elif vectors:
             loads = instructions(code, "LDG")
             # A lane of the input kernel owns two pieces of 8 bytes of halves.
             halves = kernel == "deform_bwd_input" and operand in ("8bfloat16", "7float16")
@@ -145,6 +151,21 @@ def test_tile_kernels(kernels: dict[str, str]) -> None:
             assert instructions(code, "DFMA" if operand == "d" else "FFMA"), match[0]
     operands = (*TENSOR_INSTRUCTION, "f", "d")
     assert seen == {(k, o, v) for k in TILE_KERNELS for o in operands for v in (False, True)}
+
+
+def test_plain_kernel(kernels: dict[str, str]) -> None:
+    """Copies of 16 bytes past the L1 cache, products on tensor cores, nothing blended."""
+    seen = set()
+    for match, code in of_template(kernels, ("plain_fwd",), r"(\w+?)"):
+        operand = match[2]
+        seen.add(operand)
+        copies = instructions(code, "LDGSTS")
+        assert any(copy.startswith(WIDE_COPY) for copy in copies), f"{operand}: {copies}"
+        assert TENSOR_INSTRUCTION[operand] in instructions(code, "HMMA"), operand
+        assert instructions(code, "LDSM"), operand
+        wide = {load for load in instructions(code, "LDG") if ".128" in load}
+        assert not wide, f"{operand}: {wide}"
+    assert seen == set(TENSOR_INSTRUCTION)
 
 
 def loads_under_way(code: str) -> int:
@@ -166,7 +187,7 @@ def loads_under_way(code: str) -> int:
 
 
 def test_products_do_not_wait_for_samples(kernels: dict[str, str]) -> None:
-    pattern = r"(8bfloat16|7float16|4Tf32)E(?:Li\d+E)+Lb1E"
+    pattern = r"(8bfloat16|7float16|4Tf32)E(?:Li\d+E)+Lb1E(?:Lb0E)?"
     for match, code in of_template(kernels, OVERLAPPED_KERNELS, pattern):
         # Four corners of what a thread blends in a step, four units at most.
         assert loads_under_way(code) >= 8, match[0]
