@@ -95,7 +95,7 @@ struct BlockCoefficientsBwdParams {
   const void* norms;              // [J, N, norm_values()]
   const void* layers;             // [L, N, layer_values()]
   void* workspace;                // BlockCoefficientsPartials
-  void* grad_mean;                // [J, N, C]; on the CPU null where not wanted, as all below
+  void* grad_mean;                // [J, N, C]; null where not wanted, as all below
   void* grad_var;                 // [J, N, C]
   void* grad_up_mean;             // [J, N, C]
   void* grad_norm_weight;         // [B, C]

@@ -45,7 +45,7 @@ struct DynamicReluBwdParams {
   const void* logits;      // [N, 4 C]
   const void* fc1_weight;  // [H, C]
   const void* fc2_weight;  // [4 C, H]
-  void* grad_rows;         // [N, P, C]; on the CPU null where not wanted
+  void* grad_rows;         // [N, P, C]; null where not wanted, as the others on CUDA
   void* grad_logits;       // [N, 4 C]
   void* grad_hidden;       // [N, H], before its ReLU
 };

@@ -53,7 +53,7 @@ struct FuseBranchesBwdParams {
   const void* scale;
   const void* shift;
   const void* coefficients;
-  void* grad_y;             // [S, C]; on the CPU null where not wanted, as all that follow
+  void* grad_y;             // [S, C]; null where not wanted, as all that follow
   void* grad_scale;         // [J, N, C]
   void* grad_shift;         // [L, N, C]
   void* grad_coefficients;  // [L, N, 4, C]

@@ -163,9 +163,9 @@ BlockCoefficientsBwdResult block_coefficients_bwd(
   p.workspace = workspace.mutable_data_ptr();
   Wanted wanted(wanted_results, std::tuple_size_v<BlockCoefficientsBwdResult>);
   size_t result = 0;
-  // The kernels on CUDA write all of them. (Initialisers in braces are evaluated in order.)
+  // Initialisers in braces are evaluated in order.
   const auto empty = [&](void*& data, std::initializer_list<int64_t> sizes) {
-    return wanted.allocate(result++, kIsCuda, mean, sizes, type, data);
+    return wanted.allocate(result++, false, mean, sizes, type, data);
   };
   BlockCoefficientsBwdResult results{empty(p.grad_mean, {s.jobs, s.images, s.channels}),
                                      empty(p.grad_var, {s.jobs, s.images, s.channels}),

@@ -70,12 +70,12 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_relu_bwd(const Tensor& grad_out, cons
                          nullptr,
                          nullptr,
                          nullptr};
-  // The kernel on CUDA writes all three; on the CPU the rows' gradient follows from the others.
-  const Tensor grad_rows = wanted.allocate(0, kIsCuda, rows, {n, shape.pixels, channels},
-                                           rows.scalar_type(), p.grad_rows);
+  // On the CPU the others are steps on the way to the rows' gradient.
+  const Tensor grad_rows =
+      wanted.allocate(0, false, rows, {n, shape.pixels, channels}, rows.scalar_type(), p.grad_rows);
   const Tensor grad_logits =
-      wanted.allocate(1, true, rows, {n, 4 * channels}, compute, p.grad_logits);
-  const Tensor grad_hidden = wanted.allocate(2, true, rows, {n, width}, compute, p.grad_hidden);
+      wanted.allocate(1, !kIsCuda, rows, {n, 4 * channels}, compute, p.grad_logits);
+  const Tensor grad_hidden = wanted.allocate(2, !kIsCuda, rows, {n, width}, compute, p.grad_hidden);
   if (n > 0) run_dynamic_relu_bwd(p, call);
   return {grad_rows, grad_logits, grad_hidden};
 }

@@ -110,15 +110,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fuse_branches_bwd(
                           nullptr,
                           nullptr,
                           nullptr};
-  // The kernels on CUDA write all of them.
   const Tensor grad_y =
-      wanted.allocate(0, kIsCuda, y, {y.size(0), channels}, y.scalar_type(), p.grad_y);
+      wanted.allocate(0, false, y, {y.size(0), channels}, y.scalar_type(), p.grad_y);
   const Tensor grad_scale =
-      wanted.allocate(1, kIsCuda, y, {maps, images, channels}, compute, p.grad_scale);
+      wanted.allocate(1, false, y, {maps, images, channels}, compute, p.grad_scale);
   const Tensor grad_shift =
-      wanted.allocate(2, kIsCuda, y, {levels, images, channels}, compute, p.grad_shift);
+      wanted.allocate(2, false, y, {levels, images, channels}, compute, p.grad_shift);
   const Tensor grad_coefficients =
-      wanted.allocate(3, kIsCuda, y, {levels, images, 4, channels}, compute, p.grad_coefficients);
+      wanted.allocate(3, false, y, {levels, images, 4, channels}, compute, p.grad_coefficients);
   run_fuse_branches_bwd(p, call);
   return {grad_y, grad_scale, grad_shift, grad_coefficients};
 }

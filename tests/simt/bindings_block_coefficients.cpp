@@ -118,8 +118,8 @@ py::tuple backward(DType dtype, const py::array& grad_scale, const py::array& gr
                    const py::array& up_mean, const py::array& norms, const py::array& layers,
                    const std::vector<NamedArray>& norm_weights,
                    const std::vector<NamedArray>& norm_biases, const NamedArray& gate_weight,
-                   const NamedArray& fc1_weight, const NamedArray& fc2_weight,
-                   const Tables& tables) {
+                   const NamedArray& fc1_weight, const NamedArray& fc2_weight, const Tables& tables,
+                   const std::vector<int>& wanted) {
   BlockCoefficientsBwdParams p{};
   DeviceParameters device;
   fill(p, device, dtype, mean, norm_weights, norm_biases, gate_weight, fc1_weight, fc2_weight,
@@ -142,25 +142,20 @@ py::tuple backward(DType dtype, const py::array& grad_scale, const py::array& gr
   p.norms = kept_norms.data();
   p.layers = kept_layers.data();
   p.workspace = workspace.data();
-  std::vector<DeviceArray<F>> results;
-  const auto add = [&](void*& data, const char* name, std::vector<py::ssize_t> shape) {
-    data = results.emplace_back(DeviceArray<F>::poisoned(name, std::move(shape))).data();
-  };
-  add(p.grad_mean, "grad_mean", {s.jobs, s.images, s.channels});
-  add(p.grad_var, "grad_var", {s.jobs, s.images, s.channels});
-  add(p.grad_up_mean, "grad_up_mean", {s.jobs, s.images, s.channels});
-  add(p.grad_norm_weight, "grad_norm_weight", {s.norms, s.channels});
-  add(p.grad_norm_bias, "grad_norm_bias", {s.norms, s.channels});
-  add(p.grad_gate_weight, "grad_gate_weight", {s.channels});
-  add(p.grad_gate_bias, "grad_gate_bias", {1});
-  add(p.grad_fc1_weight, "grad_fc1_weight", {s.hidden, s.channels});
-  add(p.grad_fc1_bias, "grad_fc1_bias", {s.hidden});
-  add(p.grad_fc2_weight, "grad_fc2_weight", {4 * s.channels, s.hidden});
-  add(p.grad_fc2_bias, "grad_fc2_bias", {4 * s.channels});
+  WantedArrays results(wanted);
+  p.grad_mean = results.add<F>("grad_mean", {s.jobs, s.images, s.channels});
+  p.grad_var = results.add<F>("grad_var", {s.jobs, s.images, s.channels});
+  p.grad_up_mean = results.add<F>("grad_up_mean", {s.jobs, s.images, s.channels});
+  p.grad_norm_weight = results.add<F>("grad_norm_weight", {s.norms, s.channels});
+  p.grad_norm_bias = results.add<F>("grad_norm_bias", {s.norms, s.channels});
+  p.grad_gate_weight = results.add<F>("grad_gate_weight", {s.channels});
+  p.grad_gate_bias = results.add<F>("grad_gate_bias", {1});
+  p.grad_fc1_weight = results.add<F>("grad_fc1_weight", {s.hidden, s.channels});
+  p.grad_fc1_bias = results.add<F>("grad_fc1_bias", {s.hidden});
+  p.grad_fc2_weight = results.add<F>("grad_fc2_weight", {4 * s.channels, s.hidden});
+  p.grad_fc2_bias = results.add<F>("grad_fc2_bias", {4 * s.channels});
   check_launch("launch_block_coefficients_bwd", launch_block_coefficients_bwd(p, nullptr));
-  py::list arrays;
-  for (const DeviceArray<F>& result : results) arrays.append(result.to_numpy());
-  return py::tuple(arrays);
+  return results.to_numpy().attr("values")();
 }
 
 // Calls f with a zero of the compute type that moments of this array have.
@@ -186,21 +181,21 @@ void bind(py::module_& module) {
                                            fc2_bias, {job_levels, job_branches, num_groups}, eps);
           });
         });
-  m.def(
-      "backward",
-      [](const py::array& grad_scale, const py::array& grad_shift,
-         const py::array& grad_coefficients, const py::array& mean, const py::array& up_mean,
-         const py::array& norms, const py::array& layers,
-         const std::vector<NamedArray>& norm_weights, const std::vector<NamedArray>& norm_biases,
-         const NamedArray& gate_weight, const NamedArray& fc1_weight, const NamedArray& fc2_weight,
-         const std::vector<int>& job_levels, const std::vector<int>& job_branches, int num_groups) {
-        return with_compute_type(mean, [&](auto zero, DType dtype) {
-          return backward<decltype(zero)>(dtype, grad_scale, grad_shift, grad_coefficients, mean,
-                                          up_mean, norms, layers, norm_weights, norm_biases,
-                                          gate_weight, fc1_weight, fc2_weight,
-                                          {job_levels, job_branches, num_groups});
+  m.def("backward",
+        [](const py::array& grad_scale, const py::array& grad_shift,
+           const py::array& grad_coefficients, const py::array& mean, const py::array& up_mean,
+           const py::array& norms, const py::array& layers,
+           const std::vector<NamedArray>& norm_weights, const std::vector<NamedArray>& norm_biases,
+           const NamedArray& gate_weight, const NamedArray& fc1_weight,
+           const NamedArray& fc2_weight, const std::vector<int>& job_levels,
+           const std::vector<int>& job_branches, int num_groups, const std::vector<int>& wanted) {
+          return with_compute_type(mean, [&](auto zero, DType dtype) {
+            return backward<decltype(zero)>(dtype, grad_scale, grad_shift, grad_coefficients, mean,
+                                            up_mean, norms, layers, norm_weights, norm_biases,
+                                            gate_weight, fc1_weight, fc2_weight,
+                                            {job_levels, job_branches, num_groups}, wanted);
+          });
         });
-      });
 }
 
 const Bindings bindings(bind);

@@ -73,7 +73,8 @@ template <class T>
 py::dict backward(py::ssize_t images, py::ssize_t pixels, const py::array& grad_out,
                   const py::array& rows, const py::array& hidden, const py::array& logits,
                   const py::array& fc1_weight, const py::array& fc2_weight, DType dtype,
-                  bool hard_sigmoid, py::ssize_t skew, const std::optional<DynamicReluGrid>& grid) {
+                  bool hard_sigmoid, py::ssize_t skew, const std::optional<DynamicReluGrid>& grid,
+                  const std::vector<int>& wanted) {
   using F = compute_t<T>;
   const auto w1 = DeviceArray<F>::copy_of("fc1_weight", fc1_weight);
   const auto w2 = DeviceArray<F>::copy_of("fc2_weight", fc2_weight);
@@ -82,23 +83,18 @@ py::dict backward(py::ssize_t images, py::ssize_t pixels, const py::array& grad_
   const auto g = DeviceArray<T>::copy_of("grad_out", grad_out);
   const auto x = DeviceArray<T>::copy_of("rows", rows);
   const DynamicReluShape shape{images, pixels, w1.shape(1), w1.shape(0), dtype, hard_sigmoid};
-  const auto grad_rows =
-      DeviceArray<T>::poisoned("grad_rows", {skew + images * pixels * shape.channels});
-  const auto grad_logits = DeviceArray<F>::poisoned("grad_logits", {images, 4 * shape.channels});
-  const auto grad_hidden = DeviceArray<F>::poisoned("grad_hidden", {images, shape.hidden});
-  const DynamicReluBwdParams params{
-      shape,     skip(g, shape), skip(x, shape),         h.data(),           l.data(),
-      w1.data(), w2.data(),      skip(grad_rows, shape), grad_logits.data(), grad_hidden.data()};
+  DynamicReluBwdParams params{shape,     skip(g, shape), skip(x, shape), h.data(), l.data(),
+                              w1.data(), w2.data(),      nullptr,        nullptr,  nullptr};
+  WantedArrays results(wanted);
+  params.grad_rows = results.add<T>("grad_rows", {skew + images * pixels * shape.channels}, skew);
+  params.grad_logits = results.add<F>("grad_logits", {images, 4 * shape.channels});
+  params.grad_hidden = results.add<F>("grad_hidden", {images, shape.hidden});
   const DynamicReluGrid used =
       grid ? *grid : dynamic_relu_grid(images, pixels, dynamic_relu_bwd_resident(params));
   const Workspace<F> workspace(shape, used, 4);
   check_launch("launch_dynamic_relu_bwd",
                launch_dynamic_relu_bwd(params, used, workspace.pointers(), nullptr));
-  py::dict result;
-  result["grad_rows"] = grad_rows.to_numpy();
-  result["grad_logits"] = grad_logits.to_numpy();
-  result["grad_hidden"] = grad_hidden.to_numpy();
-  return result;
+  return results.to_numpy();
 }
 
 void bind(py::module_& module) {
@@ -133,16 +129,19 @@ void bind(py::module_& module) {
       [](const std::string& dtype_name, py::ssize_t images, py::ssize_t pixels,
          const py::array& grad_out, const py::array& rows, const py::array& hidden,
          const py::array& logits, const py::array& fc1_weight, const py::array& fc2_weight,
-         bool hard_sigmoid, py::ssize_t skew, const std::optional<DynamicReluGrid>& grid) {
+         bool hard_sigmoid, py::ssize_t skew, const std::optional<DynamicReluGrid>& grid,
+         const std::vector<int>& wanted) {
         const DType dtype = named_dtype(dtype_name);
         return dispatch_dtype(dtype, [&](auto zero) {
           return backward<decltype(zero)>(images, pixels, grad_out, rows, hidden, logits,
-                                          fc1_weight, fc2_weight, dtype, hard_sigmoid, skew, grid);
+                                          fc1_weight, fc2_weight, dtype, hard_sigmoid, skew, grid,
+                                          wanted);
         });
       },
       py::arg("dtype"), py::arg("images"), py::arg("pixels"), py::arg("grad_out"), py::arg("rows"),
       py::arg("hidden"), py::arg("logits"), py::arg("fc1_weight"), py::arg("fc2_weight"),
-      py::kw_only(), py::arg("hard_sigmoid"), py::arg("skew") = 0, py::arg("grid") = py::none());
+      py::kw_only(), py::arg("hard_sigmoid"), py::arg("skew") = 0, py::arg("grid") = py::none(),
+      py::arg("wanted") = std::vector<int>(3, 1));
 }
 
 const Bindings bindings(bind);

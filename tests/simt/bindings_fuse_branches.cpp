@@ -83,7 +83,7 @@ py::object forward(const Call& c) {
 }
 
 template <class T>
-py::object backward(const Call& c, const py::array& grad_out) {
+py::dict backward(const Call& c, const py::array& grad_out, const std::vector<int>& wanted) {
   using F = compute_t<T>;
   using Kept = std::conditional_t<std::is_same_v<T, float16>, float, T>;
   const FuseTables& t = c.tables;
@@ -91,34 +91,30 @@ py::object backward(const Call& c, const py::array& grad_out) {
   const auto g = DeviceArray<T>::copy_of("grad_out", grad_out);
   const py::ssize_t maps = static_cast<py::ssize_t>(t.maps.size());
   const py::ssize_t levels = static_cast<py::ssize_t>(t.levels.size());
-  const auto grad_y = DeviceArray<T>::poisoned("grad_y", {c.skew + c.rows() * t.channels});
-  const auto grad_scale = DeviceArray<F>::poisoned("grad_scale", {maps, t.images, t.channels});
-  const auto grad_shift = DeviceArray<F>::poisoned("grad_shift", {levels, t.images, t.channels});
-  const auto grad_coefficients =
-      DeviceArray<F>::poisoned("grad_coefficients", {levels, t.images, 4, t.channels});
+  FuseBranchesBwdParams params{&t,
+                               skip(g, t.out_rows * t.channels),
+                               skip(in.y, c.rows() * t.channels),
+                               in.scale.data(),
+                               in.shift.data(),
+                               in.coefficients.data(),
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
+  WantedArrays results(wanted);
+  params.grad_y = results.add<T>("grad_y", {c.skew + c.rows() * t.channels}, c.skew);
+  params.grad_scale = results.add<F>("grad_scale", {maps, t.images, t.channels});
+  params.grad_shift = results.add<F>("grad_shift", {levels, t.images, t.channels});
+  params.grad_coefficients = results.add<F>("grad_coefficients", {levels, t.images, 4, t.channels});
   const FuseLaunches launches = fuse_launches(t, c.tiling.value_or(fuse_bwd_tiling(t.channels)));
   const auto partial =
       DeviceArray<F>::poisoned("partial", {launches.partials, kFuseSums, t.channels});
   const auto grad_z = DeviceArray<Kept>::poisoned("grad_z", {launches.grad_z_rows, t.channels});
-  const FuseBranchesBwdParams params{&t,
-                                     skip(g, t.out_rows * t.channels),
-                                     skip(in.y, c.rows() * t.channels),
-                                     in.scale.data(),
-                                     in.shift.data(),
-                                     in.coefficients.data(),
-                                     skip(grad_y, c.rows() * t.channels),
-                                     grad_scale.data(),
-                                     grad_shift.data(),
-                                     grad_coefficients.data()};
-  check_launch(
-      "launch_fuse_branches_bwd",
-      launch_fuse_branches_bwd(params, launches, {partial.data(), grad_z.data()}, nullptr));
-  py::dict result;
-  result["grad_y"] = grad_y.to_numpy();
-  result["grad_scale"] = grad_scale.to_numpy();
-  result["grad_shift"] = grad_shift.to_numpy();
-  result["grad_coefficients"] = grad_coefficients.to_numpy();
-  return result;
+  const FuseBwdWorkspace workspace{wants_sums(params) ? partial.data() : nullptr,
+                                   params.grad_y != nullptr ? grad_z.data() : nullptr};
+  check_launch("launch_fuse_branches_bwd",
+               launch_fuse_branches_bwd(params, launches, workspace, nullptr));
+  return results.to_numpy();
 }
 
 void bind(py::module_& module) {
@@ -163,11 +159,12 @@ void bind(py::module_& module) {
            })
       .def(
           "backward",
-          [](const Call& c, const py::array& grad_out) {
-            return dispatch_dtype(c.tables.dtype,
-                                  [&](auto zero) { return backward<decltype(zero)>(c, grad_out); });
+          [](const Call& c, const py::array& grad_out, const std::vector<int>& wanted) {
+            return dispatch_dtype(c.tables.dtype, [&](auto zero) {
+              return backward<decltype(zero)>(c, grad_out, wanted);
+            });
           },
-          py::arg("grad_out"));
+          py::arg("grad_out"), py::arg("wanted") = std::vector<int>(4, 1));
 }
 
 const Bindings bindings(bind);

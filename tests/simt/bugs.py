@@ -44,7 +44,7 @@ NORMALISE = "  normalise(p, jobs, shared.norms);\n"
 BLOCK_COEFFICIENTS = Suite(
     tests="test_block_coefficients.py",
     kernel="block_coefficients_bwd",
-    select="test_orders_of_threads or test_corners or test_cases",
+    select="test_orders_of_threads or test_corners or test_cases or test_only_what_is_wanted",
     bugs={
         "groups read before they are there": without(COEFFICIENTS_FORWARD, BARRIER_LINE, NORMALISE),
         "gates read before they are there": without(
@@ -70,7 +70,7 @@ BLOCK_COEFFICIENTS = Suite(
         "gradients of gates read before they are there": without(
             COEFFICIENTS_BACKWARD,
             BARRIER_LINE,
-            "  differentiate_gates(p, jobs, at, partials, shared);\n",
+            "  if (!wants_norms(p)) return;\n",
         ),
         "the gradient of another normalisation": Bug(
             COEFFICIENTS_BACKWARD, "p.tables.norm[j] !=", "p.tables.norm[0] !="
@@ -79,6 +79,16 @@ BLOCK_COEFFICIENTS = Suite(
             COEFFICIENTS_BACKWARD,
             "const int64_t branches = s.jobs * s.images;",
             "const int64_t branches = s.jobs;",
+        ),
+        "a partial sum left out where only a bias is wanted": Bug(
+            COEFFICIENTS_BACKWARD,
+            "return p.grad_fc1_weight != nullptr || p.grad_fc1_bias != nullptr;",
+            "return p.grad_fc1_weight != nullptr;",
+        ),
+        "the variance left out where the mean is not wanted": Bug(
+            COEFFICIENTS_BACKWARD,
+            "if (p.grad_mean == nullptr && p.grad_var == nullptr) continue;",
+            "if (p.grad_mean == nullptr) continue;",
         ),
         "the slope beyond a corner": Bug(
             COEFFICIENTS_ARITHMETIC, "logit + F(3) < F(6)", "logit + F(3) <= F(6)"
@@ -98,6 +108,7 @@ BLOCK_COEFFICIENTS = Suite(
 # ---- dynamic_relu -------------------------------------------------------------------------------
 
 RELU_DEVICE = f"{CUDA}/dynamic_relu/dynamic_relu.cuh"
+RELU_BACKWARD = f"{CUDA}/dynamic_relu/dynamic_relu_bwd.cu"
 RELU_ARITHMETIC = f"{COMMON}/dynamic_relu.h"
 WAIT = "wait_until(arrived, static_cast<unsigned>(blocks) + 1);"
 WAIT_LINE = f"  if (threadIdx.x == 0) {WAIT}\n"
@@ -105,10 +116,10 @@ WAIT_LINE = f"  if (threadIdx.x == 0) {WAIT}\n"
 DYNAMIC_RELU = Suite(
     tests="test_dynamic_relu.py",
     kernel="dynamic_relu_fwd",
-    select="float32 and (test_sizes and hsigmoid or test_images)",
+    select="float32 and (test_sizes and hsigmoid or test_images or test_only_what_is_wanted)",
     bugs={
         "sums read before they are there": Bug(
-            ROWS, BARRIER_LINE + "  for (int o = thread", "  for (int o = thread"
+            ROWS, BARRIER_LINE + "  const int channels", "  const int channels"
         ),
         "sums overwritten while they are read": Bug(ROWS, f"  }}\n{BARRIER_LINE}}}", "  }\n}"),
         "no wait for the last block": without(RELU_DEVICE, WAIT_LINE),
@@ -121,6 +132,11 @@ DYNAMIC_RELU = Suite(
         ),
         "stretches leave a pixel out": Bug(
             RELU_DEVICE, "? first + length : pixels", "? first + length - 1 : pixels"
+        ),
+        "the layers left out where only the gradient of rows is wanted": Bug(
+            RELU_BACKWARD,
+            "if (p.call.grad_hidden == nullptr && p.call.grad_rows == nullptr) return;",
+            "if (p.call.grad_hidden == nullptr) return;",
         ),
         "wrong slope": Bug(
             RELU_ARITHMETIC, "k % 2 == 1 ? slope / F(2)", "k % 2 == 1 ? slope", "dynamic_relu_bwd"
@@ -141,7 +157,7 @@ NO_LONGER_READ = f"{BARRIER}  // the last patch's are no longer read"
 FUSE_BRANCHES = Suite(
     tests="test_fuse_branches.py",
     kernel="fuse_branches_bwd",
-    select="float32 and (test_tilings or test_cases) or small_gradients",
+    select="float32 and (test_tilings or test_cases or only_what_is_wanted) or small_gradients",
     bugs={
         "positions overwritten while they are read": without(
             FUSE_DEVICE, NO_LONGER_READ, kernel=FUSE_FORWARD_KERNEL
@@ -166,6 +182,17 @@ FUSE_BRANCHES = Suite(
         ),
         "sums of rows overwritten while they are read": Bug(
             ROWS, f"  }}\n{BARRIER_LINE}}}", "  }\n}"
+        ),
+        "curves overwritten while they are read": without(
+            FUSE_BACKWARD, f"{BARRIER}  // the curves are no longer read"
+        ),
+        "a kept vector over that of another thread": Bug(
+            FUSE_DEVICE, "kPart * kThreads;", "kPart * (kThreads - 1);"
+        ),
+        "a sum of the shift left out where only it is wanted": Bug(
+            FUSE_BACKWARD,
+            "const bool of_shift = k == kSumB1 || k == kSumB2;",
+            "const bool of_shift = k == kSumB1;",
         ),
         "readers overwritten while they are read": without(FUSE_BACKWARD, NO_LONGER_READ),
         "readers read before they are there": without(FUSE_BACKWARD, f"    {BARRIER}\n", "    }\n"),

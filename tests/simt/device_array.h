@@ -90,6 +90,38 @@ class DeviceArray {
   std::unique_ptr<GuardedMemory> memory_;
 };
 
+// The outputs of a backward operator: poisoned arrays where they are wanted; where they are not,
+// null for the kernels and None for Python.
+class WantedArrays {
+ public:
+  // `flags` has 1 or 0 for each output, in the order of the calls of `add`.
+  explicit WantedArrays(const std::vector<int>& flags) : flags_(flags) {}
+
+  // Returns the address of element `skip`.
+  template <class T>
+  T* add(const char* name, std::vector<py::ssize_t> shape, py::ssize_t skip = 0) {
+    if (flags_.at(outputs_.size()) == 0) {
+      outputs_.emplace_back(name, [] { return py::none(); });
+      return nullptr;
+    }
+    const auto array =
+        std::make_shared<DeviceArray<T>>(DeviceArray<T>::poisoned(name, std::move(shape)));
+    outputs_.emplace_back(name, [array] { return array->to_numpy(); });
+    return array->data() + skip;
+  }
+
+  // By name, in order.
+  py::dict to_numpy() const {
+    py::dict result;
+    for (const auto& [name, output] : outputs_) result[name] = output();
+    return result;
+  }
+
+ private:
+  std::vector<int> flags_;
+  std::vector<std::pair<const char*, std::function<py::object()>>> outputs_;
+};
+
 // RuntimeError if a launcher returned an error.
 inline void check_launch(const char* launcher, cudaError_t error) {
   if (error == cudaSuccess) return;

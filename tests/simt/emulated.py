@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ def _array(t: Tensor | None) -> Any:
     return None if t is None else to_array(t)
 
 
-def _as_wanted(results: Sequence[Tensor], wanted: Sequence[int]) -> tuple[Tensor, ...]:
-    """As an operator returns them: empty where they are not wanted."""
-    return tuple(t if want else t.new_empty(0) for t, want in zip(results, wanted, strict=True))
+def _wanted(arrays: Iterable[Any], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    """As an operator returns them: empty where they are not wanted, which is None here."""
+    return tuple(
+        torch.empty(0, dtype=dtype) if array is None else to_tensor(array, dtype)
+        for array, dtype in zip(arrays, dtypes, strict=True)
+    )
 
 
 class Emulated(TorchDispatchMode):
@@ -156,9 +159,10 @@ class Emulated(TorchDispatchMode):
 
     def _fuse_branches_bwd(self, grad_out: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         *tables, wanted = rest
-        results = self._fuse_call(y, *tables).backward(to_array(grad_out).ravel())
-        grad_y, *others = (to_tensor(array, y.dtype) for array in results.values())
-        return _as_wanted((grad_y.view(y.shape), *others), wanted)
+        results = self._fuse_call(y, *tables).backward(to_array(grad_out).ravel(), wanted)
+        dtypes = [y.dtype, *[compute_dtype(y.dtype)] * 3]
+        grad_y, *others = _wanted(results.values(), dtypes)
+        return (grad_y.view(y.shape) if wanted[0] else grad_y), *others
 
     def _coefficients(self, function: Callable[..., Any], plain: int, args: Sequence[Any]) -> Any:
         def named(p: Any) -> Any:
@@ -173,6 +177,5 @@ class Emulated(TorchDispatchMode):
         return tuple(to_tensor(array, args[0].dtype) for array in arrays)
 
     def _block_coefficients_bwd(self, *args: Any) -> tuple[Tensor, ...]:
-        *arguments, wanted = args
-        arrays = self._coefficients(self.simt.block_coefficients.backward, 7, arguments)
-        return _as_wanted([to_tensor(array, args[0].dtype) for array in arrays], wanted)
+        arrays = self._coefficients(self.simt.block_coefficients.backward, 7, args)
+        return _wanted(arrays, [args[0].dtype] * len(args[-1]))

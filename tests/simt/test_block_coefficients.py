@@ -24,6 +24,7 @@ from tests.helpers.coefficients import (
 from tests.helpers.compare import assert_close, leaf, random_like
 
 from .arrays import name_of, to_array, to_tensor
+from .wanted import assert_only_wanted
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 computes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -31,8 +32,11 @@ computes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=
 Call = Callable[..., Sequence[Any]]
 
 
-def call(function: Call, arguments: Sequence[Any], parameters: Sequence[Any]) -> list[Tensor]:
-    """Calls a binding with arguments, and then with parameters, each named by its type."""
+def call(function: Call, arguments: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
+    """Calls a binding with arguments, and then with parameters, each named by its type.
+
+    Returns tensors, and None for what is not wanted.
+    """
 
     def named(p: Any) -> Any:
         if isinstance(p, list) and isinstance(p[0], Tensor):
@@ -40,7 +44,7 @@ def call(function: Call, arguments: Sequence[Any], parameters: Sequence[Any]) ->
         return (name_of(p.dtype), to_array(p)) if isinstance(p, Tensor) else p
 
     arrays = function(*(to_array(t) for t in arguments), *(named(p) for p in parameters))
-    return [to_tensor(array, torch.float64) for array in arrays]
+    return [array if array is None else to_tensor(array, torch.float64) for array in arrays]
 
 
 def forward(simt: Any, case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -56,25 +60,27 @@ def backward(
     tensors: Sequence[Tensor],
     kept: Sequence[Tensor],
     grads: Sequence[Tensor],
-) -> list[Tensor]:
-    """Of every tensor, in the moments' type, as the autograd function arranges them."""
+    wanted: Sequence[int] = (1,) * 11,
+) -> list[Any]:
+    """As the operator returns them, but None for what is not wanted."""
     mean, _, up_mean, weights, biases, gate_weight, _, fc1_weight, _, fc2_weight, _ = (
         case.arguments(tensors)
     )
     options = list(case.options().values())[:3]
-    results = call(
+    return call(
         simt.block_coefficients.backward,
         (*grads, mean, up_mean, *kept),
-        (weights, biases, gate_weight, fc1_weight, fc2_weight, *options),
+        (weights, biases, gate_weight, fc1_weight, fc2_weight, *options, list(wanted)),
     )
-    return [*results[:3], *results[3], *results[4], *results[5:]]
 
 
 def run(simt: Any, case: Case, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Results, and gradients for the cotangents of ``all_gradients``."""
     *outs, norms, layers = forward(simt, case, tensors)
     cotangents = [t.to(out) for t, out in zip(random_like(*outs), outs, strict=True)]
-    return outs, backward(simt, case, tensors, (norms, layers), cotangents)
+    grads = backward(simt, case, tensors, (norms, layers), cotangents)
+    # Of every tensor, as the autograd function arranges them.
+    return outs, [*grads[:3], *grads[3], *grads[4], *grads[5:]]
 
 
 def check(simt: Any, case: Case, tensors: Sequence[Tensor]) -> None:
@@ -195,6 +201,20 @@ def test_non_finite_moments_stay_in_their_image(simt: Any, moment: int, value: f
     grads = backward(simt, case, tensors, (norms, layers), [torch.ones_like(t) for t in outs])
     for grad in grads[:3]:
         assert grad[:, [0, 2]].isfinite().all()
+
+
+# --- what is not wanted --------------------------------------------------------------------------
+
+
+@computes
+def test_only_what_is_wanted(simt: Any, dtype: torch.dtype) -> None:
+    simt.set_seed(1)
+    case = block_case(3, channels=24, num_groups=3, hidden=7)
+    tensors = case.tensors(dtype)
+    *outs, norms, layers = forward(simt, case, tensors)
+    assert_only_wanted(
+        lambda wanted: backward(simt, case, tensors, (norms, layers), outs, wanted), 11
+    )
 
 
 # --- determinism --------------------------------------------------------------------------------

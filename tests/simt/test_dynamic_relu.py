@@ -21,6 +21,7 @@ from tests.helpers.inputs import random_relu_inputs
 
 from .arithmetic import dtypes
 from .arrays import flat_array, name_of, to_array, to_tensor
+from .wanted import assert_only_wanted
 
 activations = pytest.mark.parametrize("activation", ["hsigmoid", "sigmoid"])
 
@@ -64,8 +65,13 @@ class Operator:
         return self._tensors(results, "out", rows)
 
     def backward(
-        self, inputs: Sequence[Tensor], kept: dict[str, Tensor], grad_out: Tensor
-    ) -> dict[str, Tensor]:
+        self,
+        inputs: Sequence[Tensor],
+        kept: dict[str, Tensor],
+        grad_out: Tensor,
+        wanted: Sequence[int] = (1, 1, 1),
+    ) -> dict[str, Any]:
+        """None for what is not wanted."""
         rows, fc1_weight, _, fc2_weight, _ = inputs
         arguments = (grad_out, rows, kept["hidden"], kept["logits"], fc1_weight, fc2_weight)
         results = self.simt.dynamic_relu.backward(
@@ -75,6 +81,7 @@ class Operator:
             hard_sigmoid=self.activation == "hsigmoid",
             skew=self.skew,
             grid=self.grid,
+            wanted=list(wanted),
         )
         return self._tensors(results, "grad_rows", rows)
 
@@ -95,11 +102,15 @@ class Operator:
         return [flat_array(t, self.skew) if t.dim() == 3 else to_array(t) for t in tensors]
 
     def _tensors(
-        self, results: dict[str, NDArray[Any]], flat: str, rows: Tensor
-    ) -> dict[str, Tensor]:
-        tensors = {name: to_tensor(array, rows.dtype) for name, array in results.items()}
-        assert tensors[flat][: self.skew].isnan().all(), "written before the first row"
-        tensors[flat] = tensors[flat][self.skew :].view(rows.shape)
+        self, results: dict[str, NDArray[Any] | None], flat: str, rows: Tensor
+    ) -> dict[str, Any]:
+        tensors = {
+            name: None if array is None else to_tensor(array, rows.dtype)
+            for name, array in results.items()
+        }
+        if (whole := tensors[flat]) is not None:
+            assert whole[: self.skew].isnan().all(), "written before the first row"
+            tensors[flat] = whole[self.skew :].view(rows.shape)
         return tensors
 
 
@@ -317,6 +328,21 @@ def test_gradcheck(simt: Any, blocks: int, activation: Activation) -> None:
                 flat[i] = before
             numeric = float(values[0] - values[1]) / (2 * step)
             assert float(gradient.view(-1)[i]) == pytest.approx(numeric, rel=1e-6, abs=1e-8)
+
+
+# --- what is not wanted --------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize(("images", "pixels"), [(1, 300), (3, 130), (2, 9)])
+def test_only_what_is_wanted(simt: Any, images: int, pixels: int, dtype: torch.dtype) -> None:
+    operator = Operator(simt)
+    inputs = random_inputs(images, pixels, 16, dtype)
+    kept = operator.forward(inputs)
+    assert_only_wanted(
+        lambda wanted: list(operator.backward(inputs, kept, inputs[0], wanted).values()), 3
+    )
 
 
 # --- determinism --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tests.helpers.inputs import halving_sizes
 
 from .arithmetic import dtypes
 from .arrays import flat_array, name_of, to_array, to_tensor
+from .wanted import assert_only_wanted
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,22 @@ class Operator:
     def forward(self, case: Case, tensors: Sequence[Tensor]) -> Tensor:
         return self._rows(self.call(case, tensors).forward(), tensors[0])
 
-    def backward(self, case: Case, tensors: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
-        """The gradients of y, scale, shift and coefficients."""
+    def backward(
+        self,
+        case: Case,
+        tensors: Sequence[Tensor],
+        grad_out: Tensor,
+        wanted: Sequence[int] = (1, 1, 1, 1),
+    ) -> list[Any]:
+        """The gradients of y, scale, shift and coefficients; None for what is not wanted."""
         y = tensors[0]
-        results = self.call(case, tensors).backward(flat_array(grad_out.to(y.dtype), self.skew))
+        given = flat_array(grad_out.to(y.dtype), self.skew)
+        results = self.call(case, tensors).backward(given, list(wanted))
         grad_y, *others = results.values()
-        return [self._rows(grad_y, y), *(to_tensor(array, y.dtype) for array in others)]
+        return [
+            None if grad_y is None else self._rows(grad_y, y),
+            *(None if array is None else to_tensor(array, y.dtype) for array in others),
+        ]
 
     def _rows(self, array: Any, like: Tensor) -> Tensor:
         flat = to_tensor(array, like.dtype)
@@ -262,6 +274,22 @@ def test_gradcheck(simt: Any, case: Case) -> None:
                 flat[i] = before
             numeric = float(values[0] - values[1]) / (2 * step)
             assert float(gradient.view(-1)[i]) == pytest.approx(numeric, rel=1e-6, abs=1e-8)
+
+
+# --- what is not wanted --------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.usefixtures("seed")
+def test_only_what_is_wanted(simt: Any, dtype: torch.dtype) -> None:
+    for case in (
+        block_case(halving_sizes(9, 7, 3), channels=16),
+        replace(CASES["three upsampled"], channels=9),
+    ):
+        tensors = case.tensors(dtype)
+        grad_out = random_like(case.reference(tensors))[0]
+        operator = Operator(simt, tiling=(2, 1, 3))
+        assert_only_wanted(partial(operator.backward, case, tensors, grad_out), 4)
 
 
 # --- determinism --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from . import traffic
-from .build import mutate
+from .build import counted, mutate
 
 # Another compiler joins or hoists a few accesses differently.
 SLACK = 1.01
@@ -59,6 +59,36 @@ def test_more_traffic_is_noticed(file: str, permuted: str, source: str, kernel: 
     found = traffic.by_kernel(traffic.count_steps(forward, kernels=planted))
     lines = grown(found, traffic.by_kernel(traffic.count_steps(forward)))
     assert any(f"{kernel}: shared_wavefronts" in line for line in lines), lines
+
+
+OF_ONE = """
+import torch
+from tests.helpers.fuse_cases import block_case
+
+case = block_case([(8, 8), (4, 4)], channels=64)
+for name, wanted in ("y", 0), ("scale", 1):
+    tensors = [t.detach() for t in case.tensors(torch.float32)]
+    tensors[wanted].requires_grad_()
+    with traffic.Steps(simt, lambda _: None, 132):
+        case.run(tensors).sum().backward()
+    step(name)
+"""
+
+
+def test_what_nobody_wants_is_not_written() -> None:
+    fuse = counted("fuse_branches_fwd", "fuse_branches_bwd")
+    for name, counts in traffic.count_steps(OF_ONE, kernels=fuse).items():
+        kernels = [k["arrays"] for k in counts.kernels.values()]
+        written = {array for arrays in kernels for array in arrays if arrays[array]["stores"]}
+        expected = {"y": {"out", "grad_z", "grad_y"}, "scale": {"out", "partial", "grad_scale"}}
+        assert written == expected[name]
+
+
+def test_frozen_parameters_take_no_launch() -> None:
+    code = "traffic.run_block(simt, step, [(8, 8)], channels=64, frozen={})"
+    for frozen, launches in (False, 2), (True, 1):
+        steps = traffic.count_steps(code.format(frozen))
+        assert len(steps["coefficients bwd"].kernels) == launches
 
 
 def test_bounds() -> None:

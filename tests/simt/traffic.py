@@ -89,13 +89,14 @@ def run_block(
     processors: int = 132,
     shared_bytes: int = 227 * 1024,
     forward_only: bool = False,
+    frozen: bool = False,
     sampled: bool = False,
 ) -> None:
     """A published block in bfloat16 with float32 parameters, forward and backward.
 
-    Offsets are around a pixel. With few processors the forward takes its large tiles. Where only
-    some blocks of a launch run, most of its results are undefined: then ``sampled`` gives random
-    numbers to the next launch.
+    Offsets are around a pixel. With few processors the forward takes its large tiles. No gradient
+    of ``frozen`` parameters is wanted. Where only some blocks of a launch run, most of its results
+    are undefined: then ``sampled`` gives random numbers to the next launch.
     """
     simt.set_seed(0)
     source = torch.Generator().manual_seed(0)
@@ -104,7 +105,7 @@ def run_block(
         return torch.randn(shape, generator=source).bfloat16()
 
     like = random_block_parameters(channels, channels)
-    parameters = [t.float().requires_grad_() for t in flat_parameters(like)]
+    parameters = [t.float().requires_grad_(not frozen) for t in flat_parameters(like)]
     features = [normal(images, channels, *size).requires_grad_() for size in sizes]
     with Steps(simt, step, processors, shared_bytes, sampled):
         outs = fused.pyramid_blocks(

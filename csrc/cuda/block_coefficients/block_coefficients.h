@@ -4,7 +4,8 @@
 // hidden layer, which is faster than waiting for another block, and then its own rows of the last
 // layer, which has most of the weights. In the backward, each level and image has one block; a
 // second kernel sums the parameters' gradients over levels, jobs and images, with one thread for
-// each value. All sums are in a fixed order, so results are deterministic.
+// each value. All sums are in a fixed order, so results are deterministic. Gradients that are not
+// wanted are null, and what only they need is left out, whole launches too.
 #pragma once
 
 #include "../../common/block_coefficients.h"

@@ -7,6 +7,28 @@ namespace {
 
 constexpr int kSumThreads = 256;
 
+// Which gradients are wanted, by what they need.
+DYHEAD_HD bool wants_norms(const BlockCoefficientsBwdParams& p) {
+  return p.grad_mean != nullptr || p.grad_var != nullptr || p.grad_up_mean != nullptr ||
+         p.grad_norm_weight != nullptr || p.grad_norm_bias != nullptr ||
+         p.grad_gate_weight != nullptr;
+}
+DYHEAD_HD bool wants_mean_z(const BlockCoefficientsBwdParams& p) {
+  return wants_norms(p) || p.grad_gate_bias != nullptr;
+}
+DYHEAD_HD bool wants_fc1(const BlockCoefficientsBwdParams& p) {
+  return p.grad_fc1_weight != nullptr || p.grad_fc1_bias != nullptr;
+}
+DYHEAD_HD bool wants_fc2(const BlockCoefficientsBwdParams& p) {
+  return p.grad_fc2_weight != nullptr || p.grad_fc2_bias != nullptr;
+}
+
+// result[i] = value, if the result is wanted.
+template <class F>
+DYHEAD_DEVICE void set(void* result, int64_t i, F value) {
+  if (result != nullptr) static_cast<F*>(result)[i] = value;
+}
+
 // The shared memory of a block of the first kernel.
 template <class F>
 struct BwdShared {
@@ -46,15 +68,17 @@ DYHEAD_DEVICE void differentiate_layers(const BlockCoefficientsBwdParams& p, int
   for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kBlockCoefficientsThreads) {
     const F grad = grad_coefficients[i] * dynamic_relu_slope(logits[i], i / s.channels, true);
     shared.grad_logits[i] = grad;
-    partials.logits[at * outputs + i] = grad;
+    if (wants_fc2(p)) partials.logits[at * outputs + i] = grad;
   }
+  if (!wants_mean_z(p) && !wants_fc1(p)) return;
   __syncthreads();
   multiply_columns(p.parameters.fc2_weight, outputs, s.hidden, shared.grad_logits, shared.scratch,
                    [&](int j, F grad) {
                      grad = hidden[j] > F(0) ? grad : F(0);
                      shared.grad_hidden[j] = grad;
-                     partials.hidden[at * s.hidden + j] = grad;
+                     if (wants_fc1(p)) partials.hidden[at * s.hidden + j] = grad;
                    });
+  if (!wants_mean_z(p)) return;
   multiply_columns(p.parameters.fc1_weight, s.hidden, s.channels, shared.grad_hidden,
                    shared.scratch, [&](int c, F grad) { shared.grad_mean_z[c] = grad; });
 }
@@ -111,7 +135,7 @@ DYHEAD_DEVICE void differentiate_gates(const BlockCoefficientsBwdParams& p, cons
     sum = warp_sum(sum) / branch.branches * scale_gate_slope(branch.logit());
     if (lane == 0) {
       shared.grad_gate_logits[k] = sum;
-      partials.gate[branch.place] = sum;
+      if (p.grad_gate_bias != nullptr) partials.gate[branch.place] = sum;
     }
   }
 }
@@ -143,17 +167,21 @@ DYHEAD_DEVICE void differentiate_norms(const BlockCoefficientsBwdParams& p, cons
       const AffineGrads<F> grad = affine_grads(branch.grads(c), affine, share, pooled, up_mean);
       grad_mean -= grad.bias * affine.a;
       grad_rstd += grad.a * load_parameter<F>(p.parameters.norm_weight[branch.norm], c);
-      partials.norm_weight[place + c] = grad.a * moments.rstd;
-      partials.norm_bias[place + c] = grad.bias;
-      partials.gate_weight[place + c] = grad_logit * affine.at(up_mean);
-      static_cast<F*>(p.grad_up_mean)[place + c] = grad.up_mean;
+      if (p.grad_norm_weight != nullptr) {
+        partials.norm_weight[place + c] = grad.a * moments.rstd;
+      }
+      if (p.grad_norm_bias != nullptr) partials.norm_bias[place + c] = grad.bias;
+      if (p.grad_gate_weight != nullptr) {
+        partials.gate_weight[place + c] = grad_logit * affine.at(up_mean);
+      }
+      set(p.grad_up_mean, place + c, grad.up_mean);
     }
+    if (p.grad_mean == nullptr && p.grad_var == nullptr) continue;
     const MomentGrads<F> grad =
         moment_grads(moments, warp_sum(grad_mean), warp_sum(grad_rstd), width);
     for (int c = first + lane; c < first + width; c += kWarpSize) {
-      static_cast<F*>(p.grad_mean)[place + c] =
-          grad.of_mean(static_cast<const F*>(p.mean)[place + c]);
-      static_cast<F*>(p.grad_var)[place + c] = grad.var;
+      set(p.grad_mean, place + c, grad.of_mean(static_cast<const F*>(p.mean)[place + c]));
+      set(p.grad_var, place + c, grad.var);
     }
   }
 }
@@ -166,7 +194,9 @@ __global__ void __launch_bounds__(kBlockCoefficientsThreads, 1)
   const auto partials = BlockCoefficientsPartials<F>::in(p.workspace, p.shape);
   const BwdShared<F> shared = BwdShared<F>::get(p.shape);
   differentiate_layers(p, at, partials, shared);
+  if (!wants_mean_z(p)) return;
   differentiate_gates(p, jobs, at, partials, shared);
+  if (!wants_norms(p)) return;
   __syncthreads();
   differentiate_norms(p, jobs, at, partials, shared);
 }
@@ -204,10 +234,16 @@ DYHEAD_DEVICE F sum_jobs(const BlockCoefficientsBwdParams& p, const F* values, i
   return static_cast<F>(sum);
 }
 
-// The number of values in the gradients of all parameters, which are numbered consecutively.
-int64_t parameter_values(const BlockCoefficientsShape& s) {
-  return 5 * int64_t{s.channels} * s.hidden + 4 * int64_t{s.channels} + s.hidden +
-         2 * int64_t{s.norms} * s.channels + s.channels + 1;
+// The number of values in the wanted gradients of parameters, which are numbered consecutively.
+int64_t parameter_values(const BlockCoefficientsBwdParams& p) {
+  const BlockCoefficientsShape& s = p.shape;
+  const auto values = [](const void* grad, int64_t size) { return grad != nullptr ? size : 0; };
+  const int64_t channels = s.channels;
+  return values(p.grad_fc2_weight, 4 * channels * s.hidden) +
+         values(p.grad_fc1_weight, channels * s.hidden) + values(p.grad_fc2_bias, 4 * channels) +
+         values(p.grad_fc1_bias, s.hidden) + values(p.grad_norm_weight, s.norms * channels) +
+         values(p.grad_norm_bias, s.norms * channels) + values(p.grad_gate_weight, channels) +
+         values(p.grad_gate_bias, 1);
 }
 
 template <class F>
@@ -221,33 +257,35 @@ __global__ void __launch_bounds__(kSumThreads)
   const F* mean_z = static_cast<const F*>(p.layers);
   const F* hidden = mean_z + s.channels;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  // Whether i is one of the next `size` values; if not, i becomes its index in those that follow.
-  const auto within = [&](int64_t size) {
+  // Whether i is one of the next `size` values; if not, i becomes its index in those that follow. A
+  // gradient that is not wanted has none.
+  const auto within = [&](const void* grad, int64_t size) {
+    if (grad == nullptr) return false;
     const bool found = i < size;
     if (!found) i -= size;
     return found;
   };
-  if (within(static_cast<int64_t>(outputs) * s.hidden)) {
+  if (within(p.grad_fc2_weight, static_cast<int64_t>(outputs) * s.hidden)) {
     static_cast<F*>(p.grad_fc2_weight)[i] = sum_products(
         partials.logits + i / s.hidden, outputs, hidden + i % s.hidden, s.layer_values(), rows);
-  } else if (within(static_cast<int64_t>(s.hidden) * s.channels)) {
+  } else if (within(p.grad_fc1_weight, static_cast<int64_t>(s.hidden) * s.channels)) {
     static_cast<F*>(p.grad_fc1_weight)[i] =
         sum_products(partials.hidden + i / s.channels, s.hidden, mean_z + i % s.channels,
                      s.layer_values(), rows);
-  } else if (within(outputs)) {
+  } else if (within(p.grad_fc2_bias, outputs)) {
     static_cast<F*>(p.grad_fc2_bias)[i] =
         static_cast<F>(sum_rows(partials.logits + i, outputs, rows));
-  } else if (within(s.hidden)) {
+  } else if (within(p.grad_fc1_bias, s.hidden)) {
     static_cast<F*>(p.grad_fc1_bias)[i] =
         static_cast<F>(sum_rows(partials.hidden + i, s.hidden, rows));
-  } else if (within(static_cast<int64_t>(s.norms) * s.channels)) {
+  } else if (within(p.grad_norm_weight, static_cast<int64_t>(s.norms) * s.channels)) {
     static_cast<F*>(p.grad_norm_weight)[i] = sum_jobs(p, partials.norm_weight, i);
-  } else if (within(static_cast<int64_t>(s.norms) * s.channels)) {
+  } else if (within(p.grad_norm_bias, static_cast<int64_t>(s.norms) * s.channels)) {
     static_cast<F*>(p.grad_norm_bias)[i] = sum_jobs(p, partials.norm_bias, i);
-  } else if (within(s.channels)) {
+  } else if (within(p.grad_gate_weight, s.channels)) {
     static_cast<F*>(p.grad_gate_weight)[i] =
         static_cast<F>(sum_rows(partials.gate_weight + i, s.channels, branches));
-  } else if (within(1)) {
+  } else if (within(p.grad_gate_bias, 1)) {
     static_cast<F*>(p.grad_gate_bias)[i] = static_cast<F>(sum_rows(partials.gate, 1, branches));
   }
 }
@@ -256,10 +294,10 @@ template <class F>
 cudaError_t launch_as(const BlockCoefficientsBwdParams& params, cudaStream_t stream) {
   const BlockCoefficientsShape& s = params.shape;
   const int64_t blocks = s.levels * s.images;
-  const int64_t sum_blocks = (parameter_values(s) + kSumThreads - 1) / kSumThreads;
+  const int64_t sum_blocks = (parameter_values(params) + kSumThreads - 1) / kSumThreads;
   constexpr int64_t kMaxBlocks = std::numeric_limits<int>::max();
   if (blocks > kMaxBlocks || sum_blocks > kMaxBlocks) return cudaErrorInvalidValue;
-  if (blocks > 0) {
+  if (blocks > 0 && (wants_mean_z(params) || wants_fc1(params) || wants_fc2(params))) {
     const LaunchConfig config{
         .grid = dim3(static_cast<unsigned>(blocks)),
         .block = dim3(kBlockCoefficientsThreads),
@@ -269,6 +307,7 @@ cudaError_t launch_as(const BlockCoefficientsBwdParams& params, cudaStream_t str
     const cudaError_t error = launch(block_coefficients_bwd_kernel<F>, config, params);
     if (error != cudaSuccess) return error;
   }
+  if (sum_blocks == 0) return cudaSuccess;
   const LaunchConfig config{
       .grid = dim3(static_cast<unsigned>(sum_blocks)),
       .block = dim3(kSumThreads),

@@ -4,7 +4,8 @@
 // arrive turns the sums into the coefficients (forward) or the gradient of the mean (backward),
 // while the others wait on the image's counter. Then each maps its own range, which is still in the
 // L2 cache if the image is small enough. Sums are added in a fixed order, so results are
-// deterministic.
+// deterministic. Gradients that are not wanted are null; without that of the rows, no block waits
+// or maps.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@ inline constexpr int kDynamicReluThreads = 256;
 struct DynamicReluGrid {
   int blocks_per_image;
   int images_in_flight;
-  bool cooperative;  // blocks wait for each other, so all must be resident at once
+  bool cooperative;  // blocks may wait for each other, so all must be resident at once
 };
 
 // Blocks for 64 pixels each, if the device holds that many for all images at once; at most 256 per

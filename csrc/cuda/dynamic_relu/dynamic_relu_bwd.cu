@@ -19,10 +19,16 @@ struct BwdShared {
   }
 };
 
+// result[i] = value, if the result is wanted.
+template <class F>
+DYHEAD_DEVICE void set(void* result, int64_t i, F value) {
+  if (result != nullptr) static_cast<F*>(result)[i] = value;
+}
+
 // Runs in one block: computes the gradients of the logits from the sums of all blocks, then goes
-// backward through both layers.
+// backward through both layers, as far as a wanted gradient needs it.
 template <class T, int V>
-DYHEAD_DEVICE void write_grad_mean(const BwdKernelParams& p, int64_t n) {
+DYHEAD_DEVICE void differentiate_layers(const BwdKernelParams& p, int64_t n) {
   using F = compute_t<T>;
   const DynamicReluShape& s = p.call.shape;
   const int channels = static_cast<int>(s.channels);
@@ -42,8 +48,9 @@ DYHEAD_DEVICE void write_grad_mean(const BwdKernelParams& p, int64_t n) {
   for (int i = thread; i < outputs; i += kDynamicReluThreads) {
     grad_logits[i] = sum_blocks(partial, blocks, outputs, i) *
                      dynamic_relu_slope(logits[i], i / channels, s.hard_sigmoid);
-    static_cast<F*>(p.call.grad_logits)[n * outputs + i] = grad_logits[i];
+    set(p.call.grad_logits, n * outputs + i, grad_logits[i]);
   }
+  if (p.call.grad_hidden == nullptr && p.call.grad_rows == nullptr) return;
   __syncthreads();
 
   const F* fc2_weight = static_cast<const F*>(p.call.fc2_weight);
@@ -61,8 +68,9 @@ DYHEAD_DEVICE void write_grad_mean(const BwdKernelParams& p, int64_t n) {
     for (int w = 0; w < kDynamicReluWarps; ++w) value += per_warp[w * hidden + j];
     const bool passed = static_cast<const F*>(p.call.hidden)[n * hidden + j] > F(0);
     grad_hidden[j] = passed ? value : F(0);
-    static_cast<F*>(p.call.grad_hidden)[n * hidden + j] = grad_hidden[j];
+    set(p.call.grad_hidden, n * hidden + j, grad_hidden[j]);
   }
+  if (p.call.grad_rows == nullptr) return;
   __syncthreads();
 
   const F* fc1_weight = static_cast<const F*>(p.call.fc1_weight);
@@ -111,7 +119,7 @@ DYHEAD_DEVICE void map_stretch(const BwdKernelParams& p, int64_t n, const Stretc
         const F slope = share * k[i].a1 + (F(1) - share) * k[i].a2;
         grad[i] = from_compute<T>(to_compute(g[i]) * slope + grad_mean[vector * V + i]);
       }
-      store_vec_streaming(grad_rows + at, grad);
+      store_vec(grad_rows + at, grad);
     }
   }
 }
@@ -152,9 +160,10 @@ __global__ void __launch_bounds__(kDynamicReluThreads, 1)
         });
     unsigned* arrived = p.workspace.arrived + n;
     if (arrive_is_last(arrived, blocks)) {
-      write_grad_mean<T, V>(p, n);
+      differentiate_layers<T, V>(p, n);
       publish(arrived);
     }
+    if (p.call.grad_rows == nullptr) continue;
     wait_published(arrived, blocks);
     map_stretch<T, V>(p, n, stretch);
   }
@@ -175,6 +184,8 @@ int dynamic_relu_bwd_resident(const DynamicReluBwdParams& params) {
 cudaError_t launch_dynamic_relu_bwd(const DynamicReluBwdParams& params, const DynamicReluGrid& grid,
                                     const DynamicReluWorkspace& workspace, cudaStream_t stream) {
   if (params.shape.images == 0) return cudaSuccess;
+  const bool rows = params.grad_rows != nullptr;
+  if (!rows && params.grad_logits == nullptr && params.grad_hidden == nullptr) return cudaSuccess;
   return select_vectors(
       params.shape.dtype, params.shape.channels, {params.rows, params.grad_out, params.grad_rows},
       [&](auto zero, auto vector) {
@@ -184,7 +195,7 @@ cudaError_t launch_dynamic_relu_bwd(const DynamicReluBwdParams& params, const Dy
             .block = dim3(kDynamicReluThreads),
             .shared_bytes = BwdShared<T, vector()>::bytes(params.shape),
             .stream = stream,
-            .cooperative = grid.cooperative,
+            .cooperative = grid.cooperative && rows,
         };
         return launch(dynamic_relu_bwd_kernel<T, vector()>, config, {params, workspace});
       });

@@ -25,9 +25,9 @@ struct Patch {
 };
 
 DYHEAD_DEVICE Patch patch_of(const FuseDeviceTables& t, const FusePatches& patches,
-                             const MapShape& map, int64_t index) {
-  const int32_t y = static_cast<int32_t>(index / patches.across) << t.patch_height_log2;
-  const int32_t x = static_cast<int32_t>(index % patches.across) << t.patch_width_log2;
+                             const MapShape& map, int32_t index) {
+  const int32_t y = index / patches.across << t.patch_height_log2;
+  const int32_t x = index % patches.across << t.patch_width_log2;
   return {y, x, min(map.height - y, 1 << t.patch_height_log2),
           min(map.width - x, 1 << t.patch_width_log2)};
 }
@@ -100,12 +100,13 @@ struct BranchReader {
     }
   }
 
-  // The values of all branches at one pixel of the level: `pixel` is its index there, (row, column)
-  // its place in the patch. Missing branches are 0.
-  template <class Positions>
+  // Calls use(b, u) with the values u of branch b, one branch after the other, at one pixel of the
+  // level: `pixel` is its index there, (row, column) its place in the patch. Missing branches are
+  // 0.
+  template <class Positions, class Use>
   DYHEAD_DEVICE void read(const FuseDeviceTables& t, const FuseDeviceLevel& level,
                           const Positions& positions, int64_t pixel, int row, int column,
-                          F (&u)[kMaxBranches][V]) const {
+                          Use&& use) const {
     // All loads of branches of the same size are issued before the first value is needed.
     Vec<T, V> direct[kMaxBranches] = {};
 #pragma unroll
@@ -114,13 +115,15 @@ struct BranchReader {
     }
 #pragma unroll
     for (int b = 0; b < kMaxBranches; ++b) {
+      F u[V];
       if (b >= level.direct && b < level.branches) {
         interpolated(t, level.branch[b].map.width, y + map[b], positions.row(b, row),
-                     positions.column(b, column), u[b]);
+                     positions.column(b, column), u);
       } else {
 #pragma unroll
-        for (int i = 0; i < V; ++i) u[b][i] = to_compute(direct[b][i]);
+        for (int i = 0; i < V; ++i) u[i] = to_compute(direct[b][i]);
       }
+      use(b, u);
     }
   }
 
@@ -143,42 +146,82 @@ struct BranchReader {
   }
 };
 
-// Scales, shift and dynamic ReLU of one image and one vector of channels.
+// The scales of one image and one vector of channels; 0 for a missing branch.
 template <class F, int V>
-struct FuseCoefficients {
-  Vec<F, V> scale[kMaxBranches];  // 0 for a missing branch
-  Vec<F, V> shift, a1, b1, a2, b2;
+struct FuseScales {
+  Vec<F, V> of[kMaxBranches];
 
-  DYHEAD_DEVICE FuseCoefficients(const FuseDeviceTables& t, const FuseDeviceLevel& level,
-                                 const void* scales, const void* shifts, const void* coefficients,
-                                 int64_t image, int64_t channel)
-      : scale{} {
+  DYHEAD_DEVICE FuseScales(const FuseDeviceTables& t, const FuseDeviceLevel& level,
+                           const void* scales, int64_t image, int64_t channel)
+      : of{} {
 #pragma unroll
     for (int b = 0; b < kMaxBranches; ++b) {
       if (b < level.branches) {
         const int64_t row = level.branch[b].index * t.images + image;
-        scale[b] = load_vec_readonly<V>(static_cast<const F*>(scales) + row * t.channels + channel);
+        of[b] = load_vec_readonly<V>(static_cast<const F*>(scales) + row * t.channels + channel);
       }
     }
+  }
+};
+
+// Shift and dynamic ReLU of one image and one vector of channels.
+template <class F, int V>
+struct FuseCurve {
+  static constexpr int kValues = 5;
+  Vec<F, V> k[kValues];  // the shift, a1, b1, a2, b2
+
+  DYHEAD_DEVICE static FuseCurve load(const FuseDeviceTables& t, const FuseDeviceLevel& level,
+                                      const void* shifts, const void* coefficients, int64_t image,
+                                      int64_t channel) {
     const int64_t row = level.index * t.images + image;
-    shift = load_vec_readonly<V>(static_cast<const F*>(shifts) + row * t.channels + channel);
-    const F* k = static_cast<const F*>(coefficients) + row * 4 * t.channels + channel;
-    a1 = load_vec_readonly<V>(k);
-    b1 = load_vec_readonly<V>(k + t.channels);
-    a2 = load_vec_readonly<V>(k + 2 * t.channels);
-    b2 = load_vec_readonly<V>(k + 3 * t.channels);
-  }
-
-  DYHEAD_DEVICE DynamicReluCoefficients<F> relu(int i) const {
-    return {a1[i], b1[i], a2[i], b2[i]};
-  }
-
-  DYHEAD_DEVICE F z(const F (&u)[kMaxBranches][V], int i) const {
-    F z = scale[0][i] * u[0][i] + shift[i];
+    const F* from = static_cast<const F*>(coefficients) + row * 4 * t.channels + channel;
+    FuseCurve curve;
+    curve.k[0] = load_vec_readonly<V>(static_cast<const F*>(shifts) + row * t.channels + channel);
 #pragma unroll
-    for (int b = 1; b < kMaxBranches; ++b) z += scale[b][i] * u[b][i];
-    return z;
+    for (int i = 0; i < 4; ++i) curve.k[1 + i] = load_vec_readonly<V>(from + i * t.channels);
+    return curve;
   }
+
+  DYHEAD_DEVICE F shift(int i) const { return k[0][i]; }
+  DYHEAD_DEVICE DynamicReluCoefficients<F> relu(int i) const {
+    return {k[1][i], k[2][i], k[3][i], k[4][i]};
+  }
+};
+
+// Vectors of V channels that threads keep in shared memory, where they have no registers for them.
+// No thread reads what another one keeps, so there is no barrier.
+template <class F, int V, int kThreads>
+class KeptVectors {
+ public:
+  static constexpr int kPart = V * sizeof(F) < 16 ? V : 16 / sizeof(F);  // channels of an access
+  static constexpr int kParts = V / kPart;
+
+  // Room for V values per vector and thread.
+  DYHEAD_DEVICE explicit KeptVectors(F* shared) : own_(shared + threadIdx.x * kPart) {}
+
+  DYHEAD_DEVICE void keep(int vector, const Vec<F, V>& values) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      Vec<F, kPart> v;
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) v[i] = values[part * kPart + i];
+      store_vec(at(vector, part), v);
+    }
+  }
+
+  // Channels part * kPart and following. After reload_memory(), or the compiler moves this to where
+  // there are no registers.
+  DYHEAD_DEVICE Vec<F, kPart> get(int vector, int part) const {
+    return load_vec<kPart>(at(vector, part));
+  }
+
+ private:
+  // Neighbouring threads have neighbouring parts: no bank conflicts.
+  DYHEAD_DEVICE F* at(int vector, int part) const {
+    return own_ + (vector * kParts + part) * kPart * kThreads;
+  }
+
+  F* own_;
 };
 
 }  // namespace dyhead::cuda

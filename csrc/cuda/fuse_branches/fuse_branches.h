@@ -14,6 +14,9 @@
 // g_z is stored for that gather, in levels with an upsampled branch: written and read once, 4 bytes
 // per value in bfloat16. Recomputing it from grad_out and all branches during the gather would read
 // at least 6 bytes and compute each value up to four times.
+//
+// Gradients that are not wanted are null, and with them the workspace, the launch and the sums that
+// only they need.
 #pragma once
 
 #include <algorithm>
@@ -50,10 +53,11 @@ inline FuseTiling fuse_fwd_tiling(int64_t channels) { return fuse_tiling(channel
 // Few blocks, since each one writes sums.
 inline FuseTiling fuse_bwd_tiling(int64_t channels) { return fuse_tiling(channels, 1024); }
 
-// A map divided into patches, shared by `blocks` blocks.
+// A map divided into patches, shared by `blocks` blocks. 2^31 patches would be a map of more bytes
+// than any device has.
 struct FusePatches {
   int32_t across;  // patches in a row
-  int64_t count;
+  int32_t count;
   int32_t first_block, blocks;
 };
 
@@ -86,11 +90,16 @@ struct FuseDeviceTables {
 // The sums that a block of the backward's first launch writes, [C] each.
 enum FuseSum { kSumA1, kSumB1, kSumA2, kSumB2, kSumScale, kFuseSums = kSumScale + kMaxBranches };
 
-// Memory that the backward needs beside its tensors.
+// Memory that the backward needs beside its tensors; null where no wanted gradient needs it.
 struct FuseBwdWorkspace {
-  void* partial;  // [partials, kFuseSums, C] of the compute type
-  void* grad_z;   // [grad_z_rows, C]; float32 for float16, whose range g_z may exceed
+  void* partial;  // [partials, kFuseSums, C] of the compute type, for wants_sums
+  void* grad_z;   // [grad_z_rows, C], for grad_y; float32 for float16, whose range g_z may exceed
 };
+
+// Whether a gradient per channel is wanted.
+inline bool wants_sums(const FuseBranchesBwdParams& p) {
+  return p.grad_scale != nullptr || p.grad_shift != nullptr || p.grad_coefficients != nullptr;
+}
 
 // The launches of one call.
 struct FuseLaunches {
@@ -107,7 +116,7 @@ inline FusePatches fuse_patches(const MapShape& map, const FuseTiling& tiling,
   const int32_t across = patches_of(map.width, tiling.width_log2);
   const int64_t count = static_cast<int64_t>(patches_of(map.height, tiling.height_log2)) * across;
   const int64_t blocks = std::min<int64_t>(count, tiling.max_blocks);
-  return {across, count, first_block, static_cast<int32_t>(blocks)};
+  return {across, static_cast<int32_t>(count), first_block, static_cast<int32_t>(blocks)};
 }
 
 inline FuseLaunches fuse_launches(const FuseTables& t, const FuseTiling& tiling) {

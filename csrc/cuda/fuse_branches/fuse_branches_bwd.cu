@@ -3,6 +3,7 @@
 namespace dyhead::cuda {
 namespace {
 
+// Null where a gradient is not wanted, as in FuseBranchesBwdParams.
 struct BwdKernelParams {
   FuseDeviceTables tables;
   const void* grad_out;
@@ -23,35 +24,49 @@ static_assert(sizeof(BwdKernelParams) <= kMaxParameterBytes);
 template <class T>
 using grad_z_t = std::conditional_t<std::is_same_v<T, float16>, float, T>;
 
+// Whether a wanted gradient follows from sum k of a level's blocks.
+DYHEAD_DEVICE bool wants_sum(const BwdKernelParams& p, const FuseDeviceLevel& level, int k) {
+  if (k >= kSumScale) return p.grad_scale != nullptr && k - kSumScale < level.branches;
+  const bool of_shift = k == kSumB1 || k == kSumB2;
+  return p.grad_coefficients != nullptr || (of_shift && p.grad_shift != nullptr);
+}
+
 // ---- first launch: per pixel of the levels ------------------------------------------------------
 
-// Sums and coefficients take up to 250 registers for vectors of 8 channels, and 160 for 4 or fewer:
-// smaller blocks fill the register file better.
+// Sums and scales leave registers for 12 warps in a multiprocessor with vectors of 8 channels, and
+// for 16 with 4 or fewer.
 inline constexpr int kPixelThreads = 128;
 template <int V>
-inline constexpr int kPixelBlocks = V > 4 ? 2 : 3;
+inline constexpr int kPixelBlocks = V > 4 ? 3 : 4;
 
 template <class T, int V>
 struct PixelPass {
   using F = compute_t<T>;
+  using Kept = KeptVectors<F, V, kPixelThreads>;
 
   const BwdKernelParams& p;
   const FuseDeviceLevel& level;
-  FuseCoefficients<F, V> k;
+  FuseScales<F, V> scales;
+  Kept kept_curve;
   BranchReader<T, V> reader;
   // Indices in grad_out and g_z of the image's first pixel and the vector's first channel.
   int64_t out, kept;
   F sums[kFuseSums][V] = {};
 
   DYHEAD_DEVICE PixelPass(const BwdKernelParams& params, const FuseDeviceLevel& of, int64_t image,
-                          int64_t channel)
+                          int64_t channel, const Kept& memory)
       : p(params),
         level(of),
-        k(p.tables, level, p.scale, p.shift, p.coefficients, image, channel),
+        scales(p.tables, level, p.scale, image, channel),
+        kept_curve(memory),
         reader(p.tables, level, p.y, image, channel) {
     const int64_t pixels = image * level.out.pixels();
     out = (level.out.first_row + pixels) * p.tables.channels + channel;
     kept = (level.grad_z_row + pixels) * p.tables.channels + channel;
+    const auto curve =
+        FuseCurve<F, V>::load(p.tables, level, p.shift, p.coefficients, image, channel);
+#pragma unroll
+    for (int i = 0; i < curve.kValues; ++i) kept_curve.keep(i, curve.k[i]);
   }
 
   template <class Positions>
@@ -62,29 +77,44 @@ struct PixelPass {
     const int64_t at = pixel * t.channels;
     const Vec<T, V> g = load_vec_readonly<V>(static_cast<const T*>(p.grad_out) + (out + at));
     F u[kMaxBranches][V];
-    reader.read(t, level, positions, pixel, row, column, u);
+    reader.read(t, level, positions, pixel, row, column, [&](int b, const F(&values)[V]) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) u[b][i] = values[i];
+    });
     Vec<F, V> gz;
+    reload_memory();
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const F z = k.z(u, i);
-      const F share = dynamic_relu_share(k.relu(i), z);
-      const F first = to_compute(g[i]) * share;
-      const F second = to_compute(g[i]) * (F(1) - share);
-      gz[i] = first * k.a1[i] + second * k.a2[i];
-      sums[kSumA1][i] += first * z;
-      sums[kSumB1][i] += first;
-      sums[kSumA2][i] += second * z;
-      sums[kSumB2][i] += second;
+    for (int part = 0; part < Kept::kParts; ++part) {
+      FuseCurve<F, Kept::kPart> curve;
 #pragma unroll
-      for (int b = 0; b < kMaxBranches; ++b) sums[kSumScale + b][i] += gz[i] * u[b][i];
+      for (int i = 0; i < curve.kValues; ++i) curve.k[i] = kept_curve.get(i, part);
+#pragma unroll
+      for (int j = 0; j < Kept::kPart; ++j) {
+        const int i = part * Kept::kPart + j;
+        F z = curve.shift(j);
+#pragma unroll
+        for (int b = 0; b < kMaxBranches; ++b) z += scales.of[b][i] * u[b][i];
+        const DynamicReluCoefficients<F> relu = curve.relu(j);
+        const F share = dynamic_relu_share(relu, z);
+        const F first = to_compute(g[i]) * share;
+        const F second = to_compute(g[i]) * (F(1) - share);
+        gz[i] = first * relu.a1 + second * relu.a2;
+        sums[kSumA1][i] += first * z;
+        sums[kSumB1][i] += first;
+        sums[kSumA2][i] += second * z;
+        sums[kSumB2][i] += second;
+#pragma unroll
+        for (int b = 0; b < kMaxBranches; ++b) sums[kSumScale + b][i] += gz[i] * u[b][i];
+      }
     }
+    if (p.grad_y == nullptr) return;
 #pragma unroll
     for (int b = 0; b < kMaxBranches; ++b) {
       if (b >= level.direct) continue;
       Vec<T, V> grad;
 #pragma unroll
-      for (int i = 0; i < V; ++i) grad[i] = from_compute<T>(k.scale[b][i] * gz[i]);
-      store_vec_streaming(static_cast<T*>(p.grad_y) + (reader.map[b] + at), grad);
+      for (int i = 0; i < V; ++i) grad[i] = from_compute<T>(scales.of[b][i] * gz[i]);
+      store_vec(static_cast<T*>(p.grad_y) + (reader.map[b] + at), grad);
     }
     if (level.direct < level.branches) {
       Vec<grad_z_t<T>, V> rounded;
@@ -106,18 +136,17 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<V>)
   const RowTiling tiling = row_tiling<kPixelThreads>(vectors);
   using Positions = PatchPositions<F, kPixelThreads>;
   DYHEAD_SHARED(Interpolation<F>, shared, Positions::kCount);
-  DYHEAD_SHARED(F, scratch, V * kPixelThreads);
+  DYHEAD_SHARED(F, scratch, kFuseSums * V * kPixelThreads);  // before sums, the curves
+  static_assert(FuseCurve<F, V>::kValues <= kFuseSums);
+  const KeptVectors<F, V, kPixelThreads> kept_curve(scratch);
   Positions positions(shared);
 
   for (int64_t image = blockIdx.y; image < t.images; image += gridDim.y) {
-    F* partial =
-        static_cast<F*>(p.workspace.partial) +
-        (level.first_partial + image * level.patches.blocks + block) * kFuseSums * t.channels;
     for (int first = 0; first < vectors; first += tiling.lanes) {
       const bool has_vector = first + tiling.lane < vectors;
       const int64_t channel = has_vector ? static_cast<int64_t>(first + tiling.lane) * V : 0;
-      PixelPass<T, V> pass(p, level, image, channel);
-      for (int64_t i = block; i < level.patches.count; i += level.patches.blocks) {
+      PixelPass<T, V> pass(p, level, image, channel, kept_curve);
+      for (int32_t i = block; i < level.patches.count; i += level.patches.blocks) {
         const Patch patch = patch_of(t, level.patches, level.out, i);
         positions.compute(level, patch);
         if (!has_vector) continue;
@@ -125,18 +154,16 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<V>)
           pass.differentiate(positions, patch, row, column);
         });
       }
-#pragma unroll
-      for (int k = 0; k < kFuseSums; ++k) {
-        if (k >= kSumScale + level.branches) break;
-        F sums[1][V];
-#pragma unroll
-        for (int i = 0; i < V; ++i) sums[0][i] = pass.sums[k][i];
-        sum_rows<kPixelThreads>(tiling, sums, scratch, [&](int, int lane, int i, F total) {
-          if (first + lane < vectors) {
-            partial[k * t.channels + static_cast<int64_t>(first + lane) * V + i] = total;
-          }
-        });
-      }
+      if (p.workspace.partial == nullptr) continue;
+      F* partial =
+          static_cast<F*>(p.workspace.partial) +
+          (level.first_partial + image * level.patches.blocks + block) * kFuseSums * t.channels;
+      __syncthreads();  // the curves are no longer read
+      sum_rows<kPixelThreads>(tiling, pass.sums, scratch, [&](int k, int lane, int i, F total) {
+        if (first + lane < vectors && wants_sum(p, level, k)) {
+          partial[k * t.channels + static_cast<int64_t>(first + lane) * V + i] = total;
+        }
+      });
     }
   }
 }
@@ -155,7 +182,6 @@ DYHEAD_DEVICE void sum_partials(const BwdKernelParams& p, const FuseDeviceLevel&
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t channel = first_channel + lane;
-  const int quantities = kSumScale + level.branches;
   const bool has_channel = channel < t.channels;
   F sums[kFuseSums] = {};
   if (has_channel) {
@@ -166,7 +192,7 @@ DYHEAD_DEVICE void sum_partials(const BwdKernelParams& p, const FuseDeviceLevel&
     for (int b = warp; b < level.patches.blocks; b += kFuseWarps) {
 #pragma unroll
       for (int k = 0; k < kFuseSums; ++k) {
-        if (k < quantities) {
+        if (wants_sum(p, level, k)) {
           sums[k] += partial[(static_cast<int64_t>(b) * kFuseSums + k) * t.channels];
         }
       }
@@ -185,14 +211,14 @@ DYHEAD_DEVICE void sum_partials(const BwdKernelParams& p, const FuseDeviceLevel&
   if (!has_channel) return;
   const int64_t row = level.index * t.images + image;
   const int64_t coefficient = row * 4 * t.channels + channel;
-  if (warp < kSumScale) {
+  if (warp < kSumScale && p.grad_coefficients != nullptr) {
     F* grad = static_cast<F*>(p.grad_coefficients) + coefficient;
     grad[warp * t.channels] = total_of(warp);
-  } else if (warp < quantities) {
+  } else if (warp >= kSumScale && warp < kFuseSums && wants_sum(p, level, warp)) {
     const int64_t scale_row = level.branch[warp - kSumScale].index * t.images + image;
     static_cast<F*>(p.grad_scale)[scale_row * t.channels + channel] = total_of(warp);
   }
-  if (warp == kFuseWarps - 1) {
+  if (warp == kFuseWarps - 1 && p.grad_shift != nullptr) {
     // The sum of g_z, which is first a1 + second a2.
     static_assert(kFuseSums < kFuseWarps);
     const F* k = static_cast<const F*>(p.coefficients) + coefficient;
@@ -241,7 +267,7 @@ DYHEAD_DEVICE void gather_branch(const BwdKernelParams& p, const FuseDeviceLevel
                        (level.grad_z_row + image * level.out.pixels()) * t.channels;
   T* grad_y =
       static_cast<T*>(p.grad_y) + (branch.map.first_row + image * branch.map.pixels()) * t.channels;
-  for (int64_t i = block; i < branch.gather.count; i += branch.gather.blocks) {
+  for (int32_t i = block; i < branch.gather.count; i += branch.gather.blocks) {
     const Patch patch = patch_of(t, branch.gather, branch.map, i);
     readers.compute(level, branch.map, patch);
     for (int vector = tiling.lane; vector < vectors; vector += tiling.lanes) {
@@ -271,7 +297,7 @@ DYHEAD_DEVICE void gather_branch(const BwdKernelParams& p, const FuseDeviceLevel
         for (int c = 0; c < V; ++c) grad[c] = from_compute<T>(s[c] * sums[c]);
         const int64_t pixel =
             static_cast<int64_t>(patch.y + row) * branch.map.width + patch.x + column;
-        store_vec_streaming(grad_y + pixel * t.channels + channel, grad);
+        store_vec(grad_y + pixel * t.channels + channel, grad);
       });
     }
   }
@@ -314,29 +340,33 @@ cudaError_t launch_fuse_branches_bwd(const FuseBranchesBwdParams& params,
                                      const FuseLaunches& launches,
                                      const FuseBwdWorkspace& workspace, cudaStream_t stream) {
   const FuseTables& t = *params.tables;
-  if (t.images == 0) return cudaSuccess;
+  const bool sums = wants_sums(params);
+  if (t.images == 0 || (!sums && params.grad_y == nullptr)) return cudaSuccess;
   const auto select = [&](auto zero, auto vector) {
     using T = decltype(zero);
     for (const FuseDeviceTables& tables : launches.tables) {
-      const BwdKernelParams p{tables,
-                              params.grad_out,
-                              params.y,
-                              params.scale,
-                              params.shift,
-                              params.coefficients,
-                              params.grad_y,
-                              params.grad_scale,
-                              params.grad_shift,
-                              params.grad_coefficients,
-                              workspace};
+      BwdKernelParams p{tables,
+                        params.grad_out,
+                        params.y,
+                        params.scale,
+                        params.shift,
+                        params.coefficients,
+                        params.grad_y,
+                        params.grad_scale,
+                        params.grad_shift,
+                        params.grad_coefficients,
+                        workspace};
       LaunchConfig config{.grid = fuse_grid(tables.blocks, launches),
                           .block = dim3(kPixelThreads),
                           .stream = stream};
       cudaError_t error = launch(fuse_branches_bwd_pixels_kernel<T, vector()>, config, p);
       if (error != cudaSuccess) return error;
-      const int64_t sum_blocks = tables.levels * ((t.channels + kSumChannels - 1) / kSumChannels);
+      if (params.grad_y == nullptr) p.tables.gather_blocks = 0;
+      const int64_t slices = sums ? (t.channels + kSumChannels - 1) / kSumChannels : 0;
+      const int64_t blocks = p.tables.gather_blocks + tables.levels * slices;
+      if (blocks == 0) continue;
       config.block = dim3(kFuseThreads);
-      config.grid = fuse_grid(tables.gather_blocks + sum_blocks, launches);
+      config.grid = fuse_grid(blocks, launches);
       error = launch(fuse_branches_bwd_merge_kernel<T, vector()>, config, p);
       if (error != cudaSuccess) return error;
     }
@@ -356,9 +386,14 @@ void run_fuse_branches_bwd(const FuseBranchesBwdParams& params, Context& context
   const FuseTables& t = *params.tables;
   const cuda::FuseLaunches launches = cuda::fuse_launches(t, cuda::fuse_bwd_tiling(t.channels));
   const int64_t kept_bytes = t.dtype == DType::kFloat16 ? 4 : element_bytes(t.dtype);
-  const cuda::FuseBwdWorkspace workspace{
-      context.allocate(launches.partials * cuda::kFuseSums * t.channels * compute_bytes(t.dtype)),
-      context.allocate(launches.grad_z_rows * t.channels * kept_bytes)};
+  cuda::FuseBwdWorkspace workspace{};
+  if (cuda::wants_sums(params)) {
+    workspace.partial =
+        context.allocate(launches.partials * cuda::kFuseSums * t.channels * compute_bytes(t.dtype));
+  }
+  if (params.grad_y != nullptr) {
+    workspace.grad_z = context.allocate(launches.grad_z_rows * t.channels * kept_bytes);
+  }
   context.check(cuda::launch_fuse_branches_bwd(params, launches, workspace, context.stream()));
 }
 

@@ -25,30 +25,43 @@ __global__ void __launch_bounds__(kFuseThreads, 2)
   using Positions = PatchPositions<F, kFuseThreads>;
   DYHEAD_SHARED(Interpolation<F>, shared, Positions::kCount);
   Positions positions(shared);
+  DYHEAD_SHARED(F, shifts, V * kFuseThreads);
+  using Kept = KeptVectors<F, V, kFuseThreads>;
+  const Kept kept_shift(shifts);
 
   for (int64_t image = blockIdx.y; image < t.images; image += gridDim.y) {
     for (int first = 0; first < vectors; first += tiling.lanes) {
       const bool has_vector = first + tiling.lane < vectors;
       const int64_t channel = has_vector ? static_cast<int64_t>(first + tiling.lane) * V : 0;
-      const FuseCoefficients<F, V> k(t, level, p.scale, p.shift, p.coefficients, image, channel);
+      const FuseScales<F, V> scales(t, level, p.scale, image, channel);
+      const auto curve = FuseCurve<F, V>::load(t, level, p.shift, p.coefficients, image, channel);
+      kept_shift.keep(0, curve.k[0]);
       const BranchReader<T, V> reader(t, level, p.y, image, channel);
-      T* out = static_cast<T*>(p.out) + channel +
-               (level.out.first_row + image * level.out.pixels()) * t.channels;
-      for (int64_t i = block; i < level.patches.count; i += level.patches.blocks) {
+      for (int32_t i = block; i < level.patches.count; i += level.patches.blocks) {
         const Patch patch = patch_of(t, level.patches, level.out, i);
         positions.compute(level, patch);
         if (!has_vector) continue;
-        for_each_pixel(t, patch, tiling, [&](int row, int column) {
-          const int64_t pixel =
-              static_cast<int64_t>(patch.y + row) * level.out.width + patch.x + column;
-          F u[kMaxBranches][V];
-          reader.read(t, level, positions, pixel, row, column, u);
+        for_each_pixel(t, patch, tiling, [&](int y, int x) {
+          const int64_t pixel = static_cast<int64_t>(patch.y + y) * level.out.width + patch.x + x;
+          reload_memory();
+          F z[V];
+#pragma unroll
+          for (int part = 0; part < Kept::kParts; ++part) {
+            const auto shift = kept_shift.get(0, part);
+#pragma unroll
+            for (int c = 0; c < Kept::kPart; ++c) z[part * Kept::kPart + c] = shift[c];
+          }
+          reader.read(t, level, positions, pixel, y, x, [&](int b, const F(&u)[V]) {
+#pragma unroll
+            for (int c = 0; c < V; ++c) z[c] += scales.of[b][c] * u[c];
+          });
           Vec<T, V> result;
 #pragma unroll
           for (int c = 0; c < V; ++c) {
-            result[c] = from_compute<T>(dynamic_relu_value(k.relu(c), k.z(u, c)));
+            result[c] = from_compute<T>(dynamic_relu_value(curve.relu(c), z[c]));
           }
-          store_vec_streaming(out + pixel * t.channels, result);
+          const int64_t row = level.out.first_row + image * level.out.pixels() + pixel;
+          store_vec(static_cast<T*>(p.out) + (row * t.channels + channel), result);
         });
       }
     }

@@ -2,7 +2,12 @@
 // compilers read it too, since launchers are declared with the runtime's types.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <set>
+#include <tuple>
 #include <type_traits>
 
 #if defined(DYHEAD_SIMT)
@@ -65,6 +70,28 @@ struct LaunchConfig {
   bool cooperative = false;  // all blocks are resident at once, so they may wait for each other
 };
 
+// What a block takes from the multiprocessor that it runs on, or what all of its blocks have.
+struct ProcessorShare {
+  int threads;
+  int registers;  // of a thread, or of all
+  int shared_bytes;
+  int blocks = 1;
+};
+
+// The part of a multiprocessor's shared memory, in percent, that its resident blocks use: as many
+// as threads, registers and shared memory allow. The rest is better used as L1 cache. With each
+// block comes a little memory that is `reserved_bytes` for the system.
+inline int carveout_percent(ProcessorShare block, const ProcessorShare& all, int reserved_bytes) {
+  const auto up = [](int64_t value, int64_t step) { return (value + step - 1) / step; };
+  const int64_t bytes = block.shared_bytes + reserved_bytes;
+  const int64_t registers = int64_t{8} * up(block.registers, 8) * block.threads;
+  int64_t blocks = std::min(all.blocks, all.threads / block.threads);
+  if (registers > 0) blocks = std::min(blocks, all.registers / registers);
+  if (bytes > 0) blocks = std::min(blocks, all.shared_bytes / bytes);
+  blocks = std::max<int64_t>(blocks, 1);
+  return static_cast<int>(std::min<int64_t>(100, up(100 * blocks * bytes, all.shared_bytes)));
+}
+
 #if defined(DYHEAD_SIMT)
 
 template <class Params>
@@ -117,6 +144,51 @@ cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_bytes);
 }
 
+// Divides the memory of a multiprocessor between shared memory and L1 as the kernel needs it; left
+// to itself, the driver guesses. Once per kernel, device and size of its shared memory, of which
+// the largest part stays: concurrent launches never lower it for each other.
+template <class Params>
+cudaError_t prefer_carveout(void (*kernel)(Params), int threads, size_t shared_bytes) {
+  using Key = std::tuple<const void*, int, size_t>;
+  static std::mutex mutex;
+  static std::set<Key> prepared;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  const Key key(reinterpret_cast<const void*>(kernel), device, shared_bytes);
+  if (prepared.contains(key)) return cudaSuccess;
+  cudaFuncAttributes attributes{};
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  const auto limit = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+    return value;
+  };
+  const ProcessorShare all{.threads = limit(cudaDevAttrMaxThreadsPerMultiProcessor),
+                           .registers = limit(cudaDevAttrMaxRegistersPerMultiprocessor),
+                           .shared_bytes = limit(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                           .blocks = limit(cudaDevAttrMaxBlocksPerMultiprocessor)};
+  const int reserved = limit(cudaDevAttrReservedSharedMemoryPerBlock);
+  if (error != cudaSuccess) return error;
+  const ProcessorShare block{
+      .threads = threads,
+      .registers = attributes.numRegs,
+      .shared_bytes = static_cast<int>(attributes.sharedSizeBytes + shared_bytes)};
+  const int percent = carveout_percent(block, all, reserved);
+  if (percent > attributes.preferredShmemCarveout) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent);
+  }
+  if (error == cudaSuccess) prepared.insert(key);
+  return error;
+}
+
+template <class Params>
+cudaError_t prepare(void (*kernel)(Params), int threads, size_t shared_bytes) {
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  return error == cudaSuccess ? prefer_carveout(kernel, threads, shared_bytes) : error;
+}
+
 }  // namespace detail
 
 // Launches kernel(params) and returns the launch error.
@@ -124,15 +196,16 @@ template <class Params>
 cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config,
                    const std::type_identity_t<Params>& params) {
   static_assert(std::is_trivially_copyable_v<Params>);
-  if (cudaError_t error = detail::allow_shared(kernel, config.shared_bytes); error != cudaSuccess) {
-    return error;
-  }
+  const dim3 block = config.block;
+  const int threads = static_cast<int>(block.x * block.y * block.z);
+  const cudaError_t error = detail::prepare(kernel, threads, config.shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t native{};
   native.gridDim = config.grid;
-  native.blockDim = config.block;
+  native.blockDim = block;
   native.dynamicSmemBytes = config.shared_bytes;
   native.stream = config.stream;
   native.attrs = &cooperative;
@@ -147,7 +220,7 @@ int max_active_blocks(void (*kernel)(Params), int threads, size_t shared_bytes) 
   int device = 0;
   int processors = 0;
   int per_processor = 0;
-  if (detail::allow_shared(kernel, shared_bytes) != cudaSuccess ||
+  if (detail::prepare(kernel, threads, shared_bytes) != cudaSuccess ||
       cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads,

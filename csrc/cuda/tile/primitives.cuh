@@ -61,6 +61,11 @@ DYHEAD_DEVICE Vec<T, N> load_vec_readonly(const T* p) {
 #endif
 }
 
+// An ordinary store, so that L2 keeps the line for the next launches. The rule for all stores: a
+// streaming one (`st.cs`), which caches evict first, is only for what no launch of the next ones
+// reads. Every large tensor of a block is read by the next launch or one soon after: what is
+// convolved by the pass over pixels, that by the next block, gradients by the step before, and
+// partial sums by the kernel that adds them. So there are no streaming stores.
 template <int N, class T>
 DYHEAD_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
 #if defined(DYHEAD_SIMT)
@@ -71,17 +76,11 @@ DYHEAD_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
 #endif
 }
 
-// Stores results that this kernel does not read again; caches evict them first.
-template <int N, class T>
-DYHEAD_DEVICE void store_vec_streaming(T* p, const Vec<T, N>& v) {
-#if defined(DYHEAD_SIMT)
-  store_vec(p, v);
-#else
-  using Word = typename Vec<T, N>::Word;
-#pragma unroll
-  for (int i = 0; i < Vec<T, N>::kWords; ++i) {
-    __stcs(reinterpret_cast<Word*>(p) + i, reinterpret_cast<const Word*>(&v)[i]);
-  }
+// The compiler forgets what it loaded, so that values which it could keep in registers are loaded
+// again.
+DYHEAD_DEVICE void reload_memory() {
+#if !defined(DYHEAD_SIMT)
+  asm volatile("" ::: "memory");
 #endif
 }
 

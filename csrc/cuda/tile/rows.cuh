@@ -26,26 +26,30 @@ DYHEAD_DEVICE RowTiling row_tiling(int vectors) {
 }
 
 // Sums, over the rows of a tiling and in a fixed order, the K quantities of V channels that each
-// thread holds, and calls write(k, lane, i, total) for channel i of a lane's vector. `scratch` has
-// room for K * V values per thread.
+// thread holds, and calls write(k, lane, i, total) for channel i of a lane's vector: neighbouring
+// threads have neighbouring channels, so that what they write fills sectors. `scratch` has room for
+// K * V values per thread, and is aligned to 16 bytes.
 template <int kThreads, int K, int V, class F, class Write>
 DYHEAD_DEVICE void sum_rows(const RowTiling& tiling, const F (&sums)[K][V], F* scratch,
                             Write&& write) {
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
+    Vec<F, V> own;
 #pragma unroll
-    for (int i = 0; i < V; ++i) scratch[(k * V + i) * kThreads + thread] = sums[k][i];
+    for (int i = 0; i < V; ++i) own[i] = sums[k][i];
+    store_vec(scratch + (k * kThreads + thread) * V, own);
   }
   __syncthreads();
-  for (int o = thread; o < K * V * tiling.lanes; o += kThreads) {
-    const int lane = o % tiling.lanes;
-    const int quantity = o / tiling.lanes;
+  const int channels = V * tiling.lanes;
+  for (int o = thread; o < K * channels; o += kThreads) {
+    const int k = o / channels;
+    const int channel = o % channels;
     F total = F(0);
     for (int r = 0; r < tiling.rows; ++r) {
-      total += scratch[quantity * kThreads + r * tiling.lanes + lane];
+      total += scratch[k * kThreads * V + r * channels + channel];
     }
-    write(quantity / V, lane, quantity % V, total);
+    write(k, channel / V, channel % V, total);
   }
   __syncthreads();
 }

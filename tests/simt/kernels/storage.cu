@@ -19,7 +19,7 @@ DYHEAD_DEVICE float convert(const StorageParams<T>& p, int start) {
     sum += x;
     out[j] = from_compute<T>(3.0f * x);
   }
-  store_vec_streaming(p.by_value + start, out);
+  store_vec(p.by_value + start, out);
   for (int j = 0; j < kVector; j += 2) {
     const uint32_t pair = static_cast<uint32_t>(in[j].bits) | uint32_t{in[j + 1].bits} << 16;
     const float2 x = unpack2<T>(pair);
