@@ -75,18 +75,22 @@ struct TapSampler {
   const F* predictions;  // the image's first prediction row
   F gate;
 
-  DYHEAD_HD F predicted_mask(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
-    if (job.plain()) return F(1);
+  // Index of value i of a tap's TapValues in `predictions`. Not for plain jobs, which have none.
+  DYHEAD_HD int64_t place(int i, int32_t deform_group, int32_t tap, const OutputPixel& at) const {
     const int32_t k = deform_group * shape.taps() + tap;
-    return predictions[prediction_index(shape, job, job.mask_rule, shape.offset_columns(), k, at)];
+    if (i == 2) return prediction_index(shape, job, job.mask_rule, shape.offset_columns(), k, at);
+    return prediction_index(shape, job, job.offset_rule, 0, 2 * k + i, at);
+  }
+
+  DYHEAD_HD F predicted_mask(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
+    return job.plain() ? F(1) : predictions[place(2, deform_group, tap, at)];
   }
 
   DYHEAD_HD TapValues<F> predicted(int32_t deform_group, int32_t tap, const OutputPixel& at) const {
     const F mask = predicted_mask(deform_group, tap, at);
     if (job.plain()) return {F(0), F(0), mask};
-    const int32_t k = 2 * (deform_group * shape.taps() + tap);
-    const F dy = predictions[prediction_index(shape, job, job.offset_rule, 0, k, at)];
-    const F dx = predictions[prediction_index(shape, job, job.offset_rule, 0, k + 1, at)];
+    const F dy = predictions[place(0, deform_group, tap, at)];
+    const F dx = predictions[place(1, deform_group, tap, at)];
     return {dy, dx, mask};
   }
 

@@ -44,6 +44,8 @@ SORT = Suite(
 # ---- deform_conv --------------------------------------------------------------------------------
 
 DEFORM_FORWARD = f"{CUDA}/deform_conv/deform_conv_fwd.cuh"
+DEFORM_SAMPLER = f"{CUDA}/deform_conv/deform_conv_gather.cuh"
+DEFORM_MOMENTS = f"{CUDA}/deform_conv/deform_conv_moments.cuh"
 DEFORM_INPUT = f"{CUDA}/deform_conv/deform_conv_bwd_input.cuh"
 DEFORM_SAMPLES = f"{CUDA}/deform_conv/deform_conv_samples.cuh"
 DEFORM_WALK = f"{CUDA}/deform_conv/deform_conv_walk.cuh"
@@ -60,10 +62,50 @@ DEFORM_CONV = Suite(
     kernel="deform_conv_fwd_float32",
     select="test_convolutions and vectors and float32",
     bugs={
-        "corners read before they are there": without(
+        "samples read before they are there": without(
             DEFORM_FORWARD,
             f"    {BARRIER}\n",
-            "    // The corners are staged, and the buffers of the previous stretch are free.\n",
+            "    // The samples are staged, and the buffers of the previous stretch are free.\n",
+        ),
+        "predictions used before they are there": without(
+            DEFORM_SAMPLER, "    cp_async_wait_all();\n"
+        ),
+        "a corner beyond the border is read": Bug(
+            DEFORM_SAMPLER, "if (second < size)", "if (second <= size)"
+        ),
+        "the pixel at the border has its whole weight twice": Bug(
+            DEFORM_SAMPLER, "{{fraction / F(2), fraction / F(2)}", "{{fraction, fraction}"
+        ),
+        "samples outside read the first pixel": Bug(
+            DEFORM_SAMPLER,
+            "F(0)}, {0, 1, 1, 0}}",
+            "F(0)}, {0, 0, 0, 0}}",
+            select="test_convolutions and far and float32",
+        ),
+        "units beyond the last channel read on": Bug(
+            DEFORM_FORWARD,
+            "if (left() <= 0) source",
+            "if (left() <= -channel) source",
+            "deform_conv_fwd_float16",
+            "few_channels and float16",
+        ),
+        "steps multiply other units": Bug(
+            f"{CUDA}/tile/tile_gemm.cuh",
+            "unit_offset(0, 2 * step)",
+            "unit_offset(0, step)",
+            "deform_conv_fwd_float16",
+            "test_convolutions and vectors and float16",
+        ),
+        "the last group of tiles is not merged": Bug(
+            DEFORM_MOMENTS,
+            "merge_moments<F>(merged, groups,",
+            "merge_moments<F>(merged, groups - 1,",
+            select="several_groups and float32",
+        ),
+        "a group's upsampled mean is not around its own mean": without(
+            DEFORM_MOMENTS,
+            "  sum.up -= sum.up_weight * sum.mean;\n",
+            select="several_groups and float32",
         ),
         "operands read before they are there": without(
             DEFORM_FORWARD, f"      {BARRIER}\n", OPERANDS_THERE
@@ -92,9 +134,9 @@ DEFORM_CONV = Suite(
             "test_one_value_is_its_own_mean and bfloat16",
         ),
         "moments of a tile not weighted by its pixels": Bug(
-            DEFORM_FORWARD,
-            "const F share = added / (count + added);",
-            "const F share = F(1) / (count / added + F(2));",
+            DEFORM_MOMENTS,
+            "const F share = added / (sum.count + added);",
+            "const F share = F(1) / (sum.count / added + F(2));",
             select="test_jobs and chunks and float32",
         ),
         "a patch's row is taken for its column": Bug(
@@ -183,9 +225,9 @@ DEFORM_CONV = Suite(
             select="test_not_finite and logits and offset and float32",
         ),
         "corners outside have no weight": Bug(
-            f"{CUDA}/deform_conv/deform_conv.cuh",
-            "weight_[i] = corners.weight[i];",
-            "weight_[i] = corners.pixel[i] < 0 ? F(0) : corners.weight[i];",
+            DEFORM_SAMPLER,
+            "return {{weight, F(0), F(0), F(0)},",
+            "return {{F(0), F(0), F(0), F(0)},",
             select="test_not_finite and masks and mask and float32",
         ),
         "a gradient that is not finite is lost outside": Bug(

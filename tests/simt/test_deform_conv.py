@@ -363,6 +363,20 @@ def test_one_value_is_its_own_mean(simt: Any, dtype: torch.dtype) -> None:
     assert (var == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+def test_moments_of_several_groups_of_tiles(simt: Any, dtype: torch.dtype) -> None:
+    """Whole groups and a rest, of several jobs' and images' tiles, in any order of blocks."""
+    work = Work(scale=18)
+    tensors = work.tensors(dtype)
+    expected = work.reference(tensors)
+    runs = []
+    for seed in range(2):
+        simt.set_seed(seed)
+        runs.append(Operator(simt).run(work, tensors))
+        assert_close(runs[-1], expected, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("ratio", large_means.RATIOS)
 def test_moments_of_large_means(simt: Any, ratio: float) -> None:
     tensors = large_means.tensors_of(ratio)
@@ -452,6 +466,18 @@ def test_not_finite(simt: Any, call: str, place: str, value: float, dtype: torch
             case.call.plan, case.tensors, results, [case.cotangent], deterministic=deterministic
         )
         case.check(results, grads)
+
+
+@dtypes
+def test_few_channels_read_no_other_pixel(simt: Any, dtype: torch.dtype) -> None:
+    """A step multiplies more channels than there are; values beside them may not be finite."""
+    work = Convolution(channels=8, out_channels=8)
+    tensors = {name: t.detach() for name, t in work.tensors(dtype).items()}
+    tensors["source"][40] = math.inf
+    finite = work.reference(tensors)[0].isfinite()
+    assert finite.any()
+    assert not finite.all()
+    assert torch.equal(Operator(simt).run(work, tensors)[0].isfinite(), finite)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)

@@ -1,5 +1,5 @@
 // Device code that the forward and the backward kernels of deform_conv share: the pixels of a tile,
-// where its taps read, and the blending of samples into an operand of a tile product.
+// where its taps read, and the loads of channels and weights.
 #pragma once
 
 #include "../tile/tile_gemm.cuh"
@@ -65,23 +65,6 @@ DYHEAD_DEVICE TapSampler<F> tap_sampler(const DeformLaunch& launch, const void* 
           static_cast<const F*>(predictions) + row * launch.shape.prediction_columns(), gate};
 }
 
-// Stores the corners of `taps` taps, from `first_tap` on, in corners[tap * rows + row].
-template <class F>
-DYHEAD_DEVICE void stage_corners(const DeformLaunch& launch, const TilePlace& place,
-                                 const TapSampler<F>& sampler, int deform_group, int first_tap,
-                                 int taps, int rows, Corners<F>* corners) {
-#pragma unroll 1
-  for (int i = tile_thread(); i < taps * rows; i += kTileThreads) {
-    const OutputPixel at = tile_pixel(launch, place, i % rows, rows);
-    if (at.index < 0) {
-      corners[i] = {{F(0), F(0), F(0), F(0)}, {-1, -1, -1, -1}};
-      continue;
-    }
-    const int tap = first_tap + i / rows;
-    corners[i] = sampler.corners(sampler.point(deform_group, tap, at), deform_group, tap, at);
-  }
-}
-
 // One word per register. Were they 16-bit values, the compiler would touch each of them right after
 // its load, and so wait for the loads before the products.
 using UnitWords = Vec<uint32_t, 4>;
@@ -119,53 +102,6 @@ DYHEAD_DEVICE UnitWords load_unit(const T* source, int32_t pixel, int channels, 
   }
   return words;
 }
-
-// One unit (16 bytes) of samples: its loads in flight, then its blended values.
-template <class Op, bool kVectors>
-class Gather {
- public:
-  using T = typename Operand<Op>::Storage;
-  using F = typename Operand<Op>::Compute;
-  static constexpr int kUnit = Operand<Op>::kUnit;
-  using Values = Vec<T, kUnit>;
-
-  // As load_unit, for the four corners.
-  DYHEAD_DEVICE void load(const Corners<F>& corners, const T* source, int channels, int count) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      weight_[i] = corners.weight[i];
-      const int32_t pixel = corners.pixel[i];
-      words_[i] = UnitWords{};
-      if (pixel >= 0) words_[i] = load_unit<T, kVectors>(source, pixel, channels, count);
-    }
-  }
-
-  DYHEAD_DEVICE void store(std::byte* to) const {
-    F sum[kUnit];
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) sum[k] = F(0);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (is_half_v<T>) {
-#pragma unroll
-        for (int k = 0; k < kUnit / 2; ++k) {
-          const float2 pair = unpack2<T>(words_[i][k]);
-          sum[2 * k] += weight_[i] * pair.x;
-          sum[2 * k + 1] += weight_[i] * pair.y;
-        }
-      } else {
-        const auto values = __builtin_bit_cast(Values, words_[i]);
-#pragma unroll
-        for (int k = 0; k < kUnit; ++k) sum[k] += weight_[i] * values[k];
-      }
-    }
-    store_vec(reinterpret_cast<T*>(to), Operand<Op>::unit(sum));
-  }
-
- private:
-  F weight_[4];
-  UnitWords words_[4];
-};
 
 // Starts copying a panel of weights into shared memory.
 template <int kCols>

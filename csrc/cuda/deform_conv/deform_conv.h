@@ -15,8 +15,9 @@
 // one group. For each term, a block first stores in shared memory where the taps read and with
 // which weights. Then, for each 128 bytes of channels and each tap, it multiplies the samples in
 // one buffer with the tap's weights while it blends the next samples into the other; weights arrive
-// by asynchronous copies. Every sample is blended once, and no columns are stored. The last tile of
-// a job and image to finish merges the moments of all its tiles, in a fixed order.
+// by asynchronous copies. Every sample is blended once, and no columns are stored. Of neighbouring
+// tiles the last to finish merges their moments, and the last of these groups those of the whole
+// job and image, in a fixed order.
 //
 // A plain convolution with few outputs, such as the one that predicts offsets, needs no blending:
 // plain_conv_fwd.cuh has a kernel of its own for it.
@@ -184,6 +185,18 @@ struct DeformPackParams {
   bool transposed;  // for the backward: columns are input channels, the depth is output channels
 };
 
+// A sample in shared memory, as the main loops of the forward and of the weight gradient read it.
+// Corner i has weight[i], and it is at[i] strides from the map's first pixel: a stride is a pixel
+// or, where channels are read in vectors, 16 bytes (deform_conv_gather.cuh). A corner that does not
+// exist reads zeros instead of the map, at 0 or 1. Either all corners exist, or the first one
+// alone, or none. The order of the places tells: corner 3 is before corner 1 if only the first may
+// exist, and before corner 2 if that does not exist either.
+template <class F>
+struct alignas(16) StagedSample {
+  F weight[4];
+  uint32_t at[4];
+};
+
 struct DeformFwdKernelParams {
   DeformLaunch launch;
   DeformPanels panels;
@@ -195,25 +208,43 @@ struct DeformFwdKernelParams {
   void* out;
   bool out_in_compute_dtype, moments;
   int32_t taps_at_once;
-  bool out_vectors;   // whether rows of the output allow 16-byte stores
-  void* partial;      // [tiles, deform_tile_moments(C_out)]
-  unsigned* arrived;  // [J, N, groups * column_panels], cleared
+  bool out_vectors;  // whether rows of the output allow 16-byte stores
+  void* partial;     // [tiles, deform_moments(C_out)]
+  void* merged;      // [deform_groups_of_tiles(), deform_moments(C_out)]
+  // Counters, cleared: [J, N, groups * column_panels] and
+  // [deform_groups_of_tiles(), groups * column_panels], the latter for this launch alone.
+  unsigned* arrived;
+  unsigned* groups_arrived;
   void* mean;
   void* var;
   void* up_mean;
 };
 
 // How many values the moments of a tile are: for each channel its mean, the sum of squares around
-// it and the weighted sum of the differences from it, which the upsampled mean needs; and the
-// weights' sum.
-DYHEAD_HD int64_t deform_tile_moments(int64_t channels) { return 3 * channels + 1; }
+// it and the weighted sum of the differences from it, which the upsampled mean needs; then the
+// weights' sum and the number of pixels. Those of a group of tiles are the same.
+DYHEAD_HD int64_t deform_moments(int64_t channels) { return 3 * channels + 2; }
+
+// How many tiles of a job and image are merged at once (deform_conv_moments.cuh): about the root of
+// how many there are in large maps, since their groups are merged next.
+inline constexpr int32_t kMergedTiles = 16;
+
+// The index of a map's first group of tiles: no two maps share one, without a sum over maps. `map`
+// is the index of the job and image in the launch.
+DYHEAD_HD int64_t deform_first_group(int64_t first_tile, int64_t map) {
+  return first_tile / kMergedTiles + map;
+}
+
+inline int64_t deform_groups_of_tiles(const DeformLaunch& launch) {
+  return deform_first_group(launch.tile_count, launch.job_count * launch.shape.images) + 1;
+}
 
 // Bytes of dynamic shared memory of the forward kernel: two buffers of both operands, and the
 // samples of `taps` taps.
 inline size_t forward_shared_bytes(int rows, int cols, DType dtype, int taps) {
-  const size_t corners =
-      dtype == DType::kFloat64 ? sizeof(Corners<double>) : sizeof(Corners<float>);
-  return 2 * 128 * static_cast<size_t>(rows + cols) + corners * taps * rows;
+  const size_t sample =
+      dtype == DType::kFloat64 ? sizeof(StagedSample<double>) : sizeof(StagedSample<float>);
+  return 2 * 128 * static_cast<size_t>(rows + cols) + sample * taps * rows;
 }
 
 // The tile of the kernel of plain convolutions (plain_conv_fwd.cuh): a patch of output pixels by

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../tile/tile_outer.cuh"
-#include "deform_conv.cuh"
 #include "deform_conv_bwd_weights.h"
+#include "deform_conv_gather.cuh"
 
 namespace dyhead::cuda {
 
@@ -16,7 +16,7 @@ struct WeightStep {
   int64_t source;          // index in `source` at which the image's map starts
   int64_t grad;            // index in `grad_rows` at which the job's image starts
   int32_t pixels[kDepth];  // index in the job's map, or -1
-  Corners<F> corners[kWeightCols];
+  StagedSample<F> samples[kWeightCols];
 };
 
 template <class Op, int kOuts>
@@ -41,6 +41,7 @@ class WeightsTile {
   static constexpr int kDepth = Operand<Op>::kDepth;
   static constexpr int kUnit = Operand<Op>::kUnit;
   static constexpr int kSlots = kWeightCols / kDepth;
+  static constexpr uint32_t kOutside = ~0u;
 
   DYHEAD_DEVICE explicit WeightsTile(const DeformBwdWeightsParams& p)
       : p_(p),
@@ -176,35 +177,40 @@ class WeightsTile {
       step.source = (map.first_row + image * map.pixels()) * shape.channels;
       step.grad = (out.first_row + image * out.pixels()) * shape.out_channels;
     }
+    // The pixel is kept where its sample will be stored, since the products need the registers.
+    uint32_t (&kept)[4] = step.samples[thread].at;
     if constexpr (kPlain) {
-      const bool read = at.index >= 0 && slot.count > 0;
-      const SamplePoint<F> point =
-          read ? sampler.point(F(0), F(0), slot.tap, at) : SamplePoint<F>{};
-      step.corners[thread].pixel[0] =
-          point.inside ? point.top * sampler.source.width + point.left : -1;
+      // The source pixel's first unit; a map has fewer than 2^32.
+      kept[0] = kOutside;
+      if (at.index < 0 || slot.count == 0) return predicted;
+      const SamplePoint<F> point = sampler.point(F(0), F(0), slot.tap, at);
+      const auto units = static_cast<uint32_t>(shape.channels) / kUnit;
+      const int32_t pixel = point.top * sampler.source.width + point.left;
+      if (point.inside) kept[0] = static_cast<uint32_t>(pixel) * units;
       return predicted;
     }
-    // The pixel is kept where its corners will be stored, since the products need the registers.
-    step.corners[thread].pixel[0] = at.index;
-    step.corners[thread].pixel[1] = at.y;
-    step.corners[thread].pixel[2] = at.x;
+    kept[0] = static_cast<uint32_t>(at.index);
+    kept[1] = static_cast<uint32_t>(at.y);
+    kept[2] = static_cast<uint32_t>(at.x);
     return predicted;
   }
 
   DYHEAD_DEVICE void locate(const Predicted& predicted, const Cursor& cursor, Step& step) const {
     if (kPlain || !locates()) return;
-    Corners<F>& corners = step.corners[tile_thread()];
-    const OutputPixel at{corners.pixel[0], corners.pixel[1], corners.pixel[2]};
+    StagedSample<F>& sample = step.samples[tile_thread()];
+    const OutputPixel at{static_cast<int32_t>(sample.at[0]), static_cast<int32_t>(sample.at[1]),
+                         static_cast<int32_t>(sample.at[2])};
     const DeformWeightSlot& slot = own_slot();
     if (at.index < 0 || slot.count == 0) {
-      corners = {{F(0), F(0), F(0), F(0)}, {-1, -1, -1, -1}};
+      sample = empty_sample(F(0));
       return;
     }
     const TapSampler<F> sampler{p_.launch.shape, p_.launch.jobs[cursor.place.job],
                                 p_.launch.sources[p_.launch.terms[cursor.term].source].map, nullptr,
                                 predicted.gate};
     const TapValues<F>& values = predicted.values;
-    corners = sampler.corners(sampler.point(values.dy, values.dx, slot.tap, at), values.mask);
+    sample = staged_sample(sampler, sampler.point(values.dy, values.dx, slot.tap, at), values.mask,
+                           sample_stride<T, kVectors>(p_.launch.shape));
   }
 
   // Starts the copies of a step's rows of gradients.
@@ -254,8 +260,10 @@ class WeightsTile {
     const auto load_samples = [&](const Step& step, int item) {
       const int sample = item * kItemRows + thread / kUnits;
       const DeformWeightSlot& slot = work_.slots[sample / kDepth];
-      gathered.load(step.corners[sample],
-                    static_cast<const T*>(p_.source) + step.source + slot.first + unit, channels,
+      // A unit beyond the last channel reads the first one instead; its columns are not stored.
+      const int inside = unit < slot.count ? unit : 0;
+      gathered.load(step.samples[sample],
+                    static_cast<const T*>(p_.source) + step.source + slot.first + inside, channels,
                     slot.count - unit);
     };
     const auto address = [&](std::byte* to, int sample) {
@@ -271,10 +279,10 @@ class WeightsTile {
       for (int item = 0; item < kItems; ++item) {
         const int sample = item * kItemRows + thread / kUnits;
         const DeformWeightSlot& slot = work_.slots[sample / kDepth];
-        const int32_t pixel = step.corners[sample].pixel[0];
-        const bool inside = pixel >= 0 && unit < slot.count;
+        const uint32_t first = step.samples[sample].at[0];
+        const bool inside = first != kOutside && unit < slot.count;
         const T* from = static_cast<const T*>(p_.source) + step.source +
-                        (inside ? static_cast<int64_t>(pixel) * channels + slot.first + unit : 0);
+                        (inside ? uint64_t{first} * kUnit + slot.first + unit : 0);
         cp_async_zfill<16>(address(to, sample), from, inside ? 16 : 0);
       }
     };

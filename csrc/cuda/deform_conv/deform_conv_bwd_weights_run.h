@@ -12,7 +12,8 @@ namespace dyhead::cuda {
 // Bytes of dynamic shared memory of the kernel for `outs` output channels: two buffers for both
 // operands and for the positions of a step's samples.
 inline size_t weights_shared_bytes(int outs) {
-  constexpr size_t kStepBytes = 16 + 64 * sizeof(int32_t) + kWeightCols * sizeof(Corners<float>);
+  constexpr size_t kStepBytes =
+      16 + 64 * sizeof(int32_t) + kWeightCols * sizeof(StagedSample<float>);
   return 2 * (128 * static_cast<size_t>(outs + kWeightCols) + kStepBytes);
 }
 

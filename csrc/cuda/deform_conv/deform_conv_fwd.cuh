@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../../common/upsample.h"
-#include "../dynamic_relu/dynamic_relu.cuh"
-#include "deform_conv.cuh"
+#include "deform_conv_gather.cuh"
+#include "deform_conv_moments.cuh"
 
 namespace dyhead::cuda {
 
@@ -29,7 +29,7 @@ class FwdTile {
         a_(dynamic_shared<std::byte>(0, 2 * Shared::kA)),
         b_(dynamic_shared<std::byte>(2 * Shared::kA, 2 * Shared::kB)),
         work_(dynamic_shared<std::byte>(2 * (Shared::kA + Shared::kB),
-                                        sizeof(Corners<F>) * kRows * p.taps_at_once)),
+                                        sizeof(StagedSample<F>) * kRows * p.taps_at_once)),
         at_(shared_place()) {
     const int all_columns = p.launch.shape.groups * p.panels.column_panels;
     if (threadIdx.x == 0) {
@@ -61,7 +61,7 @@ class FwdTile {
         channel = stretch.last;
       }
     }
-    // Other threads may still read the buffers and corners.
+    // Other threads may still read the buffers.
     __syncthreads();
     finish();
   }
@@ -94,7 +94,7 @@ class FwdTile {
   }
 
   // The main loop, and all that a kernel with producer and consumer warps (wgmma on sm_90a) would
-  // replace: corners, panels and the epilogue would stay as they are. A panel is an exact image of
+  // replace: samples, panels and the epilogue would stay as they are. A panel is an exact image of
   // shared memory, permuted as wgmma reads it, so one bulk copy can load it.
   DYHEAD_DEVICE void multiply_stretch(const DeformLaunchTerm& term, const Stretch& stretch,
                                       int first_step, int first_tap, int taps) {
@@ -104,27 +104,35 @@ class FwdTile {
     constexpr int kSpacing = kSteps / kItems;
     constexpr int kPanel = kCols * kRowBytes;
     static_assert(kItemRows % 8 == 0, "a thread's units are in rows of one permutation");
-    auto* corners = reinterpret_cast<Corners<F>*>(work_);
+    auto* samples = reinterpret_cast<StagedSample<F>*>(work_);
     const TapSampler<F> sampler =
         tap_sampler<F>(launch_, p_.predictions, p_.gates, at_.place, term);
-    stage_corners(launch_, at_.place, sampler, stretch.deform_group, first_tap, taps, kRows,
-                  corners);
-    // The corners are staged, and the buffers of the previous stretch are free.
+    stage_samples(launch_, at_.place, sampler, stretch.deform_group, first_tap, taps, kRows,
+                  sample_stride<T, kVectors>(launch_.shape), samples);
+    // The samples are staged, and the buffers of the previous stretch are free.
     __syncthreads();
 
     const int thread = tile_thread();
     const int row = thread / kUnits;  // of this thread's first unit
     const int unit = thread % kUnits;
     const int channels = static_cast<int>(launch_.shape.channels);
-    const Corners<F>* thread_corners = corners + row;
+    const StagedSample<F>* thread_samples = samples + row;
     std::byte* to = a_ + unit_offset(row, unit);
     // The step whose operands are loaded next.
     int tap = 0;
-    int left = stretch.last - stretch.first - unit * Gathered::kUnit;  // channels from this unit on
+    int channel = stretch.first;
     const MapShape& map = sampler.source;
     const T* source = static_cast<const T*>(p_.source) +
-                      (map.first_row + at_.place.image * map.pixels()) * channels + stretch.first +
+                      (map.first_row + at_.place.image * map.pixels()) * channels + channel +
                       unit * Gathered::kUnit;
+    // How many channels there are from this thread's unit on.
+    const auto left = [&] { return stretch.last - channel - unit * Gathered::kUnit; };
+    // A unit beyond the last channel reads the step's first one instead. The weights there are
+    // zero, and a value that is not finite reaches all outputs of its row in any case.
+    const auto stay_inside = [&] {
+      if (left() <= 0) source -= unit * Gathered::kUnit;
+    };
+    stay_inside();
     const std::byte* panel =
         static_cast<const std::byte*>(p_.packed) +
         p_.panels.index(launch_.shape, term.weight, at_.column, first_step, first_tap) * kPanel;
@@ -137,28 +145,33 @@ class FwdTile {
         tap = 0;
         panel += (launch_.shape.taps() - taps) * kPanel;
         source += p_.panels.depth;
-        left -= p_.panels.depth;
+        channel += p_.panels.depth;
+        stay_inside();
       }
     };
+    load_panel<kCols>(b_, panel);
+    Gathered first[kItems];
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      first[item].load(thread_samples[item * kItemRows], source, channels, left());
+    }
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) first[item].store(to + item * kItemRows * kRowBytes);
     Gathered gathered;
     const auto load_samples = [&](int item) {
-      gathered.load(thread_corners[tap * kRows + item * kItemRows], source, channels, left);
+      gathered.load(thread_samples[tap * kRows + item * kItemRows], source, channels, left());
     };
     const auto store_samples = [&](int item) {
       gathered.store(to + buffer * Shared::kA + item * kItemRows * kRowBytes);
     };
-
-    load_panel<kCols>(b_, panel);
-    for (int item = 0; item < kItems; ++item) {
-      load_samples(item);
-      store_samples(item);
-    }
     for (int i = stretch.steps * taps; i > 0; --i) {
       cp_async_wait_all();
       // Both operands of this step are ready; the buffers of the previous step are free.
       __syncthreads();
-      const std::byte* a = a_ + buffer * Shared::kA;
-      const std::byte* b = b_ + buffer * Shared::kB;
+      const int a = buffer * static_cast<int>(Shared::kA);
+      const int b = buffer * static_cast<int>(Shared::kB);
+      // Were the last step a case of its own, the compiler would blend samples before the products,
+      // and so wait for their loads.
       const bool more = i > 1;
       if (more) {
         advance();
@@ -168,7 +181,7 @@ class FwdTile {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (more && step % kSpacing == 0) load_samples(step / kSpacing);
-        product_.step(a, b, step);
+        product_.step(a_, b_, step, a, b);
         if (more && (step + 1) % kSpacing == 0) store_samples(step / kSpacing);
       }
     }
@@ -294,8 +307,7 @@ class FwdTile {
   }
 
   // Writes the moments of this tile, of the values as stored, because what reads them subtracts the
-  // mean: a group of one value must be exactly its own mean. If it is the last to finish of its job
-  // and image, also theirs.
+  // mean: a group of one value must be exactly its own mean. Then they are merged with others.
   DYHEAD_DEVICE void write_moments(const Columns& columns) {
     constexpr int kWarps = Product::kWarpsM;
     const DeformJob& job = launch_.jobs[at_.place.job];
@@ -315,7 +327,7 @@ class FwdTile {
       }
     }
     static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
-                  sizeof(Corners<F>) * kRows * kFewTapsAtOnce);
+                  sizeof(StagedSample<F>) * kRows * kFewTapsAtOnce);
     for (int row = thread; row < kRows; row += kTileThreads) {
       const OutputPixel at = tile_pixel(launch_, at_.place, row, kRows);
       valid[row] = at.index < 0 ? F(0) : F(1);
@@ -343,7 +355,7 @@ class FwdTile {
     }
     __syncthreads();
     const F count = static_cast<F>(tile_pixels(launch_, at_.place.job, at_.place.tile, kRows));
-    F* partial = static_cast<F*>(p_.partial) + at_.tile * deform_tile_moments(channels);
+    F* partial = static_cast<F*>(p_.partial) + at_.tile * deform_moments(channels);
     for (int c = thread; c < kCols; c += kTileThreads) {
       F total = F(0);
 #pragma unroll
@@ -356,7 +368,10 @@ class FwdTile {
       for (int row = thread; row < kRows; row += kWarpSize) weight += up_weights[row];
       weight = warp_sum(weight);
       // All blocks of the tile write the same.
-      if (thread == 0) partial[3 * channels] = weight;
+      if (thread == 0) {
+        partial[3 * channels] = weight;
+        partial[3 * channels + 1] = count;
+      }
     }
     __syncthreads();
 #pragma unroll
@@ -381,50 +396,13 @@ class FwdTile {
       partial[channels + columns.first + c] = second;
       partial[2 * channels + columns.first + c] = up;
     }
-    const int64_t map =
-        (launch_.first_job + at_.place.job) * launch_.shape.images + at_.place.image;
-    const int all_columns = launch_.shape.groups * p_.panels.column_panels;
-    if (arrive_is_last(p_.arrived + map * all_columns + at_.column,
-                       launch_.tiles[at_.place.job].per_image)) {
-      merge_moments(map, columns);
-    }
-  }
-
-  // Merges the tiles in their order by Chan's formula: nothing cancels, and every run gives the
-  // same result. Means are merged as differences from the first tile's.
-  DYHEAD_DEVICE void merge_moments(int64_t map, const Columns& columns) const {
-    const int64_t channels = launch_.shape.out_channels;
-    const DeformTiles& tiles = launch_.tiles[at_.place.job];
-    const F* partial =
-        static_cast<const F*>(p_.partial) +
-        (tiles.first + at_.place.image * tiles.per_image) * deform_tile_moments(channels);
-    for (int c = tile_thread(); c < columns.count; c += kTileThreads) {
-      const F origin = partial[columns.first + c];
-      F mean = F(0), second = F(0), up_mean = F(0), count = F(0);
-#pragma unroll 4
-      for (int32_t tile = 0; tile < tiles.per_image; ++tile) {
-        const F* of_tile = partial + tile * deform_tile_moments(channels);
-        const F* part = of_tile + columns.first + c;
-        const F difference = part[0] - origin;
-        const F added = static_cast<F>(tile_pixels(launch_, at_.place.job, tile, kRows));
-        const F delta = difference - mean;
-        const F share = added / (count + added);
-        mean += delta * share;
-        second += part[channels] + delta * delta * share * count;
-        up_mean += part[2 * channels] + of_tile[3 * channels] * difference;
-        count += added;
-      }
-      const int64_t at = map * channels + columns.first + c;
-      static_cast<F*>(p_.mean)[at] = origin + mean;
-      static_cast<F*>(p_.var)[at] = second / count;
-      static_cast<F*>(p_.up_mean)[at] = origin + up_mean;
-    }
+    merge_tiles<F>(p_, at_.place, at_.column, columns.first, columns.first + columns.count);
   }
 
   const DeformFwdKernelParams& p_;
   const DeformLaunch& launch_;
   std::byte *a_, *b_;
-  std::byte* work_;  // the corners in the main loop, then the sums of the moments
+  std::byte* work_;  // the samples in the main loop, then the sums of the moments
   Place& at_;
   Product product_;
 };

@@ -2,6 +2,8 @@
 // caller for workspaces, so that the operator and the emulation's tests run the same code.
 #pragma once
 
+#include <algorithm>
+
 #include "deform_conv_run.h"
 
 namespace dyhead::cuda {
@@ -43,14 +45,22 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   params.packed = packed;
   params.packed_bias = packed_bias;
   const std::vector<DeformLaunch> launches = deform_launches(call, tiling.rows, tiling.plain);
+  const int64_t all_columns = static_cast<int64_t>(s.groups) * panels.column_panels;
   DeformZeros arrived{}, mean{}, var{}, up_mean{};
   if (p.moments) {
     // Launches run one after the other, so they share the memory of their tiles.
-    params.partial = allocate(max_tiles(launches) * deform_tile_moments(s.out_channels) *
-                              compute_bytes(s.dtype));
+    int64_t all_groups = 0, max_groups = 0;
+    for (const DeformLaunch& launch : launches) {
+      all_groups += deform_groups_of_tiles(launch);
+      max_groups = std::max(max_groups, deform_groups_of_tiles(launch));
+    }
+    const int64_t moments_bytes = deform_moments(s.out_channels) * compute_bytes(s.dtype);
+    params.partial = allocate(max_tiles(launches) * moments_bytes);
+    params.merged = allocate(max_groups * moments_bytes);
     const int64_t maps = static_cast<int64_t>(call.jobs.size()) * s.images;
-    const int64_t counters = maps * s.groups * panels.column_panels;
+    const int64_t counters = (maps + all_groups) * all_columns;
     params.arrived = static_cast<unsigned*>(allocate(counters * 4));
+    params.groups_arrived = params.arrived + maps * all_columns;
     arrived = {params.arrived, counters};
     // The moments of jobs without pixels stay zero.
     const int64_t words = maps * s.out_channels * compute_bytes(s.dtype) / 4;
@@ -63,6 +73,7 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   for (size_t i = 0; i < launches.size() && error == cudaSuccess; ++i) {
     params.launch = launches[i];
     error = launch_deform_fwd(params, math, tiling, stream);
+    if (p.moments) params.groups_arrived += deform_groups_of_tiles(launches[i]) * all_columns;
   }
   return error;
 }

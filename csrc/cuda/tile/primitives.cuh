@@ -84,6 +84,17 @@ DYHEAD_DEVICE void reload_memory() {
 #endif
 }
 
+// ---- the compiler -------------------------------------------------------------------------------
+
+// x, but the compiler cannot see how it came to be. So it keeps the value in one register, and does
+// not spread the computation over many addresses, each with a part of it.
+DYHEAD_DEVICE int opaque(int x) {
+#if !defined(DYHEAD_SIMT)
+  asm("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- conversions --------------------------------------------------------------------------------
 
 // Two floats, rounded to T and packed. `low` is the lower half, which comes first in memory.

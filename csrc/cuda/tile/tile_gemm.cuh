@@ -131,14 +131,20 @@ class TensorTile : public TileWarps<kRows, kCols, kWarpsN> {
     }
   }
 
-  // Adds the part of depth `step` of kSteps.
-  DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
-    // Addresses of this lane's rows in the first fragments. In other fragments they are a multiple
-    // of eight rows further, which leaves the permutation unchanged.
-    const std::byte* a_row =
-        a + first_row() * kRowBytes + unit_offset(lane() % 16, 2 * step + lane() / 16);
-    const std::byte* b_row = b + first_column() * kRowBytes +
-                             unit_offset(lane() / 16 * 8 + lane() % 8, 2 * step + lane() / 8 % 2);
+  // Adds the part of depth `step` of kSteps. The tiles begin `a_tile` bytes behind a and `b_tile`
+  // bytes behind b, which are multiples of kRowBytes.
+  DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step, int a_tile = 0,
+                          int b_tile = 0) {
+    // Bytes at which this lane's rows of the first fragments begin. In other fragments they are a
+    // multiple of eight rows further, which leaves the permutation unchanged. A step has two units
+    // of a row, so exclusive or finds those of any step from those of the first one.
+    const int units = unit_offset(0, 2 * step);
+    const int a_first =
+        a_tile + opaque(first_row() * kRowBytes + unit_offset(lane() % 16, lane() / 16));
+    const int b_first = b_tile + opaque(first_column() * kRowBytes +
+                                        unit_offset(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2));
+    const std::byte* a_row = a + (a_first ^ units);
+    const std::byte* b_row = b + (b_first ^ units);
     uint32_t left[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) ldmatrix(left[m], a_row + 16 * m * kRowBytes);
@@ -198,7 +204,8 @@ class SimtTile : public TileWarps<kRows, kCols, kWarpsN> {
     }
   }
 
-  DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step) {
+  DYHEAD_DEVICE void step(const std::byte* a, const std::byte* b, int step, int a_tile = 0,
+                          int b_tile = 0) {
     constexpr int kUnit = Operand<T>::kUnit;
     // Not unrolled: the loads of all units would take the registers of the sums.
 #pragma unroll 1
@@ -206,13 +213,14 @@ class SimtTile : public TileWarps<kRows, kCols, kWarpsN> {
       Vec<T, kUnit> left[kI];
 #pragma unroll
       for (int i = 0; i < kI; ++i) {
-        left[i] = load_vec<kUnit>(reinterpret_cast<const T*>(a + unit_offset(row(i), unit)));
+        left[i] =
+            load_vec<kUnit>(reinterpret_cast<const T*>(a + a_tile + unit_offset(row(i), unit)));
       }
 #pragma unroll
       for (int j = 0; j < kJ; ++j) {
         if (j >= strips()) break;
         const Vec<T, kUnit> right =
-            load_vec<kUnit>(reinterpret_cast<const T*>(b + unit_offset(column(j), unit)));
+            load_vec<kUnit>(reinterpret_cast<const T*>(b + b_tile + unit_offset(column(j), unit)));
 #pragma unroll
         for (int i = 0; i < kI; ++i) {
 #pragma unroll
