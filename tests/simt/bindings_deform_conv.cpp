@@ -181,6 +181,13 @@ void bind(py::module_& module) {
       py::kw_only(), py::arg("vectors") = true, py::arg("sums_only") = true,
       py::arg("allow_tf32") = false, py::arg("device"));
   m.def(
+      "split_tiles",
+      [](int64_t tiles, int64_t taps, int64_t steps, int64_t at_once) {
+        const SplitTime time = split_tiles(tiles, taps, steps, at_once);
+        return py::make_tuple(time.split.whole, time.split.parts, time.steps);
+      },
+      py::arg("tiles"), py::kw_only(), py::arg("taps"), py::arg("steps"), py::arg("at_once"));
+  m.def(
       "problem",
       [](const Tables& tables, const std::string& dtype, int64_t channels,
          int64_t out_channels) -> std::optional<std::string> {

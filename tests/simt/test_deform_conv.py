@@ -480,6 +480,27 @@ def test_few_channels_read_no_other_pixel(simt: Any, dtype: torch.dtype) -> None
     assert torch.equal(Operator(simt).run(work, tensors)[0].isfinite(), finite)
 
 
+@dtypes
+@pytest.mark.parametrize("processors", [3, 17, 200])
+def test_blocks_share_the_tiles_of_the_last_round(
+    simt: Any, processors: int, dtype: torch.dtype
+) -> None:
+    """Every split gives the result within rounding, and the same bits in every order of blocks."""
+    work = Work(images=2, channels=40, out_channels=136, scale=6)
+    operator = Operator(simt, processors=processors)
+    check(work, dtype, operator)
+    tensors = work.tensors(dtype)
+    simt.set_seed(1)
+    first = operator.run(work, tensors)
+    simt.set_seed(2)
+    assert all(map(torch.equal, first, operator.run(work, tensors)))
+
+
+@dtypes
+def test_launches_share_tiles_one_after_the_other(simt: Any, dtype: torch.dtype) -> None:
+    check(ManyJobs(channels=16), dtype, Operator(simt, processors=100))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
 def test_many_jobs_take_several_launches(simt: Any, dtype: torch.dtype) -> None:
     check(ManyJobs(), dtype, Operator(simt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -202,3 +203,30 @@ def test_maps_too_large_for_the_kernels(
 ) -> None:
     tables = Plan(1, [size], [(4, 4)], [Job((4, 4), 0, [(0, 0)])]).tables
     assert simt.deform_conv.problem(tables, "bfloat16", channels, 8) == problem
+
+
+def test_split_as_documented(simt: Any) -> None:
+    split = partial(simt.deform_conv.split_tiles, taps=9, steps=4, at_once=132)
+    assert split(281) == (264, 5, 2 * 36 + 14)
+    assert split(545) == (528, 5, 4 * 36 + 14)
+    assert split(27) == (0, 3, 12 + 4)
+    assert split(44) == (0, 3, 12 + 4)
+    assert split(264) == (264, 1, 2 * 36)
+    # Two blocks each for more than half of the processors would take another round.
+    assert split(132 + 67) == (132 + 67, 1, 2 * 36)
+    assert split(0) == (0, 1, 0)
+    assert split(5, taps=1) == (5, 1, 4)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 9, 25])
+def test_splits_fill_one_round_and_pay(simt: Any, taps: int) -> None:
+    for tiles in range(1, 60):
+        for at_once in (1, 4, 7, 20):
+            whole, parts, steps = simt.deform_conv.split_tiles(
+                tiles, taps=taps, steps=2, at_once=at_once
+            )
+            shared = tiles - whole
+            assert 1 <= parts <= taps
+            assert shared * parts <= at_once
+            assert whole % at_once == 0 or (parts, shared) == (1, 0)
+            assert steps <= -(-tiles // at_once) * taps * 2

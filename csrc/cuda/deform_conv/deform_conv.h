@@ -197,6 +197,15 @@ struct alignas(16) StagedSample {
   uint32_t at[4];
 };
 
+// How the tiles of a launch, each with a panel of columns, are divided into blocks: the first
+// `whole` have a block each. The others would leave most of the processors idle in the last round,
+// so `parts` blocks share each of them: each takes some of the taps, and the last one adds up.
+struct DeformSplit {
+  int32_t whole, parts;
+
+  DYHEAD_HD int32_t blocks(int32_t tiles) const { return whole + (tiles - whole) * parts; }
+};
+
 struct DeformFwdKernelParams {
   DeformLaunch launch;
   DeformPanels panels;
@@ -209,8 +218,11 @@ struct DeformFwdKernelParams {
   bool out_in_compute_dtype, moments;
   int32_t taps_at_once;
   bool out_vectors;  // whether rows of the output allow 16-byte stores
-  void* partial;     // [tiles, deform_moments(C_out)]
-  void* merged;      // [deform_groups_of_tiles(), deform_moments(C_out)]
+  DeformSplit split;
+  void* part_sums;          // [tiles that are shared, split.parts, rows * cols] of the compute type
+  unsigned* parts_arrived;  // [tiles that are shared], cleared
+  void* partial;            // [tiles, deform_moments(C_out)]
+  void* merged;             // [deform_groups_of_tiles(), deform_moments(C_out)]
   // Counters, cleared: [J, N, groups * column_panels] and
   // [deform_groups_of_tiles(), groups * column_panels], the latter for this launch alone.
   unsigned* arrived;
@@ -259,6 +271,9 @@ inline constexpr int kPlainHalo =
 // Bytes of its dynamic shared memory: two buffers of the halo and of a kernel column's panels.
 inline constexpr size_t kPlainSharedBytes =
     size_t{2 * 128} * (kPlainHalo + kPlainTaps * kPlainCols);
+
+// How many blocks of the forward kernel a multiprocessor is to hold at once.
+constexpr int forward_blocks_at_once(int cols, bool tensor) { return cols <= 32 && tensor ? 2 : 1; }
 
 using DeformFwdKernel = void (*)(DeformFwdKernelParams);
 

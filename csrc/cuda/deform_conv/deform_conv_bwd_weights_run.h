@@ -23,7 +23,7 @@ inline size_t weights_shared_bytes(int outs) {
 inline DeformWeightColumns weight_columns(const DeformShape& s, DeformMath math, bool vectors,
                                           const DeviceLimits& device) {
   const int64_t outputs = s.out_channels / s.groups;
-  const bool tensor = math != DeformMath::kFloat32 && math != DeformMath::kFloat64;
+  const bool tensor = on_tensor_cores(math);
   int outs = 256;
   if (!tensor || outputs <= 128 || weights_shared_bytes(256) > device.shared_bytes) outs = 128;
   if (!vectors || outputs <= 32 || math == DeformMath::kFloat64) outs = 32;

@@ -23,7 +23,7 @@ class FwdTile {
   using Shared = FwdShared<Op, kRows, kCols>;
   using Product = TileProduct<Op, kRows, kCols>;
 
-  DYHEAD_DEVICE FwdTile(const DeformFwdKernelParams& p, int32_t tile)
+  DYHEAD_DEVICE FwdTile(const DeformFwdKernelParams& p, int32_t block)
       : p_(p),
         launch_(p.launch),
         a_(dynamic_shared<std::byte>(0, 2 * Shared::kA)),
@@ -33,6 +33,10 @@ class FwdTile {
         at_(shared_place()) {
     const int all_columns = p.launch.shape.groups * p.panels.column_panels;
     if (threadIdx.x == 0) {
+      const int32_t shared = block - p.split.whole;
+      at_.shared = shared < 0 ? -1 : shared / p.split.parts;
+      at_.part = shared < 0 ? 0 : shared % p.split.parts;
+      const int32_t tile = shared < 0 ? block : p.split.whole + at_.shared;
       at_.tile = tile / all_columns;
       at_.column = tile % all_columns;
       at_.place = find_tile(p.launch, at_.tile);
@@ -48,13 +52,16 @@ class FwdTile {
     const DeformJob& job = launch_.jobs[at_.place.job];
     const int group_channels = static_cast<int>(s.channels) / s.groups;
     const int group = at_.column / p_.panels.column_panels;
+    const int parts = at_.shared < 0 ? 1 : p_.split.parts;
+    const int first_tap = s.taps() * at_.part / parts;
+    const int last_tap = s.taps() * (at_.part + 1) / parts;
     for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
       int step = 0;
       int channel = group * group_channels;
       while (channel < (group + 1) * group_channels) {
         const Stretch stretch = stretch_from(group, channel);
-        for (int tap = 0; tap < s.taps(); tap += p_.taps_at_once) {
-          const int taps = s.taps() - tap < p_.taps_at_once ? s.taps() - tap : p_.taps_at_once;
+        for (int tap = first_tap; tap < last_tap; tap += p_.taps_at_once) {
+          const int taps = last_tap - tap < p_.taps_at_once ? last_tap - tap : p_.taps_at_once;
           multiply_stretch(launch_.terms[t], stretch, step, tap, taps);
         }
         step += stretch.steps;
@@ -63,7 +70,7 @@ class FwdTile {
     }
     // Other threads may still read the buffers.
     __syncthreads();
-    finish();
+    if (at_.shared < 0 || add_parts(parts)) finish();
   }
 
  private:
@@ -72,6 +79,7 @@ class FwdTile {
     TilePlace place;
     int32_t tile;
     int32_t column;         // group * column_panels + panel
+    int32_t shared, part;   // index among the tiles that blocks share, or -1; this block's part
     int32_t pixels[kRows];  // index in the map, or -1
   };
 
@@ -185,6 +193,36 @@ class FwdTile {
         if (more && (step + 1) % kSpacing == 0) store_samples(step / kSpacing);
       }
     }
+  }
+
+  // Where this block's thread keeps value `i` of its part, or of another one.
+  DYHEAD_DEVICE F* part_sum(int part, int i) const {
+    constexpr int kValues = Product::kI * Product::kJ;
+    const int64_t first = (static_cast<int64_t>(at_.shared) * p_.split.parts + part) * kValues;
+    return static_cast<F*>(p_.part_sums) + (first + i) * kTileThreads + tile_thread();
+  }
+
+  // Stores the sums of this block's part. The last block of a tile gets those of all parts, added
+  // in their order, and returns true.
+  DYHEAD_DEVICE bool add_parts(int parts) {
+#pragma unroll
+    for (int i = 0; i < Product::kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < Product::kJ; ++j) {
+        *part_sum(at_.part, i * Product::kJ + j) = product_.at(i, j);
+      }
+    }
+    if (!arrive_is_last(p_.parts_arrived + at_.shared, parts)) return false;
+#pragma unroll
+    for (int i = 0; i < Product::kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < Product::kJ; ++j) {
+        F sum = F(0);
+        for (int part = 0; part < parts; ++part) sum += *part_sum(part, i * Product::kJ + j);
+        product_.at(i, j) = sum;
+      }
+    }
+    return true;
   }
 
   // The columns of the tile that are output channels of its group: the first one and their number.
@@ -408,7 +446,7 @@ class FwdTile {
 };
 
 template <class Op, int kRows, int kCols, bool kVectors>
-__global__ void __launch_bounds__(kTileThreads, kCols <= 32 && Operand<Op>::kTensor ? 2 : 1)
+__global__ void __launch_bounds__(kTileThreads, forward_blocks_at_once(kCols, Operand<Op>::kTensor))
     deform_fwd_kernel(const __grid_constant__ DeformFwdKernelParams p) {
   FwdTile<Op, kRows, kCols, kVectors>(p, static_cast<int32_t>(blockIdx.x)).run();
 }

@@ -46,9 +46,27 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   params.packed_bias = packed_bias;
   const std::vector<DeformLaunch> launches = deform_launches(call, tiling.rows, tiling.plain);
   const int64_t all_columns = static_cast<int64_t>(s.groups) * panels.column_panels;
-  DeformZeros arrived{}, mean{}, var{}, up_mean{};
+  // Launches run one after the other, so they share the memory of sums, but not the counters.
+  const int64_t at_once =
+      device.processors * forward_blocks_at_once(tiling.cols, on_tensor_cores(math));
+  std::vector<DeformSplit> splits;
+  int64_t shared_tiles = 0, max_sums = 0;
+  for (const DeformLaunch& launch : launches) {
+    const auto tiles = static_cast<int32_t>(launch.tile_count * all_columns);
+    const DeformSplit split = tiling.plain
+                                  ? DeformSplit{tiles, 1}
+                                  : split_tiles(tiles, s.taps(), panels.steps, at_once).split;
+    splits.push_back(split);
+    shared_tiles += tiles - split.whole;
+    max_sums = std::max<int64_t>(max_sums, split.blocks(tiles) - split.whole);
+  }
+  DeformZeros parts_arrived{}, arrived{}, mean{}, var{}, up_mean{};
+  if (shared_tiles > 0) {
+    params.part_sums = allocate(max_sums * tiling.rows * tiling.cols * compute_bytes(s.dtype));
+    params.parts_arrived = static_cast<unsigned*>(allocate(shared_tiles * 4));
+    parts_arrived = {params.parts_arrived, shared_tiles};
+  }
   if (p.moments) {
-    // Launches run one after the other, so they share the memory of their tiles.
     int64_t all_groups = 0, max_groups = 0;
     for (const DeformLaunch& launch : launches) {
       all_groups += deform_groups_of_tiles(launch);
@@ -69,11 +87,13 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
     up_mean = {p.up_mean, words};
   }
   cudaError_t error = pack_weights(s, *p.weights, panels, false, math, packed, packed_bias,
-                                   {arrived, mean, var, up_mean}, stream);
+                                   {parts_arrived, arrived, mean, var, up_mean}, stream);
   for (size_t i = 0; i < launches.size() && error == cudaSuccess; ++i) {
     params.launch = launches[i];
+    params.split = splits[i];
     error = launch_deform_fwd(params, math, tiling, stream);
     if (p.moments) params.groups_arrived += deform_groups_of_tiles(launches[i]) * all_columns;
+    params.parts_arrived += launches[i].tile_count * all_columns - splits[i].whole;
   }
   return error;
 }

@@ -68,14 +68,41 @@ inline bool takes_plain_kernel(const DeformCall& call, DeformMath math, bool vec
          count_tiles(call, kPlainRows, true) <= kPatchesPerTile * count_tiles(call, kPlainRows);
 }
 
+// A division of tiles into blocks, and how many steps its rounds take one after the other.
+struct SplitTime {
+  DeformSplit split;
+  int64_t steps;
+};
+
+// Whole rounds of `at_once` blocks compute a tile each. What is left is shared by so many blocks
+// that one more round takes the fewest steps: those of a block's taps, one to store its sums, and
+// one to add those of each part. `steps` is how many a tap of a tile has.
+//
+// Example: 281 tiles on 132 processors, 9 taps of 4 steps. After two rounds 17 tiles are left. 5
+// blocks each: at most 2 taps, so 8 + 1 + 5 = 14 steps instead of 36.
+inline SplitTime split_tiles(int64_t tiles, int64_t taps, int64_t steps, int64_t at_once) {
+  const int64_t rounds = tiles / at_once;
+  const int64_t left = tiles - rounds * at_once;
+  const int64_t of_rounds = rounds * taps * steps;
+  SplitTime best{{static_cast<int32_t>(tiles), 1}, of_rounds + (left > 0 ? taps * steps : 0)};
+  if (left == 0) return best;
+  for (int64_t parts = 2; parts <= taps && parts * left <= at_once; ++parts) {
+    const int64_t time = of_rounds + ceil_div(taps, parts) * steps + 1 + parts;
+    if (time >= best.steps) continue;
+    best = {{static_cast<int32_t>(tiles - left), static_cast<int32_t>(parts)}, time};
+  }
+  return best;
+}
+
 // The tile of the forward kernel. Few output channels get narrow tiles. IEEE arithmetic is slow
 // compared with blending, so it takes 128 columns and blends again for the next 128. With 128 rows
 // each weight is used twice as often as with 64, but if tiles are few, processors are idle in the
 // last round.
 //
-// Example: 800 x 1344 images on 132 processors. With one image, 128 rows: 281 tiles, 3 rounds (2.13
-// would be full). 64 rows: 545 tiles, each taking 0.7 of the time, so 5 rounds cost 3.5; 128 rows
-// win. An image of 200 x 336: 27 or 44 tiles, one round either way, so 64 rows win.
+// Example: 800 x 1344 images on 132 processors. With one image, 128 rows: 281 tiles, 2 rounds and
+// 17 tiles that are shared, 2 * 36 + 14 steps. 64 rows: 545 tiles, 4 rounds and 17 tiles, each step
+// taking 0.7 of the time, so 0.7 * (4 * 36 + 14); 128 rows win. An image of 200 x 336: 27 or 44
+// tiles, for 3 blocks each: 12 + 4 steps or 0.7 * (12 + 4), so 64 rows win.
 inline DeformTiling forward_tiling(const DeformCall& call, DeformMath math, bool vectors,
                                    bool sums_only, const DeviceLimits& device) {
   if (takes_plain_kernel(call, math, vectors, sums_only, device)) {
@@ -84,11 +111,15 @@ inline DeformTiling forward_tiling(const DeformCall& call, DeformMath math, bool
   const int64_t outputs = call.shape.out_channels / call.shape.groups;
   if (!vectors || math == DeformMath::kFloat64 || outputs <= 32) return {128, 32, vectors};
   if (!on_tensor_cores(math) || outputs <= 128) return {128, 128, true};
-  const auto rounds = [&](int rows) {
-    return static_cast<double>(ceil_div(count_tiles(call, rows), device.processors));
+  const int64_t steps = ceil_div(call.shape.channels / call.shape.groups, panel_depth(math));
+  const int64_t all_columns = call.shape.groups * ceil_div(outputs, 256);
+  const auto time = [&](int rows) {
+    const int64_t tiles = count_tiles(call, rows) * all_columns;
+    return static_cast<double>(
+        split_tiles(tiles, call.shape.taps(), steps, device.processors).steps);
   };
   const bool large = fits(forward_shared_bytes(128, 256, call.shape.dtype, kMaxTapsAtOnce), device);
-  return {large && rounds(128) <= kCostOf64Rows * rounds(64) ? 128 : 64, 256, true};
+  return {large && time(128) <= kCostOf64Rows * time(64) ? 128 : 64, 256, true};
 }
 
 // The max number of steps of up to max_channels channels in a group.
