@@ -28,7 +28,7 @@ BRANCHES = ("low", "mid", "high")
 BIASES = ("low.bias", "mid.bias", "high.bias")  # which a block may do without
 MEMORY_FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MAX_STEP = 1 << 20  # strides, paddings and dilations, as in csrc/host/deform_conv.cpp
+MAX_STEP = 1 << 20  # strides, paddings and dilations, as in csrc/host/deform_call.cpp
 MAX_KERNEL = 1 << 10  # taps along one side, likewise
 
 

@@ -27,6 +27,7 @@ from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.fuse_branches import fuse_branches
 from dyhead_cuda.ops.jobs import Job, Plan, ReadRule, Size, UpsampleMode, map_rows
+from dyhead_cuda.ops.offset_deform_conv import offset_deform_conv
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
 from dyhead_cuda.pyramid import (
     TAPS,
@@ -108,11 +109,11 @@ def predict(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Te
     return out
 
 
-def predict_plan(sources: Sequence[Size], images: int, predicted: int) -> Plan:
-    """A plain 3x3 convolution of the first ``predicted`` maps, with one weight matrix."""
-    jobs = [Job(size, None, [(source, 0)]) for source, size in enumerate(sources[:predicted])]
+def predict_plan(sizes: Sequence[Size], images: int) -> Plan:
+    """A plain 3x3 convolution of maps, with one weight matrix."""
+    jobs = [Job(size, None, [(source, 0)]) for source, size in enumerate(sizes)]
     # A map of no pixels: autograd and AOTInductor misread an empty list of sizes.
-    return Plan(images, sources, [(0, 0)], jobs)
+    return Plan(images, sizes, [(0, 0)], jobs)
 
 
 class BlockPlan:
@@ -161,7 +162,6 @@ class BlockPlan:
                 aligned = high_offset == "aligned"
                 source = resized(level + 1, size, upsample) if aligned else level + 1
                 add(level, HIGH, source, size if aligned else sizes[level + 1])
-        self.predict = predict_plan(sources, images, len(sizes))
         self.deform = Plan(images, sources, sizes, jobs)
         self.branches = [job.out for job in jobs]
         self.levels = [
@@ -211,17 +211,16 @@ def block_rows(
     p = parameters
     if plan.resized:
         rows = with_resized(rows, plan)
-    predictions = predict(rows, p.offset_weight, p.offset_bias, plan.predict)
     branches = (p.low, p.mid, p.high)
-    y, mean, var, up_mean = deform_conv(
+    y, mean, var, up_mean = offset_deform_conv(
         rows,
-        predictions,
+        p.offset_weight,
+        p.offset_bias,
         [b.weight for b in branches],
         plan.deform,
         _biases(branches),
-        moments=True,
     )
-    del rows, predictions  # without gradients nobody needs them: the last pass then fits there
+    del rows  # without gradients nobody needs them: the last pass then fits there
     coefficients = block_coefficients(
         mean,
         var,
@@ -318,7 +317,7 @@ def spatial_attention(
         first = chosen[0] * rows_per_level
         targets_rows = rows[first : first + len(chosen) * rows_per_level]
         outputs = [(height, width)] * len(chosen)
-        logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n, len(outputs)))
+        logits = predict(targets_rows, offset_weight, None, predict_plan(outputs, n))
         logits = logits.view(len(chosen), n, height * width * 3 * TAPS)
         chosen_gates = gates.to(dtype).t()[chosen].unsqueeze(2)
         logits = (logits * chosen_gates).view(-1, 3 * TAPS) + offset_bias.to(dtype)

@@ -130,8 +130,8 @@ def test_a_program_is_few_operators() -> None:
     _, program = exported("DyHead", False)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     ours = [name for name in names if name.startswith("dyhead.")]
-    assert len(ours) == 2 + 2 * 4  # packing and unpacking, and four for each block
-    assert len([name for name in names if "sym_size" not in name]) <= 2 + 2 * 21
+    assert len(ours) == 2 + 2 * 3  # packing and unpacking, and three for each block
+    assert len([name for name in names if "sym_size" not in name]) <= 2 + 2 * 16
 
 
 # Loads the native library alone, as a C++ program would, and runs what was saved.

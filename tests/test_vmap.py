@@ -110,13 +110,13 @@ def test_per_sample_gradients_of_weights(layout: torch.memory_format) -> None:
         assert_gradients_close([found[k][i] for k in expected], list(expected.values()))
     alone = calls_of_operators(grad(loss), parameters, [x[0] for x in levels])
     calls = calls_of_operators(per_sample, parameters, levels)
-    apart = ("deform_conv_bwd", "block_coefficients_bwd")
+    apart = ("offset_deform_conv_bwd", "block_coefficients_bwd")
     assert {k: n for k, n in calls.items() if k not in apart} == {
         k: n for k, n in alone.items() if k not in apart
     }
     # One call for all samples and one for each; nobody wants the gradient of the features.
     assert calls["block_coefficients_bwd"] == (1 + BATCH) * alone["block_coefficients_bwd"]
-    assert calls["deform_conv_bwd"] == (1 + BATCH) * alone["deform_conv_bwd"] - 1
+    assert calls["offset_deform_conv_bwd"] == (1 + BATCH) * alone["offset_deform_conv_bwd"] - 1
 
 
 def test_an_ensemble_folds_what_has_no_weights() -> None:
@@ -129,7 +129,7 @@ def test_an_ensemble_folds_what_has_no_weights() -> None:
     calls = calls_of_operators(vmap(run), several)
     assert calls == {
         "pack_levels": 1,  # of the shared levels
-        "deform_conv_fwd": 2 * 2 * 2,
+        "offset_deform_conv_fwd": 2 * 2,
         "block_coefficients_fwd": 2 * 2,
         "fuse_branches_fwd": 2,
         "unpack_levels": 1,

@@ -70,7 +70,7 @@ def pack_levels(setting: Setting) -> Problem:
 def offset_conv(setting: Setting) -> Problem:
     """The 3x3 convolution that predicts offsets and mask, on all levels."""
     s, n = setting.shapes, setting.batch
-    plan = fused.block_plan(s.levels, n, "flat").predict
+    plan = fused.predict_plan(s.levels, n)
     module = randomised(nn.Conv2d(s.channels, 3 * TAPS, 3, padding=1))
 
     def own(conv: nn.Conv2d, rows: Maps) -> Maps:

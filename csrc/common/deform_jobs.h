@@ -68,11 +68,30 @@ struct DeformShape {
 // The work of one call.
 struct DeformCall {
   DeformShape shape;
-  std::vector<MapShape> sources;
+  std::vector<MapShape> sources, predictions;
   std::vector<DeformTerm> terms;
   std::vector<DeformJob> jobs;
   int64_t weights, source_rows, prediction_rows, out_rows;
 };
+
+// The plain convolution that predicts the offsets and masks of another call, all map by map:
+// prediction map i is that of source map i. Kernel, padding and dilation are the other call's.
+inline DeformCall offset_conv_call(const DeformCall& reader) {
+  DeformCall t{};
+  t.shape = reader.shape;
+  t.shape.out_channels = reader.shape.prediction_columns();
+  t.shape.groups = t.shape.deform_groups = 1;
+  t.sources = reader.sources;
+  t.weights = 1;
+  t.source_rows = reader.source_rows;
+  t.out_rows = reader.prediction_rows;
+  for (const MapShape& map : reader.predictions) {
+    const auto i = static_cast<int32_t>(t.jobs.size());
+    t.terms.push_back({i, 0});
+    t.jobs.push_back({map, {}, ReadRule::kNone, ReadRule::kNone, 1, 1, i, 1, 1, 1, {}});
+  }
+  return t;
+}
 
 // Pixel index = y * width + x of a job's output map.
 struct OutputPixel {

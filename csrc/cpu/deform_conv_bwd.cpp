@@ -7,7 +7,11 @@
 //   predictions  a task per (prediction map, image): adds the slices' derivatives up
 //   weights      a task per (weight matrix, tap, slice of channels): samples its columns again
 //   bias         a task per chunk, then a sum in order
+//
+// Where several calls have one source, all but the last leave the gradient of the input as sums in
+// the compute type.
 #include <cstring>
+#include <memory>
 
 #include "deform_conv.h"
 
@@ -46,13 +50,22 @@ struct Use {
   int64_t first_row;  // among the rows of all uses of one image
 };
 
+// Where a call's gradient of the input goes: it adds to the sums of the calls before it, if any,
+// and leaves sums for those after it, or is the last one and rounds.
+template <class F>
+struct Chain {
+  F* sums;  // [R, C], or null for a call alone
+  bool first, last;
+};
+
 template <class T>
 class Backward {
   using F = compute_t<T>;
 
  public:
-  explicit Backward(const DeformBwdParams& p)
+  Backward(const DeformBwdParams& p, const Chain<F>& chain)
       : p_(p),
+        chain_(chain),
         s_(p.call->shape),
         tables_(*p.call),
         kernels_(deform_kernels<T>()),
@@ -102,7 +115,10 @@ class Backward {
       std::fill_n(static_cast<F*>(p_.grad_gates), s_.images * tables_.sources.size(), F(0));
     }
     if (uses_.empty() && p_.grad_source != nullptr) {
-      std::fill_n(static_cast<T*>(p_.grad_source), tables_.source_rows * s_.channels, T{});
+      const std::vector<F> none(s_.channels, F(0));
+      for (int64_t r = 0; r < tables_.source_rows; ++r) {
+        add_to_source(r * s_.channels, none.data(), s_.channels);
+      }
     }
     for (int64_t first = 0; !uses_.empty() && first < s_.images; first += together) {
       const int64_t images = std::min(together, s_.images - first);
@@ -233,13 +249,25 @@ class Backward {
           }
           if (p_.grad_source == nullptr) return;
           const int64_t row = map.first_row + (first_image + image) * map.pixels();
-          T* to = static_cast<T*>(p_.grad_source) + row * s_.channels + slice.first;
           for (int64_t p = 0; p < map.pixels(); ++p) {
-            for (int64_t c = 0; c < slice.count; ++c) {
-              to[p * s_.channels + c] = from_compute<T>(grad_source[p * slice.count + c]);
-            }
+            add_to_source((row + p) * s_.channels + slice.first,
+                          grad_source.data() + p * slice.count, slice.count);
           }
         });
+  }
+
+  // `values`: all that this call gives to `count` values of the input's gradient, from `at` on.
+  void add_to_source(int64_t at, const F* values, int64_t count) const {
+    const Chain<F> chain = chain_;  // a copy, which no store to memory can change
+    T* to = static_cast<T*>(p_.grad_source);
+    for (int64_t i = at; i < at + count; ++i) {
+      const F sum = chain.first ? values[i - at] : chain.sums[i] + values[i - at];
+      if (chain.last) {
+        to[i] = from_compute<T>(sum);
+      } else {
+        chain.sums[i] = sum;
+      }
+    }
   }
 
   // `derivatives` may be null.
@@ -431,6 +459,7 @@ class Backward {
   }
 
   const DeformBwdParams& p_;
+  const Chain<F> chain_;
   const DeformShape& s_;
   const DeformCall& tables_;
   const DeformKernels<T>& kernels_;
@@ -444,14 +473,34 @@ class Backward {
   std::vector<F> packed_, derivatives_;
 };
 
+template <class T>
+void run_calls(std::span<const DeformBwdParams> calls) {
+  using F = compute_t<T>;
+  const DeformBwdParams& one = calls.front();
+  std::unique_ptr<F[]> memory;
+  F* sums = nullptr;
+  if (calls.size() > 1 && one.grad_source != nullptr) {
+    if constexpr (std::is_same_v<T, F>) {
+      sums = static_cast<F*>(one.grad_source);
+    } else {
+      const int64_t values = one.call->source_rows * one.call->shape.channels;
+      memory = std::make_unique_for_overwrite<F[]>(values);
+      sums = memory.get();
+    }
+  }
+  for (size_t i = 0; i < calls.size(); ++i) {
+    Backward<T>(calls[i], {sums, i == 0, i + 1 == calls.size()}).run();
+  }
+}
+
 }  // namespace
 }  // namespace dyhead::cpu
 
 namespace dyhead {
 
-void run_deform_conv_bwd(const DeformBwdParams& params, Context&) {
-  dispatch_dtype(params.call->shape.dtype,
-                 [&](auto zero) { cpu::Backward<decltype(zero)>(params).run(); });
+void run_deform_conv_bwd(std::span<const DeformBwdParams> calls, Context&) {
+  dispatch_dtype(calls.front().call->shape.dtype,
+                 [&](auto zero) { cpu::run_calls<decltype(zero)>(calls); });
 }
 
 }  // namespace dyhead

@@ -106,9 +106,11 @@ def results_on(devices: Sequence[str]) -> Iterator[Result]:
         operators = check_cases.operators()
         compared = [*operators, *heads]
         if device == "cuda":
-            convolution = next(case for case in operators if case.name == "deform_conv")
-            name = f"{convolution.name}, deterministic"
-            compared.append(replace(convolution, name=name, deterministic=True))
+            compared += [
+                replace(case, name=f"{case.name}, deterministic", deterministic=True)
+                for case in operators
+                if "deform_conv" in case.name
+            ]
         for case in compared:
             for precision in TOLERANCES:
                 if precision != "tf32" or device == "cuda":

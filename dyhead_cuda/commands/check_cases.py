@@ -16,13 +16,15 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import group_norm
+from torch.nn.functional import conv2d, group_norm
 
 from dyhead_cuda import DyHead, UnifiedDyHead, functional, reference
 from dyhead_cuda.numerics import resize
 from dyhead_cuda.ops.block_coefficients import block_coefficients
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.fuse_branches import fuse_branches
+from dyhead_cuda.ops.jobs import Job, Plan, ReadRule
+from dyhead_cuda.ops.offset_deform_conv import offset_deform_conv
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
 from dyhead_cuda.pyramid import HighOffset
 
@@ -162,6 +164,58 @@ def _convolution(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [functional.modulated_deform_conv2d(x, offset, weight, bias, 1, 1, 1, mask)]
 
 
+def _offset_inputs(shape: Shape, smooth: bool) -> list[Tensor]:
+    normal, c = normals(6), shape.channels
+    offset_weight = 0.5 * normal(27, c, 3, 3) / math.sqrt(9 * c)
+    offset_bias = quarters(2 * normal(27))
+    if smooth:  # the biases alone decide where a sample is
+        offset_weight[:18] = 0
+    return [
+        normal(sum(shape.images * h * w for h, w in shape.branches), c),
+        offset_weight,
+        offset_bias,
+        normal(c, c, 3, 3) / math.sqrt(9 * c),
+        normal(c, c, 3, 3) / math.sqrt(9 * c),
+    ]
+
+
+def _predicted(shape: Shape, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A level's own branch and that of the coarser level, with predictions of the level."""
+    rows, offset_weight, offset_bias, *weights = inputs
+    own, coarser = shape.branches
+    jobs = [
+        Job(own, 0, [(0, 0)]),
+        Job(coarser, 0, [(1, 1)], (1, 1), ReadRule.FLAT, ReadRule.FLAT, own),
+    ]
+    plan = Plan(shape.images, [own, coarser], [own], jobs)
+    y, *moments = offset_deform_conv(rows, offset_weight, offset_bias, weights, plan)
+    return [y, *(t.to(y.dtype) for t in moments)]
+
+
+def _predicted_plainly(shape: Shape, inputs: Sequence[Tensor]) -> list[Tensor]:
+    rows, offset_weight, offset_bias, *weights = inputs
+    levels = _branches_of(shape, rows)
+    predictions = conv2d(levels[0], offset_weight, offset_bias, padding=1)
+    maps = []
+    for x, weight in zip(levels, weights, strict=True):
+        # The values of the larger map's memory, as a smaller map.
+        height, width = x.shape[2:]
+        offset, mask = (
+            part.flatten(1)[:, : count * height * width].view(-1, count, height, width)
+            for part, count in ((predictions[:, :18], 18), (predictions[:, 18:].sigmoid(), 9))
+        )
+        maps.append(
+            functional.modulated_deform_conv2d(x, offset, weight, None, 1, 1, 1, mask.contiguous())
+        )
+    moments = [
+        [x.mean((2, 3)) for x in maps],
+        [x.var((2, 3), correction=0) for x in maps],
+        [resize(x, shape.branches[0], "bilinear").mean((2, 3)) for x in maps],
+    ]
+    y = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, shape.channels) for x in maps])
+    return [y, *(torch.stack(values) for values in moments)]
+
+
 def _relu_inputs(shape: Shape, smooth: bool) -> list[Tensor]:
     normal = normals(2)
     x = normal(shape.images, shape.channels, *shape.sizes[0])
@@ -298,6 +352,14 @@ def operators(shape: Shape = USUAL) -> list[Case]:
     return [
         Case("pack_levels, unpack_levels", of(_pyramid), of(_packed), of(_packed_plainly)),
         Case("deform_conv", of(_convolution_inputs), _convolution, precise=(1, 4)),
+        # Two convolutions, one after the other.
+        Case(
+            "offset_deform_conv",
+            of(_offset_inputs),
+            of(_predicted),
+            of(_predicted_plainly),
+            factor=2,
+        ),
         Case(
             "block_coefficients, fuse_branches",
             of(_fuse_inputs),

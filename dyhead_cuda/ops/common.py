@@ -25,6 +25,24 @@ def dense(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return t if t.is_contiguous() else t.contiguous()
 
 
+def kernel_weights(
+    source: Tensor, weights: Sequence[Tensor], bias: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases as the kernels of deformable jobs read them, beside rows of the source.
+
+    They have the accumulation type. The CUDA kernels read half-precision weights as they are,
+    beside half-precision rows.
+    """
+    kept = source.is_cuda and {w.dtype for w in (*weights, *bias)} == {source.dtype}
+    dtype = None if kept else compute_dtype(source.dtype)
+    return [dense(w, dtype) for w in weights], [dense(b, dtype) for b in bias]
+
+
+def unstacked(grad: Tensor | None, dtype: torch.dtype, count: int) -> list[Tensor | None]:
+    """The gradients of a list of tensors from the stacked one of a backward operator, or Nones."""
+    return [None] * count if grad is None else [*grad.to(dtype).unbind()]
+
+
 def wanted_gradients(needs: Sequence[bool | Sequence[bool]]) -> list[int]:
     """The argument ``wanted`` of a backward operator: 1 for each gradient that somebody needs.
 

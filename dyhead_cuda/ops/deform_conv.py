@@ -18,7 +18,9 @@ from dyhead_cuda.ops.common import (
     compute_dtype,
     dense,
     forbid_second_derivative,
+    kernel_weights,
     tf32_allowed,
+    unstacked,
     wanted_gradients,
 )
 from dyhead_cuda.ops.folding import Images, Rows, Summed, register_folding
@@ -55,16 +57,13 @@ def deform_conv(
     """
     source = dense(source)
     dtype = compute_dtype(source.dtype)
-    kinds = {w.dtype for w in (*weights, *bias)}
-    # The CUDA kernels read half-precision weights as they are, beside half-precision rows.
-    kept = source.is_cuda and kinds == {source.dtype}
+    matrices, biases = kernel_weights(source, weights, bias)
     return call(
         "deform_conv_fwd",
         source,
         dense(predictions, dtype),
-        [dense(w, None if kept else dtype) for w in weights],
-        # AOTInductor knows no empty lists of tensors.
-        [dense(b, None if kept else dtype) for b in bias] if bias else None,
+        matrices,
+        biases or None,  # AOTInductor knows no empty lists of tensors
         None if gates is None else dense(gates, dtype),
         *plan.tables,
         plan.mask_logits,
@@ -183,14 +182,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, *grads: Tensor | None) -> tuple
         torch.are_deterministic_algorithms_enabled(),
     )
     found = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
-
-    def unstack(stacked: Tensor | None, count: int) -> list[Tensor | None]:
-        return [None] * count if stacked is None else [*stacked.to(weights[0].dtype).unbind()]
-
     return (
         *found[:2],
-        unstack(found[2], len(weights)),
-        ctx.biases and unstack(found[3], ctx.biases),
+        unstacked(found[2], weights[0].dtype, len(weights)),
+        ctx.biases and unstacked(found[3], weights[0].dtype, ctx.biases),
         found[4],
         *ctx.no_gradients,
     )

@@ -59,6 +59,22 @@ def _deform_conv_bwd(call: Call) -> int:
     return products * _deform_conv(call, call.arguments["grad_out"][0])
 
 
+def _offset_deform_conv_fwd(call: Call) -> int:
+    """Every row of predictions has a product, too."""
+    predictions, out, *_ = call.outputs
+    offsets = predictions[0] * prod(call.arguments["offset_weight"])
+    return offsets + _deform_conv(call, out[0])
+
+
+def _offset_deform_conv_bwd(call: Call) -> int:
+    """As deform_conv_bwd, twice; the offset convolution starts from what its readers found."""
+    a = call.arguments
+    source, offset_weight, offset_bias, weights, _ = a["wanted"]
+    offsets = a["predictions"][0] * prod(a["offset_weight"])
+    products = (source or offset_weight or offset_bias) + weights
+    return (source + offset_weight) * offsets + products * _deform_conv(call, a["grad_out"][0])
+
+
 def _coefficient_products(call: Call) -> tuple[int, int, int]:
     """A gate for each job, and the two layers of the dynamic ReLU for each level."""
     a = call.arguments
@@ -94,6 +110,8 @@ def _dynamic_relu_bwd(call: Call) -> int:
 MULTIPLY_ADDS: dict[str, Callable[[Call], int]] = {
     "deform_conv_fwd": _deform_conv_fwd,
     "deform_conv_bwd": _deform_conv_bwd,
+    "offset_deform_conv_fwd": _offset_deform_conv_fwd,
+    "offset_deform_conv_bwd": _offset_deform_conv_bwd,
     "block_coefficients_fwd": _block_coefficients_fwd,
     "block_coefficients_bwd": _block_coefficients_bwd,
     "dynamic_relu_fwd": _dynamic_relu_fwd,

@@ -56,6 +56,42 @@ def _deform_conv_fwd(
     )
 
 
+def _offset_deform_conv_fwd(
+    source: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Optional[Tensor],  # noqa: UP045
+    weights: List[Tensor],  # noqa: UP006
+    bias: Optional[List[Tensor]],  # noqa: UP006, UP045
+    images: Tensor,
+    source_sizes: List[Tensor],  # noqa: UP006
+    prediction_sizes: List[Tensor],  # noqa: UP006
+    out_sizes: List[Tensor],  # noqa: UP006
+    up_sizes: List[Tensor],  # noqa: UP006
+    geometry: List[int],  # noqa: UP006
+    terms: List[int],  # noqa: UP006
+    jobs: List[int],  # noqa: UP006
+    mask_logits: bool,
+    allow_tf32: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    return torch.ops.dyhead.offset_deform_conv_fwd(
+        source,
+        offset_weight,
+        offset_bias,
+        weights,
+        bias,
+        int(images),
+        [int(size) for size in source_sizes],
+        [int(size) for size in prediction_sizes],
+        [int(size) for size in out_sizes],
+        [int(size) for size in up_sizes],
+        geometry,
+        terms,
+        jobs,
+        mask_logits,
+        allow_tf32,
+    )
+
+
 def _fuse_branches_fwd(
     y: Tensor,
     scale: Tensor,
@@ -87,6 +123,7 @@ def _unpack_levels(rows: Tensor, images: Tensor, sizes: List[Tensor]) -> List[Te
 # name: the function to script, and the arguments that are sizes
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], slice]] = {
     "deform_conv_fwd": (_deform_conv_fwd, slice(5, 10)),
+    "offset_deform_conv_fwd": (_offset_deform_conv_fwd, slice(5, 10)),
     "fuse_branches_fwd": (_fuse_branches_fwd, slice(4, 7)),
     "unpack_levels": (_unpack_levels, slice(1, 3)),
 }

@@ -28,7 +28,8 @@ def test_everything_is_right_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.endswith("  right") for line in lines[1:-1])
     checked = {line.split(": opcheck")[0] for line in lines if ": opcheck" in line}
     assert checked == set(info.gather()["operators"])
-    for what in ("DyHead, flat", "DyHead, aligned", "UnifiedDyHead", "dynamic_relu", "deform_conv"):
+    heads = ("DyHead, flat", "DyHead, aligned", "UnifiedDyHead")
+    for what in (*heads, "dynamic_relu", "deform_conv", "offset_deform_conv"):
         types = [line.split(" cpu ")[1].split()[0] for line in lines if line.startswith(what + " ")]
         assert types == [name for name in TOLERANCES if name != "tf32"], what
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dyhead_cuda.ops.jobs import UpsampleMode
 from dyhead_cuda.ops.pack_levels import pack_levels, unpack_levels
 from tests.fuzz.cases import Call, Source
-from tests.helpers import coefficients, deform_work, fuse_cases, relu_operators
+from tests.helpers import coefficients, deform_work, fuse_cases, offset_work, relu_operators
 from tests.helpers.inputs import random_relu_inputs
 
 # What a dispatcher and the checks behind it raise.
@@ -77,6 +77,43 @@ def deform_conv(source: Source) -> Call:
         return direct("deform_conv_bwd", arguments)
     call = judged("ops.deform_conv", work.run, work.reference, tensors)
     call.gradients = dtype.itemsize > 2 and work.images > 0 and not getattr(work, "moments", False)
+    return call
+
+
+def offset_deform_conv(source: Source) -> Call:
+    common: dict[str, Any] = {
+        "images": source.size(3),
+        "out_channels": 2 * source.randint(1, 10),
+        "with_bias": source.chance(0.5),
+        "seed": source.getrandbits(30),
+    }
+    work: offset_work.OffsetCall
+    if usual := source.chance(0.6):
+        channels, scale = source.randint(1, 20), source.randint(1, 3)
+        logits = source.chance(0.8)
+        work = offset_work.OffsetWork(channels=channels, scale=scale, mask_logits=logits, **common)
+    else:
+        deform_groups = source.randint(1, 3)
+        work = offset_work.OffsetConvolution(
+            channels=2 * deform_groups * source.randint(1, 6),
+            size=(source.randint(1, 13), source.randint(1, 13)),
+            kernel=(source.choice((1, 3, 5)), source.choice((1, 3))),
+            dilation=(source.randint(1, 2), source.randint(1, 2)),
+            groups=source.randint(1, 2),
+            deform_groups=deform_groups,
+            **common,
+        )
+    dtype = source.dtype()
+    tensors = {name: t.detach() for name, t in work.tensors(dtype).items()}
+    kind = source.randrange(3 if usual else 2)
+    if kind == 0:
+        return direct("offset_deform_conv_fwd", work.arguments(tensors))
+    if kind == 1:
+        arguments = [*work.backward_arguments(tensors)]
+        arguments[-3] = [source.randint(0, 1) for _ in offset_work.GRADIENTS]
+        return direct("offset_deform_conv_bwd", arguments)
+    call = judged("ops.offset_deform_conv", work.run, work.reference, tensors)
+    call.gradients = dtype.itemsize > 2 and work.images > 0
     return call
 
 
@@ -191,6 +228,7 @@ def packing(source: Source) -> Call:
 
 OPERATORS = {
     "deform_conv": deform_conv,
+    "offset_deform_conv": offset_deform_conv,
     "fuse_branches": fuse_branches,
     "block_coefficients": block_coefficients,
     "dynamic_relu_operator": dynamic_relu,

@@ -27,6 +27,7 @@ from tests.helpers.deform_work import CONVOLUTIONS, PLAIN, WORKS, Call, Convolut
 from tests.helpers.devices import Device
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.not_finite import CALLS, planted
+from tests.helpers.offset_work import WORKS as OFFSET_WORKS
 from tests.helpers.training import deterministic
 
 from .device import unaligned
@@ -110,6 +111,11 @@ TESTS: dict[str, Callable[[], None]] = {
     "deform_conv, no images": partial(convolve, WORKS["no images"], F32),
     "deform_conv, unaligned": partial(convolve, WORKS["many channels"], BF16, aligned=False),
     "deform_conv, deterministic": partial(convolve_deterministically, WORKS["all"], BF16),
+    "offset_deform_conv float32": partial(convolve, OFFSET_WORKS["all"], F32),
+    "offset_deform_conv bfloat16": partial(convolve, OFFSET_WORKS["many channels"], BF16),
+    "offset_deform_conv, deterministic": partial(
+        convolve_deterministically, OFFSET_WORKS["all"], F32
+    ),
     "deform_conv, offsets without a place": partial(convolve_nowhere, BF16),
     "deform_conv, offsets beyond int": partial(convolve_far_away, NARROW, 2.0**31, F32),
     "block_coefficients": partial(coefficients_of, coefficients.CASES["odd groups"], F32),

@@ -16,7 +16,7 @@ from tests.helpers.devices import needs_cpu_library
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import as_list
 
-OPERATORS = ["DeformConv", "BlockCoefficients", "FuseBranches", "PackLevels", "UnpackLevels"]
+OPERATORS = ["OffsetDeformConv", "BlockCoefficients", "FuseBranches", "PackLevels", "UnpackLevels"]
 
 pytestmark = needs_cpu_library
 
@@ -63,7 +63,7 @@ def test_rows_of_a_profiler() -> None:
     rows = rows_of(step)
     for operator in OPERATORS:
         assert {f"DyHead{operator}", f"DyHead{operator}Backward"} <= rows
-    assert {"dyhead::deform_conv_fwd", "dyhead::deform_conv_bwd"} <= rows
+    assert {"dyhead::offset_deform_conv_fwd", "dyhead::offset_deform_conv_bwd"} <= rows
     assert not [name for name in rows if "GeneratedBackwardFor" in name]
 
 

@@ -21,6 +21,7 @@ from tests.helpers.devices import needs_cpu_library
 from tests.helpers.fuse_cases import CASES
 from tests.helpers.inputs import halving_sizes, random_pyramid, random_relu_inputs
 from tests.helpers.modules import randomise
+from tests.helpers.offset_work import WORKS as OFFSET_WORKS
 from tests.helpers.relu_operators import backward_arguments as relu_arguments
 
 pytestmark = needs_cpu_library
@@ -33,6 +34,13 @@ def deform_conv() -> tuple[Run, int]:
     tensors = {name: t.detach() for name, t in work.tensors().items()}
     *first, _, allow_tf32, deterministic = work.backward_arguments(tensors)
     operator = torch.ops.dyhead.deform_conv_bwd
+    return lambda wanted: operator(*first, wanted, allow_tf32, deterministic), 5
+
+
+def offset_deform_conv() -> tuple[Run, int]:
+    work = OFFSET_WORKS["all"]
+    *first, _, allow_tf32, deterministic = work.backward_arguments(work.tensors())
+    operator = torch.ops.dyhead.offset_deform_conv_bwd
     return lambda wanted: operator(*first, wanted, allow_tf32, deterministic), 5
 
 
@@ -55,7 +63,7 @@ def dynamic_relu() -> tuple[Run, int]:
     return lambda wanted: torch.ops.dyhead.dynamic_relu_bwd(*arguments, True, wanted), 3
 
 
-OPERATORS = [deform_conv, fuse_branches, block_coefficients, dynamic_relu]
+OPERATORS = [deform_conv, offset_deform_conv, fuse_branches, block_coefficients, dynamic_relu]
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__)
 
 
@@ -104,6 +112,13 @@ def forward_deform_conv() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], l
     return lambda given: work.run(dict(zip(names, given, strict=True))), list(tensors.values())
 
 
+def forward_offset_deform_conv() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], list[Tensor]]:
+    work = OFFSET_WORKS["all"]
+    tensors = work.tensors()
+    names = list(tensors)
+    return lambda given: work.run(dict(zip(names, given, strict=True))), list(tensors.values())
+
+
 def forward_fuse_branches() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], list[Tensor]]:
     case = CASES["two levels"]
     return lambda given: [case.run(list(given))], case.tensors()
@@ -121,6 +136,7 @@ def forward_dynamic_relu() -> tuple[Callable[[Sequence[Tensor]], list[Tensor]], 
 
 FORWARDS = [
     forward_deform_conv,
+    forward_offset_deform_conv,
     forward_fuse_branches,
     forward_block_coefficients,
     forward_dynamic_relu,

@@ -12,10 +12,16 @@ from tests.fuzz.entries import make_call
 from tests.sanitizers.build import ADDRESS_SANITIZER
 from tests.sanitizers.check import failures_of, missed_by
 
-SEED, CALLS = 4, 400
+SEED, CALLS = 15, 400
 FORWARD_AND_BACKWARD = [
     f"{name}_{way}"
-    for name in ("deform_conv", "fuse_branches", "dynamic_relu", "block_coefficients")
+    for name in (
+        "deform_conv",
+        "offset_deform_conv",
+        "fuse_branches",
+        "dynamic_relu",
+        "block_coefficients",
+    )
     for way in ("fwd", "bwd")
 ]
 

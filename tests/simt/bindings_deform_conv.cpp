@@ -15,26 +15,6 @@ namespace {
 
 using namespace dyhead::cuda;
 
-// Arrays of 16-bit or wider values by name of their type.
-struct Matrices {
-  std::deque<DeviceArray<uint8_t>> memory;
-  DeformWeights weights;
-
-  // Values travel as bytes: whether they are halves or floats, `dtype` says.
-  Matrices(const std::vector<py::array>& matrices, const std::vector<py::array>& bias,
-           DType dtype) {
-    weights.dtype = dtype;
-    for (const py::array& m : matrices) weights.matrices.push_back(add("weights", m));
-    for (const py::array& b : bias) weights.bias.push_back(add("bias", b));
-  }
-
-  const void* add(const char* name, const py::array& values) {
-    const auto flat = py::array::ensure(values.attr("ravel")().attr("view")("uint8"));
-    memory.push_back(DeviceArray<uint8_t>::copy_of(name, flat));
-    return memory.back().data();
-  }
-};
-
 template <class T>
 py::dict forward(DeformCall call, int64_t far, const py::array& source,
                  const py::array& predictions, const Matrices& matrices, const py::object& gates,
@@ -133,8 +113,9 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
   params.grad_bias = with_bias ? grad_bias.data() : nullptr;
   params.grad_gates = gates.is_none() ? nullptr : grad_gates.data();
   Workspaces workspaces;
+  const DeformBwdCall one{&params, rows.data()};
   check_launch("run_deform_bwd_input",
-               run_deform_bwd_input(params, rows.data(), allow_tf32, device, workspaces, nullptr));
+               run_deform_bwd_input({&one, 1}, allow_tf32, device, workspaces, nullptr));
   py::dict result;
   result["rows"] = rows.to_numpy();
   if (with_source) result["source"] = grad_source.to_numpy();

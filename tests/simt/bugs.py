@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from .bugs_deform_conv import DEFORM_CONV, DEFORM_WEIGHTS, PLAIN_CONV, SORT
+from .bugs_deform_conv import (
+    DEFORM_CONV,
+    DEFORM_WEIGHTS,
+    OFFSET_DEFORM_CONV,
+    PLAIN_CONV,
+    SORT,
+)
 from .planted import BARRIER, BARRIER_LINE, COMMON, CUDA, ROWS, Bug, Suite, without
 
 # ---- the tile product of the emulation's own tests ----------------------------------------------
@@ -261,6 +267,7 @@ SUITES = {
     "deform_conv": DEFORM_CONV,
     "plain_conv": PLAIN_CONV,
     "deform_weights": DEFORM_WEIGHTS,
+    "offset_deform_conv": OFFSET_DEFORM_CONV,
     "block_coefficients": BLOCK_COEFFICIENTS,
     "dynamic_relu": DYNAMIC_RELU,
     "fuse_branches": FUSE_BRANCHES,

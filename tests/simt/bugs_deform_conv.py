@@ -1,4 +1,4 @@
-"""Planted bugs of `deform_conv` and of the sort that its backward uses."""
+"""Planted bugs of `deform_conv`, `offset_deform_conv` and of the sort that they use."""
 
 from __future__ import annotations
 
@@ -419,4 +419,55 @@ DEFORM_WEIGHTS = Suite(
         ),
     },
     harmless=Bug(ADD_WEIGHTS, "#pragma unroll 4", "#pragma unroll 2"),
+)
+
+# ---- offset_deform_conv: how its two calls share the sums of one gradient -----------------------
+
+INPUT_RUN = f"{CUDA}/deform_conv/deform_conv_bwd_input_run.h"
+RUN_CALL = "error = run_bwd_pass(steps[i], scatter, stream);"
+
+OFFSET_DEFORM_CONV = Suite(
+    tests="test_offset_deform_conv.py",
+    kernel="offset_deform_conv",
+    select="test_equals_two_calls and all and float64",
+    bugs={
+        "sums cleared by each call": Bug(
+            INPUT_RUN,
+            RUN_CALL,
+            "const auto& [call, math, launches, panels, workspaces, input] = steps[i];\n"
+            "error = pack_and_clear(*call.params, panels, math, workspaces, sums, stream);\n"
+            f"if (error == cudaSuccess) {RUN_CALL}",
+        ),
+        "sums cleared by no call": Bug(
+            INPUT_RUN,
+            "clears ? sums : DeformBwdSums{}",
+            "DeformBwdSums{}",
+        ),
+        "finished before the offset convolution has added": Bug(
+            INPUT_RUN, "i < steps.size() && error", "i + 1 < steps.size() && error"
+        ),
+        "the offset convolution adds to another map": Bug(
+            f"{COMMON}/deform_jobs.h", "t.terms.push_back({i, 0});", "t.terms.push_back({0, 0});"
+        ),
+        "the offset convolution adds in other steps": Bug(
+            INPUT_RUN,
+            "step.input.sum_bits = sums.bits;",
+            "step.input.sum_bits = sums.bits + (&step == &steps.front() ? 0 : 1);",
+            select="test_deterministic or test_equals_the_reference and deterministic and float64",
+        ),
+        "the offset convolution is not measured": Bug(
+            INPUT_RUN,
+            RUN_CALL,
+            "const bool skip = i > 0 && scatter == Scatter::kMeasure;\n"
+            "error = run_bwd_pass(steps[i], skip ? Scatter::kNone : scatter, stream);",
+            select="test_calls_of_different_sizes and float32",
+        ),
+        "the second pass gathers again": Bug(
+            INPUT_RUN,
+            "if (error == cudaSuccess && !again) error = gather",
+            "if (error == cudaSuccess) error = gather",
+            select="test_equals_the_reference and all and deterministic and float64",
+        ),
+    },
+    harmless=Bug(INPUT_RUN, "scatter == Scatter::kFixed;", "Scatter::kFixed == scatter;"),
 )

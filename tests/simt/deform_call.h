@@ -56,8 +56,8 @@ inline DeformCall read_call(const Tables& tables, bool mask_logits, DType dtype,
   t.weights = weights;
   t.sources = maps_of(source_sizes, images);
   for (const MapShape& map : t.sources) t.source_rows += images * map.pixels();
-  const std::vector<MapShape> predictions = maps_of(prediction_sizes, images);
-  for (const MapShape& map : predictions) t.prediction_rows += images * map.pixels();
+  t.predictions = maps_of(prediction_sizes, images);
+  for (const MapShape& map : t.predictions) t.prediction_rows += images * map.pixels();
   const std::vector<MapShape> outs = maps_of(out_sizes, images);
   for (const MapShape& map : outs) t.out_rows += images * map.pixels();
   for (size_t i = 0; i < terms.size(); i += term_field::kFieldCount) {
@@ -71,7 +71,7 @@ inline DeformCall read_call(const Tables& tables, bool mask_logits, DType dtype,
     const auto up = [&, &sizes = up_sizes](size_t f) {
       return std::max(1, small(sizes.at(j * size_field::kFieldCount + f)));
     };
-    t.jobs.push_back({outs[j], map < 0 ? MapShape{} : predictions.at(map),
+    t.jobs.push_back({outs[j], map < 0 ? MapShape{} : t.predictions.at(map),
                       static_cast<ReadRule>(number(field::offset_rule)),
                       static_cast<ReadRule>(number(field::mask_rule)),
                       small(number(field::stride_h)), small(number(field::stride_w)),
@@ -81,6 +81,26 @@ inline DeformCall read_call(const Tables& tables, bool mask_logits, DType dtype,
   }
   return t;
 }
+
+// Arrays of 16-bit or wider values by name of their type.
+struct Matrices {
+  std::deque<DeviceArray<uint8_t>> memory;
+  DeformWeights weights;
+
+  // Values travel as bytes: whether they are halves or floats, `dtype` says.
+  Matrices(const std::vector<py::array>& matrices, const std::vector<py::array>& bias,
+           DType dtype) {
+    weights.dtype = dtype;
+    for (const py::array& m : matrices) weights.matrices.push_back(add("weights", m));
+    for (const py::array& b : bias) weights.bias.push_back(add("bias", b));
+  }
+
+  const void* add(const char* name, const py::array& values) {
+    const auto flat = py::array::ensure(values.attr("ravel")().attr("view")("uint8"));
+    memory.push_back(DeviceArray<uint8_t>::copy_of(name, flat));
+    return memory.back().data();
+  }
+};
 
 // Workspaces are poisoned, as fresh device memory is unknown.
 class Workspaces {

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda.ops.common import compute_dtype
+from tests.helpers.offset_work import offset_plan
 
 from .arrays import name_of, to_array, to_tensor
 
@@ -140,6 +141,102 @@ class Emulated(TorchDispatchMode):
             to_tensor(results[name], dtype) if want else torch.empty(0, dtype=dtype)
             for name, dtype, want in zip(names, dtypes, wanted, strict=True)
         )
+
+    def _offset_deform_conv_fwd(
+        self,
+        source: Tensor,
+        offset_weight: Tensor,
+        offset_bias: Tensor | None,
+        weights: list[Tensor],
+        bias: list[Tensor] | None,
+        images: int,
+        source_sizes: list[int],
+        prediction_sizes: list[int],
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        out_sizes, up_sizes, geometry, terms, jobs, mask_logits, allow_tf32 = rest
+        *_, kernel_h, kernel_w, pad_h, pad_w, dilation_h, dilation_w = geometry
+        plain = offset_plan(
+            images,
+            list(zip(source_sizes[::2], source_sizes[1::2], strict=True)),
+            len(prediction_sizes) // 2,
+            (kernel_h, kernel_w),
+            (pad_h, pad_w),
+            (dilation_h, dilation_w),
+        )
+        none = source.new_empty(0, 3 * kernel_h * kernel_w, dtype=compute_dtype(source.dtype))
+        predictions, *_ = self._deform_conv_fwd(
+            source,
+            none,
+            [offset_weight],
+            None if offset_bias is None else [offset_bias],
+            None,
+            *plain.tables,
+            True,
+            True,
+            False,
+            allow_tf32,
+        )
+        results = self._deform_conv_fwd(
+            source,
+            predictions,
+            weights,
+            bias,
+            None,
+            images,
+            source_sizes,
+            prediction_sizes,
+            out_sizes,
+            up_sizes,
+            geometry,
+            terms,
+            jobs,
+            mask_logits,
+            False,
+            True,
+            allow_tf32,
+        )
+        return predictions, *results
+
+    def _offset_deform_conv_bwd(
+        self,
+        grad_out: Tensor,
+        grad_mean: Tensor | None,
+        grad_var: Tensor | None,
+        grad_up_mean: Tensor | None,
+        source: Tensor,
+        offset_weight: Tensor,
+        weights: list[Tensor],
+        predictions: Tensor,
+        out: Tensor,
+        mean: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        *tables, mask_logits, wanted, allow_tf32, deterministic = rest
+        moments = [grad_mean, grad_var, grad_up_mean]
+        results = self.simt.offset_deform_conv.backward(
+            _name(source),
+            to_array(grad_out),
+            None if grad_mean is None else [_array(g) for g in moments],
+            to_array(source),
+            ([to_array(offset_weight)], _name(offset_weight)),
+            ([to_array(w) for w in weights], _name(weights[0])),
+            to_array(predictions),
+            to_array(out),
+            to_array(mean),
+            tables,
+            mask_logits,
+            [bool(want) for want in wanted],
+            allow_tf32=allow_tf32,
+            deterministic=deterministic,
+            device=self.device,
+        )
+        wide = compute_dtype(source.dtype)
+        gradients = [
+            to_tensor(array, source.dtype if name == "source" else wide)
+            for name, array in results.items()
+        ]
+        return _as_wanted(gradients, wanted)
 
     def _fuse_call(self, y: Tensor, *rest: Any) -> Any:
         scale, shift, coefficients, images, *tables = rest

@@ -26,7 +26,11 @@ REPORTS = {
 _MATRICES = "not float16 and not float64 and not test_orders and not chunks"
 # gradcheck makes one small call hundreds of times.
 _CONVOLUTION = f"{_MATRICES} and not gradcheck"
-PARTS = {"test_deform_conv.py": _CONVOLUTION, "test_deform_weights.py": _MATRICES}
+PARTS = {
+    "test_deform_conv.py": _CONVOLUTION,
+    "test_deform_weights.py": _MATRICES,
+    "test_offset_deform_conv.py": _CONVOLUTION,
+}
 _NO_KERNELS = ("counters", "mutants", "nvcc", "sanitized", "tiling", "traffic")
 SUITES = {
     path.name: PARTS.get(path.name, "")

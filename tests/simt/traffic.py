@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dyhead_cuda import fused
 from dyhead_cuda.ops.jobs import Size
@@ -37,14 +38,18 @@ CHANNELS = 256
 
 Step = Callable[[str], None]
 
-_NAMES = {"block_coefficients": "coefficients", "fuse_branches": "fuse"}
+_NAMES = {
+    "offset_deform_conv": "convolutions",
+    "block_coefficients": "coefficients",
+    "fuse_branches": "fuse",
+}
 
 
 class Steps(Emulated):
     """The emulated operators, each of them a step of its own.
 
-    Steps are named ``"predict fwd"`` and ``"predict bwd"`` for the convolution that predicts
-    offsets, ``"branches fwd"`` and so on for the others.
+    Steps are named ``"predict fwd"`` for the convolution that predicts offsets, ``"branches fwd"``
+    for those that read them, ``"convolutions bwd"`` for both, and so on for the others.
     """
 
     def __init__(
@@ -65,19 +70,22 @@ class Steps(Emulated):
     ) -> Any:
         before = len(self.calls)
         result = super().__torch_dispatch__(function, types, args, kwargs)
-        if len(self.calls) > before:
+        if len(self.calls) > before and self.calls[-1] != "offset_deform_conv_fwd":
             operator, _, direction = self.calls[-1].rpartition("_")
-            self.step(f"{self._name(operator, direction, args)} {direction}")
-            if self.sampled:
-                for tensor in (result,) if isinstance(result, torch.Tensor) else result:
-                    tensor.normal_(generator=self.random)
+            self.step(f"{_NAMES[operator]} {direction}")
+            self._replace((result,) if isinstance(result, torch.Tensor) else result)
         return result
 
-    def _name(self, operator: str, direction: str, args: tuple[Any, ...]) -> str:
-        if operator != "deform_conv":
-            return _NAMES[operator]
-        predictions = args[1 if direction == "fwd" else 5]
-        return "branches" if predictions.shape[0] else "predict"
+    def _deform_conv_fwd(self, source: Tensor, predictions: Tensor, *rest: Any) -> Any:
+        results = super()._deform_conv_fwd(source, predictions, *rest)
+        self.step("branches fwd" if predictions.shape[0] else "predict fwd")
+        self._replace(results)
+        return results
+
+    def _replace(self, results: Sequence[Tensor]) -> None:
+        if self.sampled:
+            for tensor in results:
+                tensor.normal_(generator=self.random)
 
 
 def run_block(

@@ -23,17 +23,24 @@ void run_deform_conv_fwd(const DeformFwdParams& params, Context& context) {
                                      context.stream()));
 }
 
-void run_deform_conv_bwd(const DeformBwdParams& params, Context& context) {
-  check_problem(*params.call);
+void run_deform_conv_bwd(std::span<const DeformBwdParams> calls, Context& context) {
   const auto allocate = [&](int64_t bytes) { return context.allocate(bytes); };
   const cuda::DeviceLimits limits = context.limits();
-  const DeformShape& s = params.call->shape;
-  void* rows = allocate(params.call->out_rows * s.out_channels * element_bytes(s.dtype));
-  context.check(cuda::run_deform_bwd_input(params, rows, params.allow_tf32, limits, allocate,
-                                           context.stream()));
-  if (params.grad_weights == nullptr) return;
-  context.check(cuda::run_deform_bwd_weights(params, rows, params.allow_tf32, limits, allocate,
-                                             context.stream()));
+  const bool allow_tf32 = calls.front().allow_tf32;
+  std::vector<cuda::DeformBwdCall> with_rows;
+  for (const DeformBwdParams& params : calls) {
+    check_problem(*params.call);
+    const DeformShape& s = params.call->shape;
+    const int64_t bytes = params.call->out_rows * s.out_channels * element_bytes(s.dtype);
+    with_rows.push_back({&params, allocate(bytes)});
+  }
+  context.check(
+      cuda::run_deform_bwd_input(with_rows, allow_tf32, limits, allocate, context.stream()));
+  for (const cuda::DeformBwdCall& call : with_rows) {
+    if (call.params->grad_weights == nullptr) continue;
+    context.check(cuda::run_deform_bwd_weights(*call.params, call.rows, allow_tf32, limits,
+                                               allocate, context.stream()));
+  }
 }
 
 }  // namespace dyhead

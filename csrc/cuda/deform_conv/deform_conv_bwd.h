@@ -14,10 +14,14 @@
 //                pixels in a fixed order; likewise for gates and biases
 //   finish       rounds the sums to the source's type
 //
-// Only the scatter depends on the order of threads. In deterministic mode the tiles run twice:
-// first to find the largest finite magnitude that is scattered, then to add integers, in steps of
-// 2^-k of it, whose sum is the same in any order. Values that are not finite are marked beside the
-// sums that they belong to.
+// Several calls on one source, such as the convolution that predicts offsets and the jobs that read
+// them, share the sums of its gradient: the first one clears them, all add, and they are finished
+// once.
+//
+// Only the scatter depends on the order of threads. In deterministic mode the tiles of all calls
+// run twice: first for everything but the scatter, to find the largest finite magnitude of what
+// will be scattered; then to add integers, in steps of 2^-k of it, whose sum is the same in any
+// order. Values that are not finite are marked beside the sums that they belong to.
 #pragma once
 
 #include "deform_conv.h"

@@ -169,7 +169,7 @@ class InputTile {
     return p_.derivatives != nullptr && !launch_.jobs[tile_.place.job].plain();
   }
   DYHEAD_DEVICE bool wants_dots() const {
-    return p_.scatter != Scatter::kMeasure && (wants_predictions() || p_.gate_partial != nullptr);
+    return wants_predictions() || p_.gate_partial != nullptr;
   }
 
   // Starts to load the stretch's chunks of the gradients of the outputs.

@@ -1,6 +1,8 @@
-// From the parameters of a backward call of deform_conv to the launches that compute all gradients
-// but that of the weights: host code, as deform_conv_fwd_run.h.
+// From the parameters of a backward of deform_conv, one call or several on one source, to the
+// launches that compute all gradients but that of the weights: host code, as deform_conv_fwd_run.h.
 #pragma once
+
+#include <span>
 
 #include "deform_conv_bwd.h"
 #include "deform_conv_run.h"
@@ -54,26 +56,30 @@ inline int64_t use_rows(const DeformLaunch& launch, int64_t (&first)[kMaxJobs]) 
   return rows;
 }
 
-// log2, rounded up, of a bound on how many values are added to one value of grad_source.
-inline int32_t sum_bits(const DeformCall& call, int64_t times) {
+// A bound on how many values a call adds to one value of grad_source. `times`: how often its input
+// kernel walks through a sample.
+inline int64_t most_summands(const DeformCall& call, int64_t times) {
   const DeformShape& s = call.shape;
   int64_t samples = 1;
   for (const DeformJob& job : call.jobs) {
     samples += job.out.pixels() * job.terms * s.taps() * s.deform_groups;
   }
-  int32_t bits = 0;
-  while (bits < 62 && (int64_t{1} << bits) < samples * times) ++bits;
-  return bits;
+  return samples * times;
 }
 
-// What a backward call needs beside its tensors. Launches run one after the other, so they share
-// the memory of their tiles.
-struct DeformBwdWorkspaces {
-  void* packed;  // the weights
-  void* sums;    // of grad_source: grad_source itself where that has the compute type; or null
-  int64_t sum_words;
-  unsigned* largest;  // null without grad_source
+// The sums of grad_source, to which all calls add.
+struct DeformBwdSums {
+  void* values;  // grad_source itself where that has the compute type; null where nobody wants it
+  int64_t words;
+  unsigned* largest;
   int64_t largest_words;
+  int32_t bits;  // log2, rounded up, of a bound on how many values are added to one
+};
+
+// What a call needs beside its tensors. Launches run one after the other, so they share the memory
+// of their tiles.
+struct DeformBwdWorkspaces {
+  void* packed;        // the weights
   void* derivatives;   // null without grad_predictions
   void* bias_partial;  // null without grad_bias
   void* gate_partial;  // null without grad_gates
@@ -91,6 +97,21 @@ inline bool sums_in_place(const DeformBwdParams& p) {
 }
 
 template <class Allocate>
+DeformBwdSums allocate_bwd_sums(const DeformBwdParams& p, Allocate&& allocate) {
+  DeformBwdSums sums{};
+  if (p.grad_source == nullptr) return sums;
+  const DeformShape& s = p.call->shape;
+  const int64_t values = p.call->source_rows * s.channels;
+  // Integer sums of float64 values are two words of 8 bytes each.
+  const int64_t fixed_bytes = s.dtype == DType::kFloat64 ? 16 : 8;
+  sums.words = values * (p.deterministic ? fixed_bytes : compute_bytes(s.dtype)) / 4;
+  sums.values = sums_in_place(p) ? p.grad_source : allocate(sums.words * 4);
+  sums.largest_words = largest_words(p.deterministic, values);
+  sums.largest = static_cast<unsigned*>(allocate(sums.largest_words * 4));
+  return sums;
+}
+
+template <class Allocate>
 DeformBwdWorkspaces allocate_bwd_workspaces(const DeformBwdParams& p, const DeformPanels& panels,
                                             const std::vector<DeformLaunch>& launches,
                                             Allocate&& allocate) {
@@ -105,15 +126,6 @@ DeformBwdWorkspaces allocate_bwd_workspaces(const DeformBwdParams& p, const Defo
   DeformBwdWorkspaces w{};
   for (const DeformJob& job : call.jobs) w.max_terms = std::max(w.max_terms, job.terms);
   w.packed = allocate(panels.bytes(s, call.weights));
-  if (p.grad_source != nullptr) {
-    // Integer sums of float64 values are two words of 8 bytes each.
-    const int64_t fixed_bytes = s.dtype == DType::kFloat64 ? 16 : 8;
-    const int64_t sum_bytes = p.deterministic ? fixed_bytes : value_bytes;
-    w.sum_words = call.source_rows * s.channels * sum_bytes / 4;
-    w.sums = sums_in_place(p) ? p.grad_source : allocate(w.sum_words * 4);
-    w.largest_words = largest_words(p.deterministic, call.source_rows * s.channels);
-    w.largest = static_cast<unsigned*>(allocate(w.largest_words * 4));
-  }
   if (p.grad_predictions != nullptr) {
     w.derivatives = allocate(max_uses * s.prediction_columns() * value_bytes);
   }
@@ -123,10 +135,10 @@ DeformBwdWorkspaces allocate_bwd_workspaces(const DeformBwdParams& p, const Defo
   return w;
 }
 
-// Packs the weights, and clears everything that later launches add to.
+// Packs the weights, and clears everything that later launches add to. `sums`: those to clear.
 inline cudaError_t pack_and_clear(const DeformBwdParams& p, const DeformPanels& panels,
                                   DeformMath math, const DeformBwdWorkspaces& w,
-                                  cudaStream_t stream) {
+                                  const DeformBwdSums& sums, cudaStream_t stream) {
   const DeformCall& call = *p.call;
   const DeformShape& s = call.shape;
   const auto zeros = [&](void* memory, int64_t values) -> DeformZeros {
@@ -134,8 +146,8 @@ inline cudaError_t pack_and_clear(const DeformBwdParams& p, const DeformPanels& 
   };
   const auto sources = static_cast<int64_t>(call.sources.size());
   return pack_weights(s, *p.weights, panels, true, math, w.packed, nullptr,
-                      {{w.sums, w.sum_words},
-                       {w.largest, w.largest_words},
+                      {{sums.values, sums.words},
+                       {sums.largest, sums.largest_words},
                        zeros(p.grad_predictions, call.prediction_rows * s.prediction_columns()),
                        zeros(p.grad_gates, s.images * sources),
                        zeros(p.grad_bias, call.weights * s.out_channels)},
@@ -168,9 +180,6 @@ inline DeformBwdInputParams bwd_input_params(const DeformBwdParams& p, const Def
   input.gates = p.gates;
   input.packed = w.packed;
   input.rows = rows;
-  input.sums = w.sums;
-  input.largest = w.largest;
-  input.sum_bits = sum_bits(*p.call, s.groups * ceil_div(panels.steps, input.chunks));
   input.derivatives = w.derivatives;
   input.gate_partial = w.gate_partial;
   input.max_terms = w.max_terms;
@@ -194,70 +203,124 @@ inline cudaError_t gather_launch(const DeformBwdParams& p, const DeformBwdWorksp
   return launch_deform_bwd_gather(gather, static_cast<int32_t>(p.call->weights), stream);
 }
 
-// All launches of a call once.
-inline cudaError_t run_bwd_pass(const DeformBwdParams& p, const DeformBwdWorkspaces& w, void* rows,
-                                DeformMath math, const std::vector<DeformLaunch>& launches,
-                                DeformBwdInputParams input, Scatter scatter, cudaStream_t stream) {
+// A call, with room for the gradient of its outputs including that of their moments: [S, C_out] of
+// the source's type, which the gradient of the weights starts from.
+struct DeformBwdCall {
+  const DeformBwdParams* params;
+  void* rows;
+};
+
+// A call that is ready to be launched.
+struct DeformBwdStep {
+  DeformBwdCall call;
+  DeformMath math;
+  std::vector<DeformLaunch> launches;
+  DeformPanels panels;
+  DeformBwdWorkspaces workspaces;
+  DeformBwdInputParams input;  // that all launches share
+};
+
+template <class Allocate>
+DeformBwdStep bwd_step(const DeformBwdCall& call, bool allow_tf32, const DeviceLimits& device,
+                       Allocate&& allocate) {
+  const DeformBwdParams& p = *call.params;
+  const DeformShape& s = p.call->shape;
+  DeformBwdStep step{call, deform_math(s.dtype, allow_tf32), {}, {}, {}, {}};
+  step.panels = input_panels(s, step.math);
+  const int32_t tile_rows =
+      input_tile_rows(*p.call, step.panels, reads_vectors(s, p.source), device);
+  step.launches = deform_launches(*p.call, tile_rows);
+  step.workspaces = allocate_bwd_workspaces(p, step.panels, step.launches, allocate);
+  step.input = bwd_input_params(p, step.panels, step.workspaces, call.rows, tile_rows, device);
+  return step;
+}
+
+inline cudaError_t launch_rows(const DeformBwdStep& step, const DeformLaunch& launch,
+                               cudaStream_t stream) {
+  const DeformBwdParams& p = *step.call.params;
+  DeformBwdRowsParams grads{};
+  grads.launch = launch;
+  grads.tile_rows = step.input.tile_rows;
+  grads.grad_out = p.grad_out;
+  grads.out_in_compute_dtype = p.out_in_compute_dtype;
+  grads.moments = p.moments;
+  grads.round_tf32 = step.math == DeformMath::kTf32;
+  grads.out = p.out;
+  grads.mean = p.mean;
+  grads.grad_mean = p.grad_mean;
+  grads.grad_var = p.grad_var;
+  grads.grad_up_mean = p.grad_up_mean;
+  grads.rows = step.call.rows;
+  grads.bias_partial = step.workspaces.bias_partial;
+  return launch_deform_bwd_rows(grads, stream);
+}
+
+// All launches of a call once. A second time, with Scatter::kFixed, nothing is left to do but to
+// scatter.
+inline cudaError_t run_bwd_pass(const DeformBwdStep& step, Scatter scatter, cudaStream_t stream) {
+  const DeformBwdParams& p = *step.call.params;
+  const bool again = scatter == Scatter::kFixed;
   const bool vectors = reads_vectors(p.call->shape, p.source);
+  DeformBwdInputParams input = step.input;
   input.scatter = scatter;
-  for (const DeformLaunch& launch : launches) {
+  if (again) input.derivatives = input.gate_partial = nullptr;
+  for (const DeformLaunch& launch : step.launches) {
     input.launch = launch;
     use_rows(launch, input.use_first);
-    DeformBwdRowsParams grads{};
-    grads.launch = launch;
-    grads.tile_rows = input.tile_rows;
-    grads.grad_out = p.grad_out;
-    grads.out_in_compute_dtype = p.out_in_compute_dtype;
-    grads.moments = p.moments;
-    grads.round_tf32 = math == DeformMath::kTf32;
-    grads.out = p.out;
-    grads.mean = p.mean;
-    grads.grad_mean = p.grad_mean;
-    grads.grad_var = p.grad_var;
-    grads.grad_up_mean = p.grad_up_mean;
-    grads.rows = rows;
-    grads.bias_partial = w.bias_partial;
-    cudaError_t error = launch_deform_bwd_rows(grads, stream);
+    cudaError_t error = again ? cudaSuccess : launch_rows(step, launch, stream);
     if (error == cudaSuccess && wants_samples(p)) {
-      error = launch_deform_bwd_input(input, math, vectors, stream);
+      error = launch_deform_bwd_input(input, step.math, vectors, stream);
     }
-    if (error == cudaSuccess && scatter != Scatter::kMeasure) {
-      error = gather_launch(p, w, input, stream);
-    }
+    if (error == cudaSuccess && !again) error = gather_launch(p, step.workspaces, input, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-// Fills the wanted gradients but that of the weights. Writes to `rows`, [S, C_out] of the source's
-// type, the gradient of the outputs including that of their moments. `allocate` as in
-// run_deform_fwd.
+// Fills the wanted gradients but those of the weights, and the rows, of calls as they are described
+// at run_deform_conv_bwd. `allocate` as in run_deform_fwd.
 template <class Allocate>
-cudaError_t run_deform_bwd_input(const DeformBwdParams& p, void* rows, bool allow_tf32,
+cudaError_t run_deform_bwd_input(std::span<const DeformBwdCall> calls, bool allow_tf32,
                                  const DeviceLimits& device, Allocate&& allocate,
                                  cudaStream_t stream) {
-  const DeformCall& call = *p.call;
-  const DeformShape& s = call.shape;
-  const DeformMath math = deform_math(s.dtype, allow_tf32);
-  const DeformPanels panels = input_panels(s, math);
-  const int32_t tile_rows = input_tile_rows(call, panels, reads_vectors(s, p.source), device);
-  const std::vector<DeformLaunch> launches = deform_launches(call, tile_rows);
-  const DeformBwdWorkspaces w = allocate_bwd_workspaces(p, panels, launches, allocate);
-  const DeformBwdInputParams input = bwd_input_params(p, panels, w, rows, tile_rows, device);
-  if (input.taps_at_once == 0) return cudaErrorInvalidConfiguration;
+  const DeformBwdParams& first = *calls.front().params;
+  DeformBwdSums sums = allocate_bwd_sums(first, allocate);
+  std::vector<DeformBwdStep> steps;
+  int64_t summands = 0;
+  for (const DeformBwdCall& call : calls) {
+    steps.push_back(bwd_step(call, allow_tf32, device, allocate));
+    const DeformBwdStep& step = steps.back();
+    if (step.input.taps_at_once == 0) return cudaErrorInvalidConfiguration;
+    const int64_t parts = ceil_div(step.panels.steps, step.input.chunks);
+    summands += most_summands(*call.params->call, call.params->call->shape.groups * parts);
+  }
+  while (sums.bits < 62 && (int64_t{1} << sums.bits) < summands) ++sums.bits;
 
+  cudaError_t error = cudaSuccess;
+  for (DeformBwdStep& step : steps) {
+    if (error != cudaSuccess) return error;
+    step.input.sums = sums.values;
+    step.input.largest = sums.largest;
+    step.input.sum_bits = sums.bits;
+    const bool clears = &step == &steps.front();
+    error = pack_and_clear(*step.call.params, step.panels, step.math, step.workspaces,
+                           clears ? sums : DeformBwdSums{}, stream);
+  }
   const auto pass = [&](Scatter scatter) {
-    return run_bwd_pass(p, w, rows, math, launches, input, scatter, stream);
+    for (size_t i = 0; i < steps.size() && error == cudaSuccess; ++i) {
+      error = run_bwd_pass(steps[i], scatter, stream);
+    }
   };
-  cudaError_t error = pack_and_clear(p, panels, math, w, stream);
-  if (error != cudaSuccess) return error;
-  if (p.grad_source == nullptr) return pass(Scatter::kNone);
-  if (p.deterministic) error = pass(Scatter::kMeasure);
-  if (error == cudaSuccess) error = pass(p.deterministic ? Scatter::kFixed : Scatter::kSum);
-  if (error != cudaSuccess || sums_in_place(p)) return error;
-  return launch_deform_bwd_finish({s.dtype, p.deterministic, w.sums, w.largest, input.sum_bits,
-                                   call.source_rows * s.channels, p.grad_source},
-                                  stream);
+  const bool scatters = first.grad_source != nullptr;
+  if (!scatters) pass(Scatter::kNone);
+  if (scatters) pass(first.deterministic ? Scatter::kMeasure : Scatter::kSum);
+  if (scatters && first.deterministic) pass(Scatter::kFixed);
+  if (error != cudaSuccess || !scatters || sums_in_place(first)) return error;
+  const DeformCall& call = *first.call;
+  return launch_deform_bwd_finish(
+      {call.shape.dtype, first.deterministic, sums.values, sums.largest, sums.bits,
+       call.source_rows * call.shape.channels, first.grad_source},
+      stream);
 }
 
 }  // namespace dyhead::cuda
