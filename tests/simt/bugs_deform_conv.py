@@ -53,6 +53,7 @@ DEFORM_GATHER = f"{CUDA}/deform_conv/deform_conv_bwd_gather.cu"
 INPUT_KERNEL = "deform_conv_bwd_input_float32"
 ALL_JOBS = "test_jobs and all and float32"
 ALL_JOBS_BACKWARD = "test_jobs_backward and all and float32"
+SAMPLES_THERE = "    // The samples are staged, and the buffers of the previous stretch are free.\n"
 OPERANDS_THERE = (
     "      // Both operands of this step are ready; the buffers of the previous step are free.\n"
 )
@@ -78,10 +79,13 @@ DEFORM_CONV = Suite(
             "s.taps() * (at_.part + 1) / parts",
             "(s.taps() * (at_.part + 1) + parts - 1) / parts",
         ),
-        "samples read before they are there": without(
+        # Of later terms: what is in memory before the first one is no place to read.
+        "samples read before they are there": Bug(
             DEFORM_FORWARD,
-            f"    {BARRIER}\n",
-            "    // The samples are staged, and the buffers of the previous stretch are free.\n",
+            f"{SAMPLES_THERE}    {BARRIER}\n",
+            f"{SAMPLES_THERE}    if (sampler.job.terms == 1 || &term == &launch_.terms"
+            f"[sampler.job.first_term]) {BARRIER}\n",
+            select=ALL_JOBS,
         ),
         "predictions used before they are there": without(
             DEFORM_SAMPLER, "    cp_async_wait_all();\n"
@@ -101,7 +105,7 @@ DEFORM_CONV = Suite(
         "units beyond the last channel read on": Bug(
             DEFORM_FORWARD,
             "if (left() <= 0) source",
-            "if (left() <= -channel) source",
+            "if (left() > channels) source",
             "deform_conv_fwd_float16",
             "few_channels and float16",
         ),

@@ -232,11 +232,11 @@ class Emulated(TorchDispatchMode):
             device=self.device,
         )
         wide = compute_dtype(source.dtype)
-        gradients = [
-            to_tensor(array, source.dtype if name == "source" else wide)
-            for name, array in results.items()
-        ]
-        return _as_wanted(gradients, wanted)
+        dtypes = [source.dtype if name == "source" else wide for name in results]
+        return tuple(
+            to_tensor(array, dtype) if want else torch.empty(0, dtype=dtype)
+            for array, dtype, want in zip(results.values(), dtypes, wanted, strict=True)
+        )
 
     def _fuse_call(self, y: Tensor, *rest: Any) -> Any:
         scale, shift, coefficients, images, *tables = rest

@@ -158,13 +158,18 @@ class FwdTile {
       }
     };
     load_panel<kCols>(b_, panel);
-    Gathered first[kItems];
+    // All loads of the first step are in flight at once, where a load is one instruction.
+    constexpr int kAtOnce = kVectors ? kItems : 1;
+#pragma unroll 1
+    for (int item = 0; item < kItems; item += kAtOnce) {
+      Gathered first[kAtOnce];
 #pragma unroll
-    for (int item = 0; item < kItems; ++item) {
-      first[item].load(thread_samples[item * kItemRows], source, channels, left());
+      for (int i = 0; i < kAtOnce; ++i) {
+        first[i].load(thread_samples[(item + i) * kItemRows], source, channels, left());
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) first[i].store(to + (item + i) * kItemRows * kRowBytes);
     }
-#pragma unroll
-    for (int item = 0; item < kItems; ++item) first[item].store(to + item * kItemRows * kRowBytes);
     Gathered gathered;
     const auto load_samples = [&](int item) {
       gathered.load(thread_samples[tap * kRows + item * kItemRows], source, channels, left());
