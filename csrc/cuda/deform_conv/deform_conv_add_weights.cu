@@ -34,9 +34,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
   const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
   const int32_t out = place.out_panel * p.columns.outs + row;
-  const DeformWeightSlot slot =
-      weight_slot(s, place.group, place.slot_block * p.columns.slots() + column / p.columns.depth,
-                  p.columns.depth);
+  const DeformWeightSlot slot = weight_slot(
+      s, p.columns, place.group, place.slot_block * p.columns.slots() + column / p.columns.depth);
   const int32_t channel = column % p.columns.depth;  // in the slot
   if (out >= group_outputs || channel >= slot.count) return;
 

@@ -80,6 +80,7 @@ class WeightsTile {
     int32_t first_out, outs;
     int64_t tiles;  // of this slice
     DeformWeightSlot slots[kSlots];
+    int32_t located[kSlots];  // the first slot with the samples of this one
     Cursor at[2];  // the tiles of the next steps: at step i, at[i % 2] is that of step i + 2
   };
 
@@ -99,7 +100,15 @@ class WeightsTile {
     work_.first_out = at.group * group_outputs + at.out_panel * kOuts;
     work_.outs = left < kOuts ? left : kOuts;
     for (int i = 0; i < kSlots; ++i) {
-      work_.slots[i] = weight_slot(s, at.group, at.slot_block * kSlots + i, kDepth);
+      const DeformWeightSlot slot =
+          weight_slot(s, p_.columns, at.group, at.slot_block * kSlots + i);
+      work_.slots[i] = slot;
+      int located = i;
+      while (located > 0 && slot.count > 0 && work_.slots[located - 1].tap == slot.tap &&
+             work_.slots[located - 1].deform_group == slot.deform_group) {
+        --located;
+      }
+      work_.located[i] = located;
     }
     int use = 0;
     while (slice >= p_.slices.first[use + 1]) ++use;
@@ -145,13 +154,17 @@ class WeightsTile {
     cursor.place.tile = cursor.within % per_image;
   }
 
-  // Thread i locates sample i of a step: row i % kDepth of slot i / kDepth.
+  // Thread i locates sample i of a step, row i % kDepth of slot i / kDepth, unless an earlier slot
+  // has the same samples.
   struct Predicted {
     TapValues<F> values;
     F gate;
   };
 
-  DYHEAD_DEVICE static bool locates() { return tile_thread() < kWeightCols; }
+  DYHEAD_DEVICE bool locates() const {
+    const int slot = tile_thread() / kDepth;
+    return slot < kSlots && work_.located[slot] == slot;
+  }
   DYHEAD_DEVICE const DeformWeightSlot& own_slot() const {
     return work_.slots[tile_thread() / kDepth];
   }
@@ -256,13 +269,17 @@ class WeightsTile {
     const int unit = thread % kUnits * kUnit;  // its first channel in a slot
     const auto channels = static_cast<int>(p_.launch.shape.channels);
     Gathered gathered;
-    // Sample i of a step is row i % kDepth of slot i / kDepth.
+    // Sample i of a step is row i % kDepth of slot i / kDepth, located with the first slot of its
+    // tap.
+    const auto located = [&](const Step& step, int sample) -> const StagedSample<F>& {
+      return step.samples[work_.located[sample / kDepth] * kDepth + sample % kDepth];
+    };
     const auto load_samples = [&](const Step& step, int item) {
       const int sample = item * kItemRows + thread / kUnits;
       const DeformWeightSlot& slot = work_.slots[sample / kDepth];
       // A unit beyond the last channel reads the first one instead; its columns are not stored.
       const int inside = unit < slot.count ? unit : 0;
-      gathered.load(step.samples[sample],
+      gathered.load(located(step, sample),
                     static_cast<const T*>(p_.source) + step.source + slot.first + inside, channels,
                     slot.count - unit);
     };
@@ -279,7 +296,7 @@ class WeightsTile {
       for (int item = 0; item < kItems; ++item) {
         const int sample = item * kItemRows + thread / kUnits;
         const DeformWeightSlot& slot = work_.slots[sample / kDepth];
-        const uint32_t first = step.samples[sample].at[0];
+        const uint32_t first = located(step, sample).at[0];
         const bool inside = first != kOutside && unit < slot.count;
         const T* from = static_cast<const T*>(p_.source) + step.source +
                         (inside ? uint64_t{first} * kUnit + slot.first + unit : 0);

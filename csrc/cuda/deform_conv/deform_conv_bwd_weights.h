@@ -28,6 +28,7 @@ struct DeformWeightSlices {
 struct DeformWeightColumns {
   int32_t outs;         // 32, 128 or 256
   int32_t depth;        // max channels of a slot, and pixels of a tile: panel_depth()
+  int32_t steps;        // max channel steps of a group: a tap has a slot for each
   int32_t out_panels;   // of a group
   int32_t slot_blocks;  // of a group
 
@@ -70,17 +71,20 @@ struct DeformWeightSlot {
   int32_t tap, deform_group;
 };
 
-// Slots are ordered [channel step][tap].
-DYHEAD_HD DeformWeightSlot weight_slot(const DeformShape& s, int32_t group, int32_t slot,
-                                       int32_t depth) {
+// Slots are ordered [tap][channel step], so that most blocks have several slots of one tap, which
+// read the same samples.
+DYHEAD_HD DeformWeightSlot weight_slot(const DeformShape& s, const DeformWeightColumns& c,
+                                       int32_t group, int32_t slot) {
   const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
   const int32_t end = (group + 1) * group_channels;
+  const int32_t tap = slot / c.steps;
+  if (tap >= s.taps()) return {end, 0, 0, 0};
   ChannelStep step{0, group * group_channels, 0};
-  for (int32_t i = slot / s.taps(); i >= 0; --i) {
+  for (int32_t i = slot % c.steps; i >= 0; --i) {
     if (step.last == end) return {end, 0, 0, 0};
-    step = channel_step(s, group, step.last, depth);
+    step = channel_step(s, group, step.last, c.depth);
   }
-  return {step.first, step.last - step.first, slot % s.taps(), step.deform_group};
+  return {step.first, step.last - step.first, tap, step.deform_group};
 }
 
 struct DeformBwdWeightsParams {

@@ -28,8 +28,9 @@ inline DeformWeightColumns weight_columns(const DeformShape& s, DeformMath math,
   if (!tensor || outputs <= 128 || weights_shared_bytes(256) > device.shared_bytes) outs = 128;
   if (!vectors || outputs <= 32 || math == DeformMath::kFloat64) outs = 32;
   const int32_t depth = panel_depth(math);
-  const int64_t slots = static_cast<int64_t>(forward_panels(s, outs, depth).steps) * s.taps();
-  return {outs, depth, static_cast<int32_t>(ceil_div(outputs, outs)),
+  const int32_t steps = forward_panels(s, outs, depth).steps;
+  const int64_t slots = static_cast<int64_t>(steps) * s.taps();
+  return {outs, depth, steps, static_cast<int32_t>(ceil_div(outputs, outs)),
           static_cast<int32_t>(ceil_div(slots, kWeightCols / depth))};
 }
 
