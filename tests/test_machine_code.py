@@ -156,7 +156,7 @@ def test_tile_kernels(kernels: dict[str, str]) -> None:
 def test_plain_kernel(kernels: dict[str, str]) -> None:
     """Copies of 16 bytes past the L1 cache, products on tensor cores, nothing blended."""
     seen = set()
-    for match, code in of_template(kernels, ("plain_fwd",), r"(\w+?)"):
+    for match, code in of_template(kernels, ("plain_fwd",), r"(\w+?)E?"):
         operand = match[2]
         seen.add(operand)
         copies = instructions(code, "LDGSTS")

@@ -275,6 +275,12 @@ inline constexpr size_t kPlainSharedBytes =
 // How many blocks of the forward kernel a multiprocessor is to hold at once.
 constexpr int forward_blocks_at_once(int cols, bool tensor) { return cols <= 32 && tensor ? 2 : 1; }
 
+// Whether blocks may share tiles. Kernels that leave room for a second block have no registers left
+// for it.
+constexpr bool forward_shares_tiles(int cols, bool tensor) {
+  return forward_blocks_at_once(cols, tensor) == 1;
+}
+
 using DeformFwdKernel = void (*)(DeformFwdKernelParams);
 
 // The forward kernels for operands Op, an argument of Operand (tile_gemm.cuh). Each Op is compiled

@@ -22,6 +22,7 @@ class FwdTile {
   using F = typename Operand<Op>::Compute;
   using Shared = FwdShared<Op, kRows, kCols>;
   using Product = TileProduct<Op, kRows, kCols>;
+  static constexpr bool kShares = forward_shares_tiles(kCols, Operand<Op>::kTensor);
 
   DYHEAD_DEVICE FwdTile(const DeformFwdKernelParams& p, int32_t block)
       : p_(p),
@@ -33,7 +34,7 @@ class FwdTile {
         at_(shared_place()) {
     const int all_columns = p.launch.shape.groups * p.panels.column_panels;
     if (threadIdx.x == 0) {
-      const int32_t shared = block - p.split.whole;
+      const int32_t shared = kShares ? block - p.split.whole : -1;
       at_.shared = shared < 0 ? -1 : shared / p.split.parts;
       at_.part = shared < 0 ? 0 : shared % p.split.parts;
       const int32_t tile = shared < 0 ? block : p.split.whole + at_.shared;
@@ -70,7 +71,10 @@ class FwdTile {
     }
     // Other threads may still read the buffers.
     __syncthreads();
-    if (at_.shared < 0 || add_parts(parts)) finish();
+    if constexpr (kShares) {
+      if (at_.shared >= 0 && !add_parts(parts)) return;
+    }
+    finish();
   }
 
  private:

@@ -47,15 +47,14 @@ cudaError_t run_deform_fwd(const DeformFwdParams& p, bool allow_tf32, const Devi
   const std::vector<DeformLaunch> launches = deform_launches(call, tiling.rows, tiling.plain);
   const int64_t all_columns = static_cast<int64_t>(s.groups) * panels.column_panels;
   // Launches run one after the other, so they share the memory of sums, but not the counters.
-  const int64_t at_once =
-      device.processors * forward_blocks_at_once(tiling.cols, on_tensor_cores(math));
+  const bool shares = !tiling.plain && forward_shares_tiles(tiling.cols, on_tensor_cores(math));
   std::vector<DeformSplit> splits;
   int64_t shared_tiles = 0, max_sums = 0;
   for (const DeformLaunch& launch : launches) {
     const auto tiles = static_cast<int32_t>(launch.tile_count * all_columns);
-    const DeformSplit split = tiling.plain
-                                  ? DeformSplit{tiles, 1}
-                                  : split_tiles(tiles, s.taps(), panels.steps, at_once).split;
+    const DeformSplit split =
+        shares ? split_tiles(tiles, s.taps(), panels.steps, device.processors).split
+               : DeformSplit{tiles, 1};
     splits.push_back(split);
     shared_tiles += tiles - split.whole;
     max_sums = std::max<int64_t>(max_sums, split.blocks(tiles) - split.whole);

@@ -108,6 +108,10 @@ DYHEAD_DEVICE void map_stretch(const BwdKernelParams& p, int64_t n, const Stretc
   for (int vector = tiling.lane; vector < channels / V; vector += tiling.lanes) {
     DynamicReluCoefficients<F> k[V];
     load_coefficients<T, V>(p, n, vector * V, k);
+    // Kept in registers: the compiler cannot know that the stores below do not change it.
+    F mean[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) mean[i] = grad_mean[vector * V + i];
     for (int64_t pixel = stretch.first + tiling.row; pixel < stretch.last; pixel += tiling.rows) {
       const int64_t at = pixel * channels + vector * V;
       const Vec<T, V> x = load_vec_readonly<V>(rows + at);
@@ -117,9 +121,9 @@ DYHEAD_DEVICE void map_stretch(const BwdKernelParams& p, int64_t n, const Stretc
       for (int i = 0; i < V; ++i) {
         const F share = dynamic_relu_share(k[i], to_compute(x[i]));
         const F slope = share * k[i].a1 + (F(1) - share) * k[i].a2;
-        grad[i] = from_compute<T>(to_compute(g[i]) * slope + grad_mean[vector * V + i]);
+        grad[i] = from_compute<T>(to_compute(g[i]) * slope + mean[i]);
       }
-      store_vec(grad_rows + at, grad);
+      store_vec_global(grad_rows + at, grad);
     }
   }
 }

@@ -89,7 +89,7 @@ DYHEAD_DEVICE void map_stretch(const FwdKernelParams& p, int64_t n, const Stretc
       for (int i = 0; i < V; ++i) {
         y[i] = from_compute<T>(dynamic_relu_value(k[i], to_compute(x[i])));
       }
-      store_vec(out + at, y);
+      store_vec_global(out + at, y);
     }
   }
 }

@@ -76,6 +76,21 @@ DYHEAD_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
 #endif
 }
 
+// The same to global memory, as one instruction for 16 bytes: the compiler may divide the other into
+// those of the values.
+template <int N, class T>
+DYHEAD_DEVICE void store_vec_global(T* p, const Vec<T, N>& v) {
+#if defined(DYHEAD_SIMT)
+  store_vec(p, v);
+#else
+  using Word = typename Vec<T, N>::Word;
+#pragma unroll
+  for (int i = 0; i < Vec<T, N>::kWords; ++i) {
+    __stwb(reinterpret_cast<Word*>(p) + i, reinterpret_cast<const Word*>(&v)[i]);
+  }
+#endif
+}
+
 // The compiler forgets what it loaded, so that values which it could keep in registers are loaded
 // again.
 DYHEAD_DEVICE void reload_memory() {
