@@ -40,7 +40,7 @@ OVERLAPPED_KERNELS = ("deform_fwd", "deform_bwd_weights")
 # `python -m tests.helpers.machine_code` prints them.
 BUDGETS = Path(__file__).with_suffix(".json")
 # Another nvcc orders and fuses a few instructions differently.
-SLACK = 1.03
+SLACK = 1.1
 TENSOR_INSTRUCTION = {
     "8bfloat16": "HMMA.16816.F32.BF16",
     "7float16": "HMMA.16816.F32",

@@ -354,7 +354,7 @@ class WeightsTile {
         Vec<F, kPair> v;
 #pragma unroll
         for (int k = 0; k < kPair; ++k) v[k] = product_.at(i, j + k);
-        store_vec(partial + product_.row(i) * kWeightCols + product_.column(j), v);
+        store_vec_global(partial + product_.row(i) * kWeightCols + product_.column(j), v);
       }
     }
   }

@@ -114,13 +114,13 @@ struct PixelPass {
       Vec<T, V> grad;
 #pragma unroll
       for (int i = 0; i < V; ++i) grad[i] = from_compute<T>(scales.of[b][i] * gz[i]);
-      store_vec(static_cast<T*>(p.grad_y) + (reader.map[b] + at), grad);
+      store_vec_global(static_cast<T*>(p.grad_y) + (reader.map[b] + at), grad);
     }
     if (level.direct < level.branches) {
       Vec<grad_z_t<T>, V> rounded;
 #pragma unroll
       for (int i = 0; i < V; ++i) rounded[i] = from_compute<grad_z_t<T>>(gz[i]);
-      store_vec(static_cast<grad_z_t<T>*>(p.workspace.grad_z) + (kept + at), rounded);
+      store_vec_global(static_cast<grad_z_t<T>*>(p.workspace.grad_z) + (kept + at), rounded);
     }
   }
 };
@@ -297,7 +297,7 @@ DYHEAD_DEVICE void gather_branch(const BwdKernelParams& p, const FuseDeviceLevel
         for (int c = 0; c < V; ++c) grad[c] = from_compute<T>(s[c] * sums[c]);
         const int64_t pixel =
             static_cast<int64_t>(patch.y + row) * branch.map.width + patch.x + column;
-        store_vec(grad_y + pixel * t.channels + channel, grad);
+        store_vec_global(grad_y + pixel * t.channels + channel, grad);
       });
     }
   }

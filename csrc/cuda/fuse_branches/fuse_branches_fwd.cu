@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kFuseThreads, 2)
             result[c] = from_compute<T>(dynamic_relu_value(curve.relu(c), z[c]));
           }
           const int64_t row = level.out.first_row + image * level.out.pixels() + pixel;
-          store_vec(static_cast<T*>(p.out) + (row * t.channels + channel), result);
+          store_vec_global(static_cast<T*>(p.out) + (row * t.channels + channel), result);
         });
       }
     }

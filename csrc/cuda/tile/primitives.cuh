@@ -76,8 +76,8 @@ DYHEAD_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
 #endif
 }
 
-// The same to global memory, as one instruction for 16 bytes: the compiler may divide the other into
-// those of the values.
+// The same to global memory, as one instruction for 16 bytes: the compiler may divide the other
+// into those of the values.
 template <int N, class T>
 DYHEAD_DEVICE void store_vec_global(T* p, const Vec<T, N>& v) {
 #if defined(DYHEAD_SIMT)
