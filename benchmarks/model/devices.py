@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-KB, MB, GB, TB = 1 << 10, 1 << 20, 1e9, 1e12
+KB, MB, TB = 1 << 10, 1 << 20, 1e12
 
 # Of every path, how much kernels reach that overlap well: the expected time is the bound over this.
 REACHED = 0.8
@@ -60,24 +60,26 @@ class Device:
         return max(1, min(by_registers, by_memory, 2048 // threads, 32))
 
 
-_HOPPER = {
-    "arch": "90a",
-    "processors": 132,
-    "clock": 1.70e9,
-    "tensor_flop": 4096,
-    "mma_share": 0.62,
-    "peak": 989 * TB,
-    "l2": 5.5 * TB,
-    "reductions": 3.0 * TB,
-    "l2_bytes": 50 * MB,
-    "shared_bytes": 227 * KB,
-    "combined_bytes": 256 * KB,
-    "vector_atomics": True,
-}
+_H100 = Device(
+    name="H100 SXM",
+    arch="90a",
+    processors=132,
+    clock=1.70e9,
+    tensor_flop=4096,
+    mma_share=0.62,
+    peak=989 * TB,
+    memory=3.0 * TB,
+    l2=5.5 * TB,
+    reductions=3.0 * TB,
+    l2_bytes=50 * MB,
+    shared_bytes=227 * KB,
+    combined_bytes=256 * KB,
+    vector_atomics=True,
+)
 
 DEVICES = {
-    "h100": Device(name="H100 SXM", memory=3.0 * TB, **_HOPPER),
-    "h200": Device(name="H200", memory=4.3 * TB, **_HOPPER),
+    "h100": _H100,
+    "h200": replace(_H100, name="H200", memory=4.3 * TB),
     "a100": Device(
         name="A100 SXM, 80 GB",
         arch="80",

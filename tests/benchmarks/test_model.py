@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,8 @@ def test_each_resource_can_be_the_limit() -> None:
         "memory_bytes": ("memory", 3.0e12),
     }
     for name, (limit, amount) in second.items():
-        time = kernel_time(dataclasses.replace(NOTHING, **{name: amount}), H100)
+        values: dict[str, Any] = {name: amount}
+        time = kernel_time(dataclasses.replace(NOTHING, **values), H100)
         assert (time.limit, time.bound) == (limit, pytest.approx(1.0)), name
     assert kernel_time(NOTHING, H100).limit == "launch"
 
@@ -107,4 +109,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text.splitlines()[1] == capsys.readouterr().out.splitlines()[0]
     assert "H100 SXM, 2 blocks" in text
     assert "branches fwd: deform_fwd_kernel<bfloat16" in text
-    assert "predict bwd: deform_bwd_input_kernel<bfloat16" in text
+    assert "convolutions bwd: deform_bwd_input_kernel<bfloat16" in text

@@ -108,15 +108,15 @@ def plain_plan(
 def test_plain_kernel(simt: Any) -> None:
     """It predicts the offsets of every pyramid, on small devices too."""
     for sizes in (PYRAMID, SMALL_PYRAMID, [(2**i, 2**i) for i in range(8, -1, -1)]):
-        plan = predict_plan(sizes, 2, len(sizes))
+        plan = predict_plan(sizes, 2)
         for dtype in ("bfloat16", "float16"):
             assert takes_plain_kernel(simt, plan, dtype=dtype, shared_bytes=99 * KILOBYTE)
         assert takes_plain_kernel(simt, plan, dtype="float32", allow_tf32=True)
         for dtype in ("float32", "float64"):
             assert not takes_plain_kernel(simt, plan, dtype=dtype)
     # The coarser maps would be runs; here all are patches.
-    assert tiling(simt, predict_plan(PYRAMID, 1, 5), 256, 27) == (128, 32, [(5, 202)])
-    assert tiling(simt, predict_plan(PYRAMID, 1, 5), 256, 27, sums_only=False)[2] == [(5, 189)]
+    assert tiling(simt, predict_plan(PYRAMID, 1), 256, 27) == (128, 32, [(5, 202)])
+    assert tiling(simt, predict_plan(PYRAMID, 1), 256, 27, sums_only=False)[2] == [(5, 189)]
 
 
 @pytest.mark.parametrize(
