@@ -94,7 +94,6 @@ def test_what_is_missing_is_said(
     assert "make build" in capsys.readouterr().err
 
 
-@pytest.mark.spawns
 @pytest.mark.skipif(compiler() is None, reason="g++ not found: it compiles the emulated kernels")
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not machine_code.LIBRARY.exists() or machine_code.find_disassembler() is None:
