@@ -94,6 +94,7 @@ RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("benchmarks", ("plot", "benchmarks/results/cpu.json")): "bench",
     ("benchmarks", ("targets", "benchmarks/results/cpu.json")): None,
     ("benchmarks", ("runtimes", "--report")): None,
+    ("benchmarks", ("model", "--help")): None,
     ("benchmarks", ("study",)): "bench,detection",
 }
 

@@ -58,10 +58,10 @@ class Kernels:
         return self._server().run_pytest(self.directory, "-m", marks, *arguments)
 
     def assert_noticed(self, *arguments: str) -> None:
-        """One of the tests fails with these kernels, and fails as a test."""
+        """One of the tests fails with these kernels, as a test or by a wild access to memory."""
         run = self.run_pytest("-x", *arguments)
-        assert run.returncode == 1, run.stdout
-        assert "1 failed" in run.stdout
+        crashed = "Fatal Python error: Segmentation fault" in run.stdout
+        assert crashed or (run.returncode == 1 and "1 failed" in run.stdout), run.stdout
 
     def _server(self) -> Server:
         if not self.sanitized:

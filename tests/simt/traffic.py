@@ -53,7 +53,12 @@ class Steps(Emulated):
     """
 
     def __init__(
-        self, simt: Any, step: Step, processors: int, shared_bytes: int, sampled: bool
+        self,
+        simt: Any,
+        step: Step,
+        processors: int,
+        shared_bytes: int = 227 * 1024,
+        sampled: bool = False,
     ) -> None:
         super().__init__(simt)
         self.step = step
