@@ -13,14 +13,18 @@ from benchmarks.model.devices import DEVICES, STAYS_IN_L2, Device
 from benchmarks.model.times import kernel_time, stack_time
 from benchmarks.model.work import KernelWork, count_block
 from benchmarks.readme import MODEL, table, write_section
-from tests.helpers.machine_code import LIBRARY, find_disassembler
+from dyhead_cuda.library import read_build_record
+from dyhead_cuda.sources import digest
+from tests.helpers.machine_code import LIBRARY, find_disassembler, machine_code
+from tests.helpers.paths import ROOT
+from tests.simt.build import compiler
 
 FORWARD, BACKWARD = " fwd", " bwd"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Counts, and prints or writes the tables; returns the exit status."""
-    missing = _missing()
+    missing = _missing([DEVICES[name] for name in arguments.devices])
     if missing:
         print(f"benchmarks: {missing}", file=sys.stderr)
         return 2
@@ -43,12 +47,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _missing() -> str | None:
-    """What the model needs and this machine has not, in a sentence."""
+def _missing(devices: Sequence[Device]) -> str | None:
+    """What the model of these devices needs and this machine has not, in a sentence."""
+    if compiler() is None:
+        return "the model needs g++, which compiles the emulated kernels"
     if not LIBRARY.exists():
         return f"the model reads the machine code of {LIBRARY.name}: build it with `make build`"
     if find_disassembler() is None:
         return "the model needs cuobjdump, of the CUDA toolkit or of triton: `pip install triton`"
+    if read_build_record().get("cuda", {}).get("sources") != digest(ROOT, "cuda"):
+        return f"{LIBRARY.name} was built from other sources than those here: `make build`"
+    for device in devices:
+        if not machine_code(device.arch):
+            return (
+                f"{LIBRARY.name} has no code for sm_{device.arch}, which the model of an "
+                f"{device.name} reads: build it with DYHEAD_CUDA_ARCHS={device.arch}, or choose "
+                "other --devices"
+            )
     return None
 
 

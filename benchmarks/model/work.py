@@ -63,6 +63,7 @@ def count_block(
 
     Raises:
         RuntimeError: the kernels could not be counted.
+        KeyError: the CUDA library lacks a kernel, so it is not of these sources.
     """
     code = (
         f"traffic.run_block(simt, step, {list(shapes.levels)}, {shapes.channels}, {images}, "
@@ -77,11 +78,6 @@ def count_block(
     found = []
     for step, counts in steps.items():
         for kernel, launched in counts.kernels.items():
-            if kernel not in names:
-                raise RuntimeError(
-                    f"expected {kernel} in the CUDA library, built for sm_{device.arch}; run `make "
-                    f"build` with DYHEAD_CUDA_ARCHS={device.arch} among them"
-                )
             mangled = names[kernel]
             records = [r for r in counts.records if r.kernel == kernel]
             found.append(

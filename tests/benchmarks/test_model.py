@@ -89,9 +89,28 @@ def test_main_loop_is_the_innermost_with_products() -> None:
 def test_what_is_missing_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def said() -> str:
+        assert main(["model", "--devices", "a100"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    here = Path(command.__file__)
+    record = {"cuda": {"sources": "as they are"}}
+    monkeypatch.setattr(command, "compiler", lambda: None)
+    assert "g++" in said()
+    monkeypatch.setattr(command, "compiler", lambda: "g++")
     monkeypatch.setattr(command, "LIBRARY", Path("libdyhead_cuda.so"))
-    assert main(["model"]) == 2
-    assert "make build" in capsys.readouterr().err
+    assert "make build" in said()
+    monkeypatch.setattr(command, "LIBRARY", here)
+    monkeypatch.setattr(command, "find_disassembler", lambda: None)
+    assert "cuobjdump" in said()
+    monkeypatch.setattr(command, "find_disassembler", lambda: here)
+    monkeypatch.setattr(command, "read_build_record", lambda: record)
+    monkeypatch.setattr(command, "digest", lambda *_: "changed")
+    assert "other sources" in said()
+    monkeypatch.setattr(command, "digest", lambda *_: "as they are")
+    monkeypatch.setattr(command, "machine_code", lambda _: {})
+    assert "no code for sm_80" in said()
 
 
 @pytest.mark.skipif(compiler() is None, reason="g++ not found: it compiles the emulated kernels")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,3 +49,24 @@ def bits(call: Call, tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
 def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(a, b), f"tensor {i}"
+
+
+def assert_second_derivative_raises(call: Any) -> None:
+    """``call`` is a Call or has its methods ``tensors`` and ``run``, here and below."""
+    tensors = call.tensors()
+    out = call.run(tensors)[0]
+    (grad,) = torch.autograd.grad(out.sum(), [tensors["source"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable again"):
+        grad.sum().backward()
+
+
+def assert_threads_give_the_same_bits(call: Any, dtype: torch.dtype) -> None:
+    """Outputs and all gradients, for any number of threads; the number is left changed."""
+    first = None
+    for count in (1, 2, 7, 7):
+        torch.set_num_threads(count)
+        tensors = call.tensors(dtype)
+        outputs = call.run(tensors)
+        found = [*outputs, *gradients(outputs, list(tensors.values()))]
+        first = first or found
+        assert_same_bits(found, first)

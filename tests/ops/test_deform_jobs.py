@@ -11,7 +11,11 @@ from torch import Tensor
 from dyhead_cuda import library
 from dyhead_cuda.ops.jobs import map_rows
 from tests.helpers.compare import TOLERANCE, assert_close, assert_gradients_close, gradients, leaf
-from tests.helpers.deform_checks import check
+from tests.helpers.deform_checks import (
+    assert_second_derivative_raises,
+    assert_threads_give_the_same_bits,
+    check,
+)
 from tests.helpers.deform_work import CONVOLUTIONS, PLAIN, WORKS, ManyJobs, Work
 from tests.helpers.devices import each_device
 
@@ -112,21 +116,9 @@ def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
 
 
 def test_a_second_derivative_raises() -> None:
-    tensors = Work().tensors()
-    out = Work().run(tensors)[0]
-    (grad,) = torch.autograd.grad(out.sum(), [tensors["source"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="not differentiable again"):
-        grad.sum().backward()
+    assert_second_derivative_raises(Work())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_threads_and_runs_give_the_same_bits(dtype: torch.dtype, threads: None) -> None:
-    work = Work(channels=130, out_channels=70, scale=7)
-    first = None
-    for count in (1, 2, 7, 7):
-        torch.set_num_threads(count)
-        tensors = work.tensors(dtype)
-        outputs = work.run(tensors)
-        results = [*outputs, *gradients(outputs, list(tensors.values()))]
-        first = first or results
-        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+    assert_threads_give_the_same_bits(Work(channels=130, out_channels=70, scale=7), dtype)

@@ -14,7 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype
 from tests.helpers.compare import TOLERANCE, gradients, leaf
-from tests.helpers.deform_checks import assert_same_bits, check
+from tests.helpers.deform_checks import (
+    assert_same_bits,
+    assert_second_derivative_raises,
+    assert_threads_give_the_same_bits,
+    check,
+)
 from tests.helpers.devices import each_device
 from tests.helpers.offset_work import CONVOLUTIONS, GRADIENTS, WORKS, OffsetCall, OffsetWork
 
@@ -119,24 +124,12 @@ def test_predictions_have_the_compute_type_and_no_gradient() -> None:
 
 
 def test_a_second_derivative_raises() -> None:
-    tensors = OffsetWork().tensors()
-    out = OffsetWork().run(tensors)[0]
-    (grad,) = torch.autograd.grad(out.sum(), [tensors["source"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="not differentiable again"):
-        grad.sum().backward()
+    assert_second_derivative_raises(OffsetWork())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_threads_and_runs_give_the_same_bits(dtype: torch.dtype, threads: None) -> None:
-    work = OffsetWork(channels=130, out_channels=70, scale=7)
-    first = None
-    for count in (1, 2, 7, 7):
-        torch.set_num_threads(count)
-        tensors = work.tensors(dtype)
-        outputs = work.run(tensors)
-        results = [*outputs, *gradients(outputs, list(tensors.values()))]
-        first = first or results
-        assert_same_bits(results, first)
+    assert_threads_give_the_same_bits(OffsetWork(channels=130, out_channels=70, scale=7), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

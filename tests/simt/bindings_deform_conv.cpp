@@ -96,17 +96,8 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
   params.source = x.data();
   params.predictions = offsets.data();
   params.gates = gates.is_none() ? nullptr : memory.add("gates", gates);
-  params.grad_out = memory.add("grad_out", grad_out);
   params.out_in_compute_dtype = out_in_compute_dtype;
-  params.out = memory.add("out", out);
-  params.mean = memory.add("mean", mean);
-  params.moments = !grads.is_none();
-  if (params.moments) {
-    const auto moments = grads.cast<std::vector<py::array>>();
-    params.grad_mean = memory.add("grad_mean", moments.at(0));
-    params.grad_var = memory.add("grad_var", moments.at(1));
-    params.grad_up_mean = memory.add("grad_up_mean", moments.at(2));
-  }
+  read_gradients(grad_out, grads, out, mean, memory, params);
   params.deterministic = deterministic;
   params.grad_source = with_source ? grad_source.data() : nullptr;
   params.grad_predictions = with_predictions ? grad_predictions.data() : nullptr;

@@ -67,16 +67,7 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
   read.call = &call;
   read.weights = &matrices.weights;
   read.predictions = memory.add("predictions", predictions);
-  read.grad_out = memory.add("grad_out", grad_out);
-  read.out = memory.add("out", out);
-  read.mean = memory.add("mean", mean);
-  read.moments = !grads.is_none();
-  if (read.moments) {
-    const auto moments = grads.cast<std::vector<py::array>>();
-    read.grad_mean = memory.add("grad_mean", moments.at(0));
-    read.grad_var = memory.add("grad_var", moments.at(1));
-    read.grad_up_mean = memory.add("grad_up_mean", moments.at(2));
-  }
+  read_gradients(grad_out, grads, out, mean, memory, read);
   if (wanted.at(0) || wanted.at(1) || wanted.at(2)) {
     read.grad_predictions = grad_predictions.data();
   }

@@ -292,7 +292,7 @@ PLAIN_BARRIER = (
 HALO_COPY = "to + halo_offset(row, row % kHaloWidth, unit), at"
 
 PLAIN_CONV = Suite(
-    tests="test_deform_conv.py",
+    tests="test_plain_conv.py",
     kernel="plain_conv_fwd_bfloat16",
     select="test_plain_convolutions and (predicting or padded or groups or finite) and bfloat16",
     bugs={

@@ -102,6 +102,21 @@ struct Matrices {
   }
 };
 
+// What a backward starts from: the gradients of the outputs and, unless `grads` is None, of the
+// three moments, then the outputs and their means.
+inline void read_gradients(const py::array& grad_out, const py::object& grads, const py::array& out,
+                           const py::array& mean, Matrices& memory, DeformBwdParams& params) {
+  params.grad_out = memory.add("grad_out", grad_out);
+  params.out = memory.add("out", out);
+  params.mean = memory.add("mean", mean);
+  params.moments = !grads.is_none();
+  if (!params.moments) return;
+  const auto moments = grads.cast<std::vector<py::array>>();
+  params.grad_mean = memory.add("grad_mean", moments.at(0));
+  params.grad_var = memory.add("grad_var", moments.at(1));
+  params.grad_up_mean = memory.add("grad_up_mean", moments.at(2));
+}
+
 // Workspaces are poisoned, as fresh device memory is unknown.
 class Workspaces {
  public:

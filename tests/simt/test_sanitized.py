@@ -30,6 +30,7 @@ PARTS = {
     "test_deform_conv.py": _CONVOLUTION,
     "test_deform_weights.py": _MATRICES,
     "test_offset_deform_conv.py": _CONVOLUTION,
+    "test_plain_conv.py": _MATRICES,
 }
 _NO_KERNELS = ("counters", "mutants", "nvcc", "sanitized", "tiling", "traffic")
 SUITES = {
