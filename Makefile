@@ -46,7 +46,7 @@ define make_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv second-venv build test fuzz sanitize soak demo demo-train lint format bench gpu-check clean
+.PHONY: help venv second-venv build test fuzz sanitize soak demo demo-train docs lint format bench gpu-check clean
 
 help: ## list the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -112,6 +112,10 @@ demo-train: build ## train a small detector on handwritten digits (under 15 minu
 	  --backbone timm/test_resnet.r160_in1k --channels 64 --levels 3-6 --blocks 2 --lr 2e-3 \
 	  --steps $(TRAIN_STEPS) --eval-every 500 --pictures 12 --out $(TRAIN_OUT)
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(ENVIRONMENT) ## build the documentation's site in build/site; a warning is an error
+	$(RUN) -m mkdocs build --strict
+
 lint: $(ENVIRONMENT) ## check style, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -123,7 +127,7 @@ format: $(ENVIRONMENT) ## format all sources
 	$(RUN) -m ruff format .
 	$(call clang_format,-i)
 
-clang_format = find csrc examples tests/simt tests/sanitizers \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
+clang_format = find csrc benchmarks examples tests/simt tests/sanitizers \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0 | \
   xargs -0 $(RUN) -c 'import clang_format; clang_format.clang_format()' $(1)
 
 bench: build ## measure speed and memory against what people run (docs/performance.md)

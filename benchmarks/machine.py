@@ -1,4 +1,4 @@
-"""The machine that is measured: what it is, and the two rates that nothing on it can exceed."""
+"""The machine that is measured: what it is, and the rates that nothing on it can exceed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases.precisions import PRECISIONS, products
+from benchmarks.measuring import fma
 from benchmarks.measuring.timing import WARM, Effort, measure
 from dyhead_cuda import library
 from dyhead_cuda.version import __version__
@@ -149,10 +150,18 @@ def _best(action: Any, device: torch.device, effort: Effort) -> float:
 def ceilings(
     precisions: Sequence[str], device: torch.device, effort: Effort, quick: bool = False
 ) -> dict[str, Any]:
-    """The roofline, measured here and now: what :func:`copy_rate` and :func:`product_rate` say."""
-    return {
+    """Rates measured here and now, of which the roofline is made.
+
+    What :func:`copy_rate` and :func:`product_rate` say, and on a CPU "fma_tflop_per_s", what
+    :func:`benchmarks.measuring.fma.rates` says.
+    """
+    found: dict[str, Any] = {
         "copy_gb_per_s": copy_rate(device, effort, quick),
         "product_tflop_per_s": {
             precision: product_rate(precision, device, effort, quick) for precision in precisions
         },
     }
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        found["fma_tflop_per_s"] = fma.rates(precisions, threads, 50 if quick else 1000)
+    return found

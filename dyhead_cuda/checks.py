@@ -310,9 +310,14 @@ def pyramid(features: Sequence[Tensor], in_channels: int, high_offset: str) -> N
     first = features[0]
     for level, x in enumerate(features):
         if x.dim() != 4 or x.shape[1] != in_channels:
+            advice = (
+                "in_channels of the head must equal the channels of the pyramid"
+                if x.dim() == 4
+                else "a single image is x[None]"
+            )
             raise ValueError(
                 f"expected level {level} of shape [N, {in_channels}, H, W], got {list(x.shape)}; "
-                "in_channels of the head must equal the channels of the pyramid"
+                + advice
             )
         if x.shape[0] != first.shape[0]:
             raise ValueError(
@@ -330,11 +335,16 @@ def pyramid(features: Sequence[Tensor], in_channels: int, high_offset: str) -> N
         finer, size = features[level - 1].shape[-2:], features[level].shape[-2:]
         if tuple(size) != halved(finer):
             expected = "x".join(map(str, halved(finer)))
+            larger = size[0] > finer[0] and size[1] > finer[1]
+            advice = (
+                "the finest level comes first: reverse them"
+                if larger
+                else "pad the image to a multiple of the coarsest stride"
+            )
             raise ValueError(
                 f"expected level {level} of size {expected} (half of level {level - 1}'s "
-                f"{finer[0]}x{finer[1]}, rounded up), got {size[0]}x{size[1]}; pad the image to a "
-                'multiple of the coarsest stride, or use high_offset="aligned", which takes any '
-                "sizes"
+                f"{finer[0]}x{finer[1]}, rounded up), got {size[0]}x{size[1]}; {advice}, or use "
+                'high_offset="aligned", which takes any sizes'
             )
 
 

@@ -31,7 +31,14 @@ NAMES = ("cpu", "cuda")
 
 _ROOT = _PACKAGE.parent  # of a checkout; of an installed package it has no csrc/
 
-_REBUILD = "run make build, or pip install --force-reinstall --no-deps ., in the source tree"
+_REBUILD = (
+    "run make build, or pip install --no-build-isolation --force-reinstall --no-deps ., in the "
+    "source tree"
+)
+_BUILD_HERE = (
+    "run make build here; or, if the package is installed too, start Python in another folder, as "
+    "it imports the sources where it finds them"
+)
 
 
 class _Unavailable(Exception):
@@ -92,10 +99,11 @@ def _check(name: str, record: dict[str, Any]) -> None:
             f"it was not built: {build.get('reason', 'no reason recorded')}",
             f"remedy that and {_REBUILD}",
         )
-    if not path(name).is_file():
-        raise _Unavailable(f"{path(name)} does not exist", _REBUILD)
-    # In a checkout the sources may have changed since the build.
     csrc = _ROOT / "csrc"
+    if not path(name).is_file():
+        fix = _BUILD_HERE if csrc.is_dir() else _REBUILD
+        raise _Unavailable(f"{path(name)} does not exist", fix)
+    # In a checkout the sources may have changed since the build.
     if csrc.is_dir() and build.get("sources") != digest(_ROOT, name):
         raise _Unavailable(f"it was not built from {csrc} as it is now", _REBUILD)
     built_for = (record.get("torch") or {}).get("cuda")

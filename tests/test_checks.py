@@ -284,3 +284,10 @@ def test_levels_without_pixels(module: Any, high_offset: str, size: tuple[int, i
         features, random_block_parameters(4, 8), high_offset=high_offset, num_groups=2
     )
     assert [x.shape for x in outs] == [(2, 8, *x.shape[-2:]) for x in features]
+
+
+def test_a_single_image_is_named_as_such() -> None:
+    with pytest.raises(ValueError, match=r"\[N, 16, H, W\], got \[16, 4, 4\]; .* x\[None\]"):
+        checks.pyramid([torch.zeros(16, 4, 4)], 16, "flat")
+    with pytest.raises(ValueError, match=r"got \[1, 8, 4, 4\]; in_channels of the head"):
+        checks.pyramid([torch.zeros(1, 8, 4, 4)], 16, "flat")

@@ -5,17 +5,24 @@ from __future__ import annotations
 import ast
 import pkgutil
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from PIL import Image
 
+import dyhead_cuda
+from dyhead_cuda import compat, detection, functional, modules, reference
 from dyhead_cuda.__main__ import COMMANDS
+from dyhead_cuda.version import __version__
 from tests.helpers.paths import ROOT
 
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*GUIDES, ROOT / "CHANGELOG.md"]  # which also names what was somewhere else before
-NOT_RUN = "# Not run by the tests:"
+NOT_RUN = "# Not run by the tests:"  # the first line of what needs a package that is not there
+IN_TURN = ROOT / "docs" / "export.md"  # whose blocks go on from each other: tests/onnx
 
 FOLDERS = ("csrc", "cmake", "dyhead_cuda", "benchmarks", "examples", "tests", "docs", ".ci")
 ENDINGS = "py|md|h|cuh|cu|cpp|inc|cmake|toml|yml|txt|json|in"
@@ -118,14 +125,71 @@ def test_the_readme_executes_nothing_of_a_checkpoint() -> None:
     assert "torch.load(" not in text
 
 
-def test_examples_of_the_readme_run() -> None:
-    blocks = python_blocks(ROOT / "README.md")
-    run = [block for block in blocks if NOT_RUN not in block]
-    assert run
-    assert len(blocks) - len(run) <= 2, "most examples should run"
-    namespace: dict[str, object] = {}
-    for block in run:
-        exec(compile(block, "README.md", "exec"), namespace)
+WITH_EXAMPLES = [page for page in GUIDES if page != IN_TURN and python_blocks(page)]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
+def test_examples_stand_alone(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block can be pasted into a new Python as it is."""
+    monkeypatch.chdir(tmp_path)  # for what they write
+    for block in python_blocks(page):
+        if NOT_RUN in block:
+            assert page.name != "README.md"
+        else:
+            exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
+
+
+def test_pages_for_newcomers_have_examples() -> None:
+    assert {"README.md", "start.md", "detectors.md"} <= {page.name for page in WITH_EXAMPLES}
+
+
+def test_the_first_screen_says_what_one_must_know() -> None:
+    text = (ROOT / "README.md").read_text()
+    first = text[: text.index("## Use")]
+    for needed in ("make demo", "make test", "No GPU has run", "pip install", "Linux", "Python"):
+        assert needed in first, needed
+    assert "installs\nnothing into other environments" in first
+    assert len(text.splitlines()) < 110, "what is longer belongs into docs/"
+
+
+def test_every_example_is_linked() -> None:
+    linked = {path for page in ("README.md", "docs/start.md") for path, _ in links(ROOT / page)}
+    assert set((ROOT / "examples").glob("*.py")) <= linked
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == __version__  # type: ignore[index]
+    assert "arXiv:2106.08322" in text
+
+
+def test_the_api_has_every_public_name() -> None:
+    """The page that is made of docstrings names what it shows; nothing public is missing."""
+    listed = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    shown = {id(pkgutil.resolve_name(name)) for name in listed}
+    assert len(shown) == len(listed), "a name is there twice"
+    types = {"ATTENTIONS", "Activation", "Attention", "HighOffset", "Init", "ResizeMode"}
+    types |= {"Targets", "UnifiedParameters", "Upsample"}
+    for module in (dyhead_cuda, compat, detection, functional, modules, reference):
+        for name in set(module.__all__) - types:
+            value = getattr(module, name)
+            if not isinstance(value, str | ModuleType):
+                assert id(value) in shown, f"{module.__name__}.{name} is missing in docs/api.md"
+
+
+def test_pictures_are_small_and_drawn_by_the_script(tmp_path: Path) -> None:
+    pictures = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    committed = {path.name: path.stat().st_size for path in (ROOT / "docs" / "images").iterdir()}
+    assert set(committed) == {"demo.png", "quirk.png", "offsets.png"}
+    assert committed["demo.png"] < 200_000
+    assert committed["quirk.png"] + committed["offsets.png"] < 200_000
+    for name in ("quirk", "offsets"):
+        pictures[name](tmp_path / f"{name}.png")
+        with (
+            Image.open(tmp_path / f"{name}.png") as new,
+            Image.open(ROOT / "docs" / "images" / f"{name}.png") as old,
+        ):
+            assert new.size == old.size
 
 
 @names

@@ -31,6 +31,13 @@ def test_a_missing_file(empty: Path) -> None:
     assert reason("cpu", {}) == f"{empty / 'libdyhead_cpu.so'} does not exist"
 
 
+def test_sources_that_hide_an_installed_package_are_named(empty: Path) -> None:
+    """After pip install in a checkout, Python still imports the checkout while it stands there."""
+    assert "in the source tree" in library._load("cpu", {}).fix
+    (empty / "no" / "csrc").mkdir(parents=True)
+    assert "start Python in another folder" in library._load("cpu", {}).fix
+
+
 def test_what_was_not_built_says_why(empty: Path) -> None:
     record = {"cpu": {"built": False, "reason": "no compiler", "log_tail": []}}
     assert reason("cpu", record) == "it was not built: no compiler"

@@ -156,10 +156,11 @@ def memory(results: Results, figure: Figure) -> bool:
 
 
 def roofline(results: Results, figure: Figure) -> bool:
-    """TFLOP/s over FLOP per byte, under the rates of a large copy and a large product."""
-    if results.ceilings is None:
+    """TFLOP/s over FLOP per byte, under the rates of a large copy and of products."""
+    rates = results.rates
+    if results.ceilings is None or not rates:
         return False
-    copy, rates = results.ceilings["copy_gb_per_s"], results.ceilings["product_tflop_per_s"]
+    copy = results.ceilings["copy_gb_per_s"]
     rows = [r for r in results.rows if r.implementation in (OURS, "torchvision")]
     # A row that ran in another precision repeats the row of that precision.
     shown = [r for r in rows if r.tflop_per_s and r.ran_in == r.precision and r.ran_in in rates]

@@ -53,7 +53,7 @@ def _report(path: Path, base: Path) -> str:
     facts = results.environment
     groups = _shown(results)
     columns = [name for name in PEERS if any(_peer(name, group, OK) for group in groups)]
-    rated = results.ceilings is not None
+    rated = bool(results.rates)
     header = ["case", "precision", "direction", OURS, *columns, *["roofline"] * rated, "memory"]
     rows = [_cells(results, group, columns) for group in groups]
     lines = [
@@ -63,7 +63,10 @@ def _report(path: Path, base: Path) -> str:
         "",
         table(header, rows, text_columns=3),
         "",
-        _legend(rated, noted=any(NOTE in cell for row in rows for cell in row)),
+        _legend(
+            facts["device"] if rated else None,
+            noted=any(NOTE in cell for row in rows for cell in row),
+        ),
         "",
         _links(path, base),
     ]
@@ -93,7 +96,7 @@ def _cells(results: Results, group: dict[str, Row], columns: Sequence[str]) -> l
             cells.append("")
         else:
             cells.append(f"{times:.1f} x" + NOTE * (peer.ran_in != peer.precision))
-    if results.ceilings is not None:
+    if results.rates:
         share = results.of_roofline(own)
         cells.append("" if share is None else f"{share:.0%}")
     cells.append(_memory(group))
@@ -111,15 +114,17 @@ def _memory(group: dict[str, Row]) -> str:
     return " / ".join(mebibytes(row.memory) for row in rows if row.memory is not None)
 
 
-def _legend(rated: bool, noted: bool) -> str:
+def _legend(rated: str | None, noted: bool) -> str:
+    """What the columns mean; ``rated``: the device, if they have a roofline."""
     text = (
         "Medians; the columns of others say how many times longer they take. Memory is the peak "
         "beyond inputs and parameters, ours / layer by layer."
     )
     if rated:
+        products = "multiply-adds on registers" if rated == "cpu" else "large matrix products"
         text += (
-            " Roofline: the time that the rates of a large copy and of large matrix products, "
-            "measured in the same run, allow, over the time taken."
+            f" Roofline: the time that the rates of a large copy and of {products}, measured in "
+            "the same run, allow, over the time taken."
         )
     if noted:
         text += f"{NOTE} in its own best precision, as it has no kernel of this one."

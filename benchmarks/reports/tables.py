@@ -90,11 +90,12 @@ def table_of(title: str, results: Results, rows: Sequence[Row]) -> Table:
 
 
 def ceilings_line(results: Results) -> str:
-    """The measured roofline in words."""
+    """The measured rates in words."""
     if results.ceilings is None:
-        return "roofline: not measured"
-    rates = ", ".join(
-        f"{precision} {rate:.3g} TFLOP/s"
-        for precision, rate in results.ceilings["product_tflop_per_s"].items()
-    )
-    return f"roofline: copy {results.ceilings['copy_gb_per_s']:.3g} GB/s; products {rates}"
+        return "rates: not measured"
+    said = [f"copy {results.ceilings['copy_gb_per_s']:.3g} GB/s"]
+    for name, title in (("product_tflop_per_s", "torch.mm"), ("fma_tflop_per_s", "multiply-adds")):
+        if rates := results.ceilings.get(name):
+            shown = ", ".join(f"{precision} {rate:.3g}" for precision, rate in rates.items())
+            said.append(f"{title} {shown} TFLOP/s")
+    return f"rates: {'; '.join(said)}"

@@ -118,6 +118,7 @@ class UnifiedDyHeadBlock(NotScriptable, nn.Module):
             TypeError: no tensor.
             ValueError: shapes, devices or types that do not fit.
         """
+        checks.unified_features(features, self.levels, self.channels)
         reason = self.unfused_reason()
         if reason is not None:
             if plain.say_once(self, "A UnifiedDyHeadBlock", reason):
@@ -128,7 +129,6 @@ class UnifiedDyHeadBlock(NotScriptable, nn.Module):
         return recomputed(run, *arguments) if self.recompute else run(*arguments)
 
     def _unfused(self, features: Tensor) -> Tensor:
-        checks.unified_features(features, self.levels, self.channels)
         return unfused.unified_block(
             features.to(dtype_of(self, features)),
             self.scale,

@@ -18,7 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import heads, peers
 from benchmarks.cases.problems import BOTH, DIRECTIONS, FORWARD, OURS, Problem, Setting
 from benchmarks.cases.shapes import SHAPE_SETS
-from benchmarks.measuring import probes, runner, timing
+from benchmarks.measuring import fma, probes, runner, timing
 from benchmarks.measuring.timing import COLD, GRAPH, QUICK, WARM, Effort, Timing
 from benchmarks.reports import results
 from benchmarks.reports.results import Row
@@ -54,6 +54,7 @@ def test_a_quick_run_writes_a_complete_record(tmp_path: Path) -> None:
     assert found.ceilings is not None
     assert found.ceilings["copy_gb_per_s"] > 0
     assert set(found.ceilings["product_tflop_per_s"]) == {"float32", "bfloat16"}
+    assert set(found.rates) == {"float32", "bfloat16"}
     names = {
         "fuse_branches": {OURS, "layer by layer"},
         "head": {OURS, "torchvision", "dense convolution"},
@@ -329,6 +330,21 @@ def test_rates_are_those_of_large_copies_and_products() -> None:
     assert found["copy_gb_per_s"] > 0
     assert set(found["product_tflop_per_s"]) == {"float32", "float64"}
     assert all(rate > 0 for rate in found["product_tflop_per_s"].values())
+
+
+def test_multiply_adds_have_a_rate_in_every_precision() -> None:
+    found = fma.rates(["float64", "float32", "float16"], 1, 20)
+    assert 0 < found["float64"] < found["float32"] < 100
+    assert found["float16"] > 0  # no instruction: computed in float32
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
+def test_without_a_compiler_there_is_no_rate(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert fma.rates(["float32"], 1, 20) == {}
+    assert "set CXX to a C++ compiler" in capsys.readouterr().err
 
 
 def test_peers_agree_on_what_is_installed() -> None:

@@ -113,6 +113,16 @@ def test_derived_numbers() -> None:
     assert several.time == Timing(2, 2, 2, 2)
 
 
+def test_on_a_cpu_the_roofline_is_that_of_multiply_adds() -> None:
+    slow = row(ran_in="float32", precision="float32")
+    without = Results(environment("cpu"), CEILINGS, [slow])
+    assert without.of_roofline(slow) is None  # torch.mm may be far below what is possible
+    measured = {**CEILINGS, "fma_tflop_per_s": {"float32": 400.0}}
+    assert Results(environment("cpu"), measured, [slow]).of_roofline(slow) == pytest.approx(0.5)
+    data = Results(environment("cpu"), measured, [slow]).as_data()
+    assert results.from_data(json.loads(json.dumps(data))).rates == {"float32": 400.0}
+
+
 # --- compare ------------------------------------------------------------------------------------
 
 
@@ -269,6 +279,20 @@ def test_report(tmp_path: Path) -> None:
     assert "mmcv" not in text
     assert "best precision" in text
     assert text.endswith("[all numbers](results/gpu.json), [roofline](results/gpu-roofline.png)")
+
+
+def test_a_report_shows_a_roofline_where_it_was_measured(tmp_path: Path) -> None:
+    def text(ceilings: dict[str, Any]) -> str:
+        path = tmp_path / "cpu.json"
+        rows = [row(), row("torchvision", 0.1)]
+        results.write(Results(environment("cpu"), ceilings, rows), str(path))
+        return report.section([path], tmp_path)
+
+    assert "oofline" not in text(CEILINGS)
+    measured = text({**CEILINGS, "fma_tflop_per_s": {"bfloat16": 400.0}})
+    assert "| roofline |" in measured
+    assert " 50% |" in measured
+    assert "multiply-adds on registers" in measured
 
 
 def test_report_is_written_between_the_markers(

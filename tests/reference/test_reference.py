@@ -415,7 +415,7 @@ def test_hsigmoid() -> None:
     [
         ([(25, 25), (12, 13)], r"level 1 of size 13x13 \(half of level 0's 25x25.*got 12x13"),
         ([(8, 8), (4, 4), (3, 2)], r"level 2 of size 2x2 \(half of level 1's 4x4.*got 3x2"),
-        ([(4, 4), (8, 8)], r"level 1 of size 2x2 .*got 8x8"),
+        ([(4, 4), (8, 8)], r"level 1 of size 2x2 .*got 8x8; the finest level comes first"),
         ([(8, 8), (4, 5)], r"level 1 of size 4x4 .*got 4x5"),
     ],
 )

@@ -1,0 +1,99 @@
+// What the vector units of this processor multiply at most: fused multiply-adds on registers.
+//
+//   fma_peak float32|float64|bfloat16 THREADS MILLISECONDS
+//
+// prints TFLOP/s: the best of many short runs of each thread, added up. Nothing is loaded or
+// stored, and there are enough independent sums to fill every unit for its whole latency.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kSums = 12;  // two units of latency 4 or 5 need 10; 16 registers hold 12 and a factor
+constexpr int kRounds = 20000;
+
+using Clock = std::chrono::steady_clock;
+
+template <class T>
+struct Fma {
+  typedef T Vector __attribute__((vector_size(kBytes)));
+  static constexpr double kFlop = 2.0 * kBytes / sizeof(T);
+  static void add(Vector& sum, const Vector& a) { sum = sum * a + a; }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16, added in float32.
+struct FmaOfPairs {
+  using Vector = __m512bh;
+  static constexpr double kFlop = 2.0 * 32;
+  static void add(__m512& sum, const Vector& a) { sum = _mm512_dpbf16_ps(sum, a, a); }
+};
+#endif
+
+template <class F, class Sum>
+double once(const typename F::Vector& factor) {
+  Sum sums[kSums] = {};
+  const auto begin = Clock::now();
+  for (int round = 0; round < kRounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) F::add(sums[i], factor);
+  }
+  const std::chrono::duration<double> seconds = Clock::now() - begin;
+  for (auto& sum : sums) asm volatile("" : : "m"(sum));  // used, as far as the compiler knows
+  return F::kFlop * kSums * kRounds / seconds.count();
+}
+
+template <class F, class Sum = typename F::Vector>
+double best(int threads, double milliseconds) {
+  std::vector<double> rates(threads, 0.0);
+  std::vector<std::thread> running;
+  const auto end = Clock::now() + std::chrono::duration<double, std::milli>(milliseconds);
+  for (int t = 0; t < threads; ++t) {
+    running.emplace_back([&rates, t, end] {
+      typename F::Vector factor = {};
+      asm volatile("" : "+m"(factor));
+      while (Clock::now() < end) rates[t] = std::max(rates[t], once<F, Sum>(factor));
+    });
+  }
+  double sum = 0;
+  for (int t = 0; t < threads; ++t) {
+    running[t].join();
+    sum += rates[t];
+  }
+  return sum / 1e12;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return std::fprintf(stderr, "usage: fma_peak TYPE THREADS MILLISECONDS\n"), 2;
+  const int threads = std::atoi(argv[2]);
+  const double milliseconds = std::atof(argv[3]);
+  if (!std::strcmp(argv[1], "float32")) {
+    std::printf("%.6f\n", best<Fma<float>>(threads, milliseconds));
+  } else if (!std::strcmp(argv[1], "float64")) {
+    std::printf("%.6f\n", best<Fma<double>>(threads, milliseconds));
+#if defined(__AVX512BF16__)
+  } else if (!std::strcmp(argv[1], "bfloat16")) {
+    std::printf("%.6f\n", best<FmaOfPairs, __m512>(threads, milliseconds));
+#endif
+  } else {
+    return std::fprintf(stderr, "no multiply-add of %s here\n", argv[1]), 3;  // as fma.py expects
+  }
+}
