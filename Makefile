@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 SECOND_TORCH ?= 2.13.0
+OLD_TORCHES ?= 2.4.1 2.9.1
+WHEEL_TORCHES ?= 2.10.0 2.14.1
 DEMO_IMAGE ?=
 DEMO_ARGS ?=
 TRAIN_STEPS ?= 3000
@@ -46,10 +48,11 @@ define make_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv second-venv build test fuzz sanitize soak demo demo-train docs lint format bench gpu-check clean
+.PHONY: help venv second-venv build test test-old-torch fuzz sanitize soak demo demo-train docs lint format bench \
+  gpu-check wheel wheel-check clean
 
 help: ## list the targets and variables
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 	@echo
 	@echo "variables:"
 	@echo "  PYTHON=python3        the Python that makes the environment, or with VENV=none the one to use"
@@ -61,8 +64,9 @@ help: ## list the targets and variables
 	@echo "  SANITIZE_CALLS=$(SANITIZE_CALLS), SOAK_STEPS=$(SOAK_STEPS)  of make sanitize and make soak"
 	@echo "  PYTEST_WORKERS=auto   processes that share the tests: a number, auto: one for each CPU, none: no sharing"
 	@echo "  SECOND_TORCH=$(SECOND_TORCH)   the other torch that the library is tested under; none: skip that"
+	@echo "  OLD_TORCHES=\"$(OLD_TORCHES)\", WHEEL_TORCHES=\"$(WHEEL_TORCHES)\"  of make test-old-torch and wheel-check"
 	@echo "  DYHEAD_REQUIRE=cpu    libraries whose build must succeed, e.g. cpu,cuda"
-	@echo "  DYHEAD_CUDA_ARCHS, DYHEAD_CUDA=off, DYHEAD_WERROR=on, DYHEAD_LINEINFO=on, CXX, CUDACXX, MAX_JOBS: see setup.py"
+	@echo "  DYHEAD_CUDA_ARCHS, DYHEAD_CUDA=off or local, DYHEAD_WERROR=on, DYHEAD_LINEINFO=on, CXX, CUDACXX, MAX_JOBS: see setup.py"
 
 venv: $(ENVIRONMENT) ## create .venv with the pinned packages of constraints.txt
 
@@ -95,6 +99,9 @@ endif
 test: build $(SECOND) ## run all tests
 	$(RUN) -m pytest $(PYTEST_SHARE) $(PYTEST_ARGS)
 
+test-old-torch: $(ENVIRONMENT) ## test builds for torch releases before 2.10, each in an environment of its own
+	$(RUN) -m tests.old_torch $(OLD_TORCHES)
+
 fuzz: build ## random calls of everything public, against the reference (docs/reliability)
 	$(RUN) -m tests.fuzz --calls $(FUZZ_CALLS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
@@ -104,6 +111,8 @@ sanitize: build ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanit
 soak: build ## train for long, and see that memory stays flat (docs/reliability)
 	$(RUN) -m tests.soak --steps $(SOAK_STEPS)
 
+# Nobody should wait minutes for code for GPUs that are elsewhere before the first picture.
+demo demo-train: export DYHEAD_CUDA ?= local
 demo: build ## run the head on a photograph, compare with the reference, draw what it attends to
 	$(RUN) -m dyhead_cuda demo $(if $(DEMO_IMAGE),--image "$(DEMO_IMAGE)") $(DEMO_ARGS)
 
@@ -143,6 +152,13 @@ gpu-check: ## build for the GPU here, test, run the sanitizers, benchmark (under
 	fi; \
 	$$run -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
+# DYHEAD_REQUIRE=cuda makes it an error if there is no CUDA wheel.
+wheel: $(ENVIRONMENT) ## make the sources and the wheels of a release, in dist/
+	$(RUN) -m release
+
+wheel-check: $(ENVIRONMENT) ## the same, then run each wheel in clean environments with one torch each
+	$(RUN) -m release --torches $(WHEEL_TORCHES)
+
 clean: ## remove what was built (environments stay)
 	rm -rf build dist dyhead_cuda/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find dyhead_cuda tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find dyhead_cuda tests benchmarks release -name __pycache__ -prune -exec rm -rf {} +

@@ -8,13 +8,16 @@ fail the installation, unless ``DYHEAD_REQUIRE`` names it.
 Environment:
 
 * ``DYHEAD_REQUIRE``: libraries that must be built, e.g. ``cpu`` or ``cpu,cuda``.
-* ``DYHEAD_CUDA=off``: do not build the CUDA library.
+* ``DYHEAD_CUDA=off``: do not build the CUDA library. ``DYHEAD_CUDA=local``: build it for the GPUs
+  of this machine alone, and where there is none leave it as it is; ``make demo`` does that.
 * ``DYHEAD_CUDA_ARCHS``: compute capabilities, separated by semicolons, e.g. ``80;90a``; by default
   those of ``cmake/cuda_archs.cmake`` that nvcc knows, and those of the GPUs of this machine.
 * ``DYHEAD_SANITIZE=address`` or ``thread``: build the CPU library alone for that sanitizer, into
   ``build/sanitized/<name>`` (docs/reliability/README.md).
 * ``DYHEAD_WERROR=on``: warnings are errors. ``DYHEAD_LINEINFO=on``: the CUDA library knows its
   source lines, for profilers and compute-sanitizer.
+* ``DYHEAD_TORCH_INTERFACE``: ``stable`` or ``classic``, which of torch's C++ interfaces to compile
+  against; by default stable where torch has it, from 2.10 on (``cmake/torch_interface.cmake``).
 * ``CXX``, ``CUDACXX``: the C++ compiler and nvcc; ``CUDAHOSTCXX``: the compiler that nvcc uses, if
   it does not take ``CXX``; ``MAX_JOBS``: compile jobs at a time.
 """
@@ -30,8 +33,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +70,15 @@ class Torch:
     @classmethod
     def find(cls) -> Torch:
         spec = importlib.util.find_spec("torch")
-        if spec is None or spec.origin is None:
+        if spec is not None and spec.origin is not None:
+            directory = Path(spec.origin).parent
+        else:  # pip builds without the packages of the environment, but with its Python
+            directory = Path(sysconfig.get_path("platlib")) / "torch"
+        if not (directory / "version.py").is_file():
             raise NotBuilt(
-                f"torch is not installed for {sys.executable}: install torch >= 2.11 first, "
-                "or leave out --no-build-isolation"
+                f"torch is not installed for {sys.executable}: install it first, then run "
+                "pip install --no-build-isolation --force-reinstall --no-deps with the sources"
             )
-        directory = Path(spec.origin).parent
         version = runpy.run_path(str(directory / "version.py"))
         return cls(directory, str(version["__version__"]), version["cuda"])
 
@@ -107,19 +115,25 @@ def find_program(variable: str, candidates: list[str], meaning: str) -> str:
     raise NotBuilt(f"no {meaning} found: install one, or set {variable} to it")
 
 
-def switch(variable: str, default: str) -> bool:
-    """What an environment variable says that is "on" or "off"."""
+def setting(variable: str, default: str, *others: str) -> str:
+    """What an environment variable says that is "on" or "off", or one of the others."""
     value = os.environ.get(variable) or default
-    if value not in ("on", "off"):
-        raise NotBuilt(f"{variable}: expected on or off, got {value!r}")
-    return value == "on"
+    if value not in ("on", "off", *others):
+        raise NotBuilt(f"{variable}: expected {', '.join(('on', *others))} or off, got {value!r}")
+    return value
 
 
 def find_nvcc(torch: Torch) -> str:
     if SANITIZE:
         raise NotBuilt("DYHEAD_SANITIZE is for the CPU library")
-    if not switch("DYHEAD_CUDA", "on"):
+    wanted = setting("DYHEAD_CUDA", "on", "local")
+    if wanted == "off":
         raise NotBuilt("switched off by DYHEAD_CUDA=off")
+    if wanted == "local" and not local_archs():
+        raise NotBuilt(
+            "DYHEAD_CUDA=local is for the GPUs of this machine, and it has none that the kernels "
+            "run on; run make build for all of them"
+        )
     if torch.cuda is None:
         raise NotBuilt(f"torch {torch.version} has no CUDA: install a CUDA build of torch")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -134,6 +148,7 @@ def find_nvcc(torch: Torch) -> str:
     return nvcc
 
 
+@cache
 def local_archs() -> list[str]:
     """The entries of DYHEAD_CUDA_ARCHS for the GPUs of this machine that the kernels run on."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -187,7 +202,8 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
         f"-DCMAKE_CXX_COMPILER={compiler}",
         f"-DDYHEAD_LIBRARY={name}",
         f"-DDYHEAD_TORCH_DIR={torch.directory}",
-        f"-DDYHEAD_WERROR={switch('DYHEAD_WERROR', 'off')}",
+        f"-DDYHEAD_TORCH_INTERFACE={os.environ.get('DYHEAD_TORCH_INTERFACE', '')}",
+        f"-DDYHEAD_WERROR={setting('DYHEAD_WERROR', 'off')}",
     ]
     if SANITIZE:
         arguments.append(f"-DDYHEAD_SANITIZE={SANITIZE}")
@@ -195,9 +211,11 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
         arguments.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc(torch)}")
         host_compiler = os.environ.get("CUDAHOSTCXX", compiler)
         arguments.append(f"-DCMAKE_CUDA_HOST_COMPILER={host_compiler}")
-        arguments.append(f"-DDYHEAD_LINEINFO={switch('DYHEAD_LINEINFO', 'off')}")
+        arguments.append(f"-DDYHEAD_LINEINFO={setting('DYHEAD_LINEINFO', 'off')}")
         if os.environ.get("DYHEAD_CUDA_ARCHS"):
             arguments.append(f"-DDYHEAD_CUDA_ARCHS={os.environ['DYHEAD_CUDA_ARCHS']}")
+        elif setting("DYHEAD_CUDA", "on", "local") == "local":
+            arguments.append(f"-DDYHEAD_CUDA_ARCHS={';'.join(local_archs())}")
         else:
             arguments.append(f"-DDYHEAD_CUDA_LOCAL_ARCHS={';'.join(local_archs())}")
     return arguments
@@ -247,6 +265,21 @@ def warn(name: str, problem: NotBuilt) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
+def kept_record(name: str, target: Path, sources: str) -> dict[str, Any] | None:
+    """What is recorded of a CUDA library that DYHEAD_CUDA=local takes as it is; None to build it.
+
+    It must be built from the sources as they are, and have code for the GPUs of this machine.
+    """
+    if name != "cuda" or os.environ.get("DYHEAD_CUDA") != "local":
+        return None
+    try:
+        record = json.loads((target / "build.json").read_text())["cuda"]
+    except (OSError, ValueError, KeyError):
+        return None
+    fits = record.get("sources") == sources and set(local_archs()) <= set(record["archs"])
+    return record if fits and (target / f"libdyhead_{name}.so").is_file() else None
+
+
 def build_libraries(target: Path) -> list[Path]:
     """Builds what can be built into ``target``; returns the files that lie there."""
     required = required_libraries()
@@ -261,9 +294,13 @@ def build_libraries(target: Path) -> list[Path]:
             torch = Torch.find()
             record["torch"] = {"version": torch.version, "cuda": torch.cuda}
             sources = digest(ROOT, name)  # before the build: what changes meanwhile is not in it
-            library, record[name] = build_library(name, torch)
-            record[name]["sources"] = sources
-            replace_file(installed, library.read_bytes())
+            kept = kept_record(name, target, sources)
+            if kept is None:
+                library, record[name] = build_library(name, torch)
+                record[name]["sources"] = sources
+                replace_file(installed, library.read_bytes())
+            else:
+                record[name] = kept
             files.append(installed)
         except NotBuilt as problem:
             installed.unlink(missing_ok=True)

@@ -6,8 +6,10 @@
 # the kinds of arithmetic that it has, if not all.
 set(DYHEAD_TILE_KERNELS
     "deform_conv/deform_conv_fwd DeformFwdKernels"
+    "deform_conv/deform_conv_fwd_wgmma DeformFwdWgmmaKernels bfloat16 float16"
     "deform_conv/plain_conv_fwd PlainFwdKernels bfloat16 float16 tf32"
     "deform_conv/deform_conv_bwd_input DeformBwdInputKernels"
+    "deform_conv/deform_conv_bwd_input_wgmma DeformBwdInputWgmmaKernels bfloat16 float16"
     "deform_conv/deform_conv_bwd_weights DeformBwdWeightsKernels")
 # Name of the arithmetic in the file's name, and the argument of Operand (csrc/cuda/tile/tile_gemm.cuh) that it is.
 set(DYHEAD_ARITHMETIC "bfloat16 bfloat16" "float16 float16" "tf32 Tf32" "float32 float" "float64 double")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dyhead_cuda import checks, library
+from dyhead_cuda import checks, library, older_torch
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -97,7 +97,8 @@ def _is_exporting_onnx(requested: Backend) -> bool:
     """
     if not _is_in_onnx_export():
         return False
-    if not torch.compiler.is_exporting():
+    older_torch.require("torch.onnx.export of a Dynamic Head", (2, 7))
+    if not older_torch.is_exporting():
         raise RuntimeError(
             "expected torch.onnx.export(..., dynamo=True), got dynamo=False, whose exporter has no "
             "deformable convolution"

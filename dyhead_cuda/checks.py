@@ -63,7 +63,7 @@ def switch(**values: bool) -> None:
 
 def _whole(value: Any) -> bool:
     """Whether ``value`` is an integer; True and False are none here."""
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def integers(**values: int) -> None:
@@ -82,7 +82,7 @@ def positive(**sizes: int) -> None:
 
 def epsilon(value: float) -> None:
     """Raise unless ``value`` can be the eps of a normalisation."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"expected eps as a number of at least 0, got {value!r}")
 
 
@@ -115,7 +115,7 @@ def tensor(name: str, value: Any) -> None:
 def levels(features: Any) -> None:
     """Raise unless ``features`` is a sequence of at least one tensor."""
     if type(features) not in (list, tuple) and (
-        not isinstance(features, Sequence) or isinstance(features, str | bytes)
+        not isinstance(features, Sequence) or isinstance(features, (str, bytes))
     ):
         advice = "make a list of it"
         if isinstance(features, Tensor):
@@ -169,7 +169,7 @@ def pair(
     name: str, value: int | Sequence[int], least: int, most: int = MAX_STEP
 ) -> tuple[int, int]:
     """One integer, or two for the vertical and the horizontal, as two; raise upon others."""
-    both = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    both = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if len(both) != 2 or any(not _whole(v) or v < least for v in both):
         raise ValueError(f"expected {name} as one or two integers >= {least}, got {value!r}")
     if max(both) > most:
@@ -423,7 +423,7 @@ def stackable(features: Sequence[Tensor], mode: str, size: Sequence[int] | None 
             )
     if size is None or torch.jit.is_tracing():  # which has sizes as tensors
         return
-    whole = isinstance(size, list | tuple) and all(map(_whole, size))
+    whole = isinstance(size, (list, tuple)) and all(map(_whole, size))
     if not whole or len(size) != 2 or min(size) < 0:
         raise ValueError(f"expected size as two integers >= 0, (H, W), got {size!r}")
 

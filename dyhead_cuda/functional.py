@@ -456,7 +456,7 @@ def pyramid_blocks(
         [(1, 16, 8, 8), (1, 16, 4, 4)]
     """
     checks.levels(features)
-    if not isinstance(blocks, list | tuple) or isinstance(blocks, BlockParameters):
+    if not isinstance(blocks, (list, tuple)) or isinstance(blocks, BlockParameters):
         raise TypeError(
             "expected blocks as a list or tuple of dyhead_cuda.BlockParameters, got "
             f"{type(blocks).__name__}"

@@ -229,7 +229,10 @@ def block_rows(
         [b.norm_bias for b in branches],
         p.gate_weight,
         p.gate_bias,
-        *p.task,
+        p.fc1_weight,  # not *p.task, which the compiler of torch 2.4 cannot read
+        p.fc1_bias,
+        p.fc2_weight,
+        p.fc2_bias,
         plan.job_levels,
         plan.job_branches,
         num_groups=num_groups,

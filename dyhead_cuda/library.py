@@ -1,8 +1,9 @@
 """Loads the native libraries and keeps the reason where one did not load.
 
 ``libdyhead_cpu.so`` holds the operator schemas and the CPU kernels, ``libdyhead_cuda.so`` the CUDA
-kernels; both speak PyTorch's stable ABI. They are loaded once, when this module is imported (so in
-one thread, under Python's import lock); importing never raises.
+kernels. Built for torch 2.10 or newer they speak its stable ABI and serve all of these; built for
+an older torch they serve its minor version alone. They are loaded once, when this module is
+imported (so in one thread, under Python's import lock); importing never raises.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import ctypes
 import json
 import logging
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dyhead_cuda import archs
+from dyhead_cuda.older_torch import minor
 from dyhead_cuda.sources import digest
 from dyhead_cuda.version import MINIMUM_TORCH
 
@@ -56,10 +57,14 @@ class _State:
     fix: str = ""
 
 
-def path(name: str) -> Path:
-    """The file of the library ``name`` ("cpu" or "cuda"), whether or not it exists."""
+def _check_name(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"expected a library out of {NAMES}, got {name!r}")
+
+
+def path(name: str) -> Path:
+    """The file of the library ``name`` ("cpu" or "cuda"), whether or not it exists."""
+    _check_name(name)
     return DIRECTORY / f"libdyhead_{name}.so"
 
 
@@ -67,8 +72,9 @@ def read_build_record(directory: Path = DIRECTORY) -> dict[str, Any]:
     """What the build wrote about itself; empty if there is no (readable) ``build.json``.
 
     Keys: ``torch`` (version and CUDA version built against) and, for each library, ``built``, then
-    ``sources`` (their digest), ``compiler``, ``flags``, ``time`` (UTC), for CUDA ``nvcc`` and
-    ``archs``; or ``reason`` and ``log_tail``.
+    ``sources`` (their digest), ``interface`` of torch ("stable" or "classic") and the ``torch``
+    that it needs (at least that version, or exactly that), ``compiler``, ``flags``, ``time`` (UTC),
+    for CUDA ``nvcc`` and ``archs``; or ``reason`` and ``log_tail``.
     """
     try:
         record = json.loads((directory / "build.json").read_text())
@@ -81,10 +87,23 @@ def _major(version: str) -> str:
     return version.split(".")[0]
 
 
+def _check_interface(build: dict[str, Any]) -> None:
+    """Raises _Unavailable where a library was built for another torch."""
+    if "torch" not in build:
+        return
+    needed, found = build["torch"], minor(torch.__version__)
+    if build.get("interface") == "classic":
+        if found != minor(needed):
+            reason = f"it was built for torch {needed} alone, found {torch.__version__}"
+            raise _Unavailable(reason, _REBUILD)
+    elif found < minor(needed):
+        reason = f"it was built for torch {needed} or newer, found {torch.__version__}"
+        raise _Unavailable(reason, f"{_REBUILD}; or update torch")
+
+
 def _check(name: str, record: dict[str, Any]) -> None:
     """Raises _Unavailable for every reason that can be told without opening the file."""
-    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if found < MINIMUM_TORCH:
+    if minor(torch.__version__) < MINIMUM_TORCH:
         minimum = ".".join(map(str, MINIMUM_TORCH))
         raise _Unavailable(
             f"it needs torch >= {minimum}, found {torch.__version__}", "update torch"
@@ -103,6 +122,7 @@ def _check(name: str, record: dict[str, Any]) -> None:
     if not path(name).is_file():
         fix = _BUILD_HERE if csrc.is_dir() else _REBUILD
         raise _Unavailable(f"{path(name)} does not exist", fix)
+    _check_interface(build)
     # In a checkout the sources may have changed since the build.
     if csrc.is_dir() and build.get("sources") != digest(_ROOT, name):
         raise _Unavailable(f"it was not built from {csrc} as it is now", _REBUILD)
@@ -146,7 +166,7 @@ def _message(name: str, state: _State) -> str:
 
 
 def _state(name: str) -> _State:
-    path(name)
+    _check_name(name)
     return _STATES[name]
 
 

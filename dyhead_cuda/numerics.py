@@ -224,7 +224,7 @@ def high_offset_and_mask(
         checks.tensor(name, value)
         if value.dim() != 4:
             raise ValueError(f"expected {name} [N, K, H, W], got {list(value.shape)}")
-    if not isinstance(size, list | tuple) or len(size) != 2:
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise ValueError(f"expected size as two integers (h, w), got {size!r}")
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         _check_readable(offset, mask, size)

@@ -116,7 +116,7 @@ def unpack(features: list[Tensor] | tuple[Tensor, ...] | dict[str, Tensor]) -> l
     """The levels of a list, tuple or dict of feature maps, finest first as they stand."""
     if isinstance(features, Mapping):
         return list(features.values())
-    if isinstance(features, list | tuple):
+    if isinstance(features, (list, tuple)):
         return list(features)
     raise TypeError(
         "expected a list, tuple or dict of feature maps [N, C, H, W], got "

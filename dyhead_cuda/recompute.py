@@ -8,15 +8,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
 
 from dyhead_cuda.backends import backend, current
+from dyhead_cuda.older_torch import is_exporting
 
 Result = TypeVar("Result")
 
@@ -24,14 +20,21 @@ Result = TypeVar("Result")
 _LAST = ("dyhead.fuse_branches_fwd.default", "dyhead.dynamic_relu_fwd.default")
 
 
-def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    last = str(operator) in _LAST
-    return CheckpointPolicy.MUST_SAVE if last else CheckpointPolicy.PREFER_RECOMPUTE
+# torch 2.4 has no policies: there a compiled model keeps nothing, and computes all blocks at once.
+_POLICY: Any = getattr(checkpointing, "CheckpointPolicy", None)
+
+
+def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> Any:
+    return _POLICY.MUST_SAVE if str(operator) in _LAST else _POLICY.PREFER_RECOMPUTE
 
 
 # What torch.compile has traced is one graph. Unless it keeps the result of each block, it computes
 # all blocks again at once, which takes as much memory as keeping everything.
-_keep_the_last = partial(create_selective_checkpoint_contexts, _policy)
+_KEEP_THE_LAST: dict[str, Any] = (
+    {}
+    if _POLICY is None
+    else {"context_fn": partial(checkpointing.create_selective_checkpoint_contexts, _policy)}
+)
 
 
 def recomputed(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -49,7 +52,7 @@ def recomputed(function: Callable[..., Result], *arguments: Any) -> Result:
         What ``function`` returns.
     """
     compiling = torch.compiler.is_dynamo_compiling()  # under which is_exporting is always true
-    if not torch.is_grad_enabled() or (torch.compiler.is_exporting() and not compiling):
+    if not torch.is_grad_enabled() or (is_exporting() and not compiling):
         return function(*arguments)
     if not compiling and torch._C._are_functorch_transforms_active():
         return function(*arguments)  # they have no hooks on saved tensors
@@ -61,10 +64,10 @@ def recomputed(function: Callable[..., Result], *arguments: Any) -> Result:
         with nullcontext() if compiling else backend(requested):
             return function(*pytree.tree_unflatten(leaves, structure))
 
-    return checkpoint(
+    return checkpointing.checkpoint(
         run,
         *leaves,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=_keep_the_last if compiling else noop_context_fn,
+        **(_KEEP_THE_LAST if compiling else {}),
     )

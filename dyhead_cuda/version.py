@@ -1,5 +1,5 @@
-"""The version of this package, and the oldest torch whose stable ABI its libraries speak."""
+"""The version of this package, and the oldest torch that it is for."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
-MINIMUM_TORCH = (2, 11)
+MINIMUM_TORCH = (2, 4)

@@ -27,6 +27,9 @@ from tests.helpers.paths import ROOT
 CI = os.environ.get("CI") == "true"
 # Prints why the CPU library is not used; an empty line where it is.
 REASON = "from dyhead_cuda import library as l, fused; print(l.reason('cpu'))"
+# Prints the digest of the CUDA library's sources.
+DIGEST = "import sys; from pathlib import Path; from dyhead_cuda import sources as s; "
+DIGEST += "print(s.digest(Path(sys.argv[1]), 'cuda'))"
 Build = Callable[..., "subprocess.CompletedProcess[str]"]
 
 needs_cpu_library = pytest.mark.skipif(
@@ -62,6 +65,7 @@ def write_skeleton(target: Path) -> None:
         shutil.rmtree(target / "csrc" / kernel)
         (target / "csrc" / kernel).mkdir()
     kept = [f"host/{name}" for name in ("tables.h", "tables.cpp", "tensors.h", "device.h")]
+    kept += ["host/interface.h", "host/classic_interface.h"]
     for name in [*kept, "cpu/context.h", "cuda/context.h", "cuda/tile/launch.cuh"]:
         (target / "csrc" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "csrc" / name, target / "csrc" / name)
@@ -200,6 +204,37 @@ def test_a_compile_error_is_recorded_and_leaves_no_stale_library(
     assert build(DYHEAD_CUDA="off", DYHEAD_REQUIRE="cpu").returncode != 0
 
 
+def test_without_a_gpu_nothing_is_built_for_gpus_at_hand(skeleton: Path, build: Build) -> None:
+    programs = skeleton / "programs"
+    programs.mkdir()
+    smi = programs / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 9.0\n")
+    smi.chmod(0o755)
+    with_gpu = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    result = build(DYHEAD_CUDA="local", PATH=with_gpu, CUDACXX="/nonexistent")
+    assert "CUDACXX=/nonexistent is not a program" in record(skeleton)["cuda"]["reason"]
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    result = build(DYHEAD_CUDA="local", PATH=with_gpu)
+    assert result.returncode == 0, result.stderr
+    assert libraries(skeleton) == {"libdyhead_cpu.so"}
+    assert "run make build for all" in record(skeleton)["cuda"]["reason"]
+    # A CUDA library of these sources stays, if it has code for the GPUs here; another does not.
+    built, cuda = record(skeleton), library_in(skeleton).with_name("libdyhead_cuda.so")
+    sources = run([sys.executable, "-c", DIGEST, skeleton], cwd=skeleton).stdout.strip()
+    built["cuda"] = {"built": True, "archs": ["80"], "sources": sources}
+    for gpu, changes, stays in (
+        ("8.0", {}, True),
+        ("9.0", {}, False),
+        ("8.0", {"sources": "0"}, False),
+    ):
+        smi.write_text(f"#!/bin/sh\necho {gpu}\n")
+        cuda.write_bytes(b"built before")
+        written = {**built, "cuda": {**built["cuda"], **changes}}
+        cuda.with_name("build.json").write_text(json.dumps(written))
+        build(DYHEAD_CUDA="local", PATH=with_gpu, CUDACXX="/nonexistent")
+        assert cuda.exists() == record(skeleton)["cuda"]["built"] == stays
+
+
 @needs_cuda_build
 def test_a_cuda_compile_error_leaves_the_cpu_library_alone(skeleton: Path, build: Build) -> None:
     broken = skeleton / "csrc" / "cuda" / "operator" / "broken.cu"
@@ -315,6 +350,71 @@ def test_libraries_need_only_the_stable_interface(name: str) -> None:
     assert not [symbol for symbol in undefined if re.match(r"_ZNK?(2at|3c10|5torch)|_?Py", symbol)]
     exported = run(["nm", "-DC", "--defined-only", library.path(name)]).stdout
     assert "dyhead::" not in exported
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("name", library.NAMES)
+def test_libraries_and_messages_name_no_directory_of_the_machine(name: str) -> None:
+    if not library.path(name).is_file():
+        pytest.skip(f"{name} library: {library.reason(name)}")
+    content = library.path(name).read_bytes()
+    assert b"csrc/host/pack_levels.cpp" in content
+    for directory in (ROOT, Path(torch.__file__).parent, Path(sys.prefix)):
+        assert str(directory).encode() not in content
+    if name == "cpu":
+        with pytest.raises(RuntimeError, match="expected levels") as raised:
+            torch.ops.dyhead.pack_levels([torch.zeros(2)])
+        assert str(ROOT) not in str(raised.value)
+
+
+def test_the_classic_interface_of_torch(skeleton: Path, build: Build) -> None:
+    for file in (skeleton / "csrc" / "host").glob("schemas_*.cpp"):
+        if "pack_levels" not in file.read_text():
+            file.unlink()  # the headers of this interface take long
+    result = build(DYHEAD_REQUIRE="cpu", DYHEAD_CUDA="off", DYHEAD_TORCH_INTERFACE="classic")
+    assert result.returncode == 0, result.stderr
+    version = ".".join(torch.__version__.split(".")[:2])
+    assert record(skeleton)["cpu"]["interface"] == "classic"
+    assert record(skeleton)["cpu"]["torch"] == version
+    schema = "import torch; print(torch.ops.dyhead.pack_levels.default._schema)"
+    loads = f"import torch; torch.ops.load_library('{library_in(skeleton)}'); {schema}"
+    assert "pack_levels(Tensor[] levels)" in python_in(skeleton, "-c", loads).stdout
+    file = library_in(skeleton).with_name("build.json")
+    file.write_text(file.read_text().replace(f'"torch": "{version}"', '"torch": "2.9"'))
+    told = python_in(skeleton, "-c", REASON).stdout
+    assert told == f"it was built for torch 2.9 alone, found {torch.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "requested", "told"),
+    [
+        ("2.3.1", "", "expected torch >= 2.4, got 2.3"),
+        ("2.9.1+cu128", "", "classic 2.9 _GLIBCXX_USE_CXX11_ABI=0"),
+        ("2.9.1+cu128", "stable", "expected torch >= 2.10, got 2.9"),
+        ("2.10.0", "", "stable 2.10 "),
+        ("2.11.0", "", "stable 2.10 "),
+        ("2.11.0", "classic", "classic 2.11 _GLIBCXX_USE_CXX11_ABI=0"),
+        ("2.11.0", "old", "expected stable, classic or nothing, got 'old'"),
+        ("", "", "expected the directory of a torch package"),
+    ],
+)
+def test_which_interface_of_torch_is_chosen(
+    tmp_path: Path, version: str, requested: str, told: str
+) -> None:
+    if version:
+        (tmp_path / "version.py").write_text(f"__all__ = []\n__version__ = '{version}'\n")
+    config = tmp_path / "share" / "cmake" / "Torch" / "TorchConfig.cmake"
+    config.parent.mkdir(parents=True)
+    config.write_text('  set(TORCH_CXX_FLAGS "-D_GLIBCXX_USE_CXX11_ABI=0")\n')
+    (tmp_path / "try.cmake").write_text(
+        f"include({ROOT}/cmake/torch_interface.cmake)\n"
+        f'dyhead_torch_interface("{tmp_path}" "{requested}")\n'
+        'message("${dyhead_interface} ${dyhead_interface_torch} ${dyhead_interface_definitions}")\n'
+    )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = run([shutil.which("cmake", path=path), "-P", tmp_path / "try.cmake"])
+    said = result.stderr.replace("DYHEAD_CLASSIC_TORCH;", "").replace("TORCH_TARGET_VERSION", "")
+    assert told in " ".join(said.split()), said
 
 
 Problem = tuple[str, str, str]  # kernel, architecture, what ptxas said
@@ -477,6 +577,50 @@ def test_the_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> N
     files |= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".github/workflows/ci.yml"}
     assert sources | files <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_metadata_and_sources_need_no_torch(tmp_path: Path) -> None:
+    # As pip has it, which builds without the packages of the environment.
+    code = """
+import runpy, sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoTorch())
+sys.argv = ["setup.py", "--quiet", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    for command in (["egg_info", "--egg-base"], ["dist_info", "--output-dir"]):
+        made = run([sys.executable, "-c", code, *command, tmp_path], cwd=ROOT)
+        assert made.returncode == 0, made.stderr
+    (information,) = tmp_path.glob("*.dist-info")
+    metadata = (information / "METADATA").read_text()
+    assert f"\nVersion: {__version__}\n" in metadata
+    assert "\nRequires-Dist: torch>=2.4\n" in metadata
+
+
+def test_the_installed_torch_is_found_where_pip_hides_it(tmp_path: Path) -> None:
+    code = """
+import runpy, sys, sysconfig
+sys.argv = ["setup.py", "--quiet", "--name"]
+setup = runpy.run_path("setup.py")
+sys.path = [path for path in sys.path if "site-packages" not in path]
+sysconfig.get_path = lambda name: sys.argv_platlib
+sys.argv_platlib = "PLATLIB"
+print(setup["Torch"].find())
+"""
+    package = tmp_path / "torch"
+    package.mkdir()
+    for there in (True, False):
+        version = package / "version.py"
+        version.write_text("__version__ = '2.7.1'\ncuda = None\n") if there else version.unlink()
+        script = code.replace("PLATLIB", str(tmp_path))
+        result = run([sys.executable, "-c", script], cwd=ROOT)
+        if there:
+            assert f"{package}'), version='2.7.1', cuda=None" in result.stdout
+        else:
+            assert "torch is not installed for" in result.stderr
 
 
 @needs_cpu_library

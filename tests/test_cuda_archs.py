@@ -130,6 +130,14 @@ def test_the_gpus_at_hand_are_in_the_build(tmp_path: Path, script: str, local: s
     assert not named(arguments, "DYHEAD_CUDA_LOCAL_ARCHS")
 
 
+def test_a_build_for_the_gpus_at_hand_alone(tmp_path: Path) -> None:
+    program(tmp_path, "nvidia-smi", "echo 9.0; echo 8.7")
+    program(tmp_path, "nvcc", "echo 'Cuda compilation tools, release 13.0, V13.0.88'")
+    arguments = arguments_of_setup(tmp_path, DYHEAD_CUDA="local")
+    assert "-DDYHEAD_CUDA_ARCHS=87;90a" in arguments
+    assert not named(arguments, "DYHEAD_CUDA_LOCAL_ARCHS")
+
+
 def named(arguments: Sequence[str], name: str) -> list[str]:
     return [value for value in arguments if value.startswith(f"-D{name}=")]
 
@@ -137,8 +145,8 @@ def named(arguments: Sequence[str], name: str) -> list[str]:
 def test_warnings_are_errors_and_lines_are_kept_where_asked_for(tmp_path: Path) -> None:
     program(tmp_path, "nvcc", "echo 'Cuda compilation tools, release 13.0, V13.0.88'")
     for variables, value in (
-        ({}, "False"),
-        ({"DYHEAD_WERROR": "on", "DYHEAD_LINEINFO": "on"}, "True"),
+        ({}, "off"),
+        ({"DYHEAD_WERROR": "on", "DYHEAD_LINEINFO": "on"}, "on"),
     ):
         arguments = arguments_of_setup(tmp_path, **variables)
         for name in ("DYHEAD_WERROR", "DYHEAD_LINEINFO"):

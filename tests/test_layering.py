@@ -28,12 +28,12 @@ ROOMS = (
 )
 # What several rooms need. A neutral module imports neutral modules only.
 NEUTRAL = (
-    *("library", "backends", "archs", "sources", "version", "info"),  # what there is, what runs
+    *("library", "backends", "archs", "sources", "version", "older_torch", "info"),  # what there is
     *("pyramid", "numerics", "checks", "recompute"),  # what is computed: types, formulas, checks
     "plain",  # whether a module is as its class made it
 )
 # Nothing in the package imports them.
-OUTSIDE = ("benchmarks", "examples", "tests")
+OUTSIDE = ("benchmarks", "examples", "release", "tests")
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

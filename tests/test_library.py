@@ -52,10 +52,35 @@ def test_a_file_that_does_not_load(empty: Path) -> None:
 
 
 def test_an_older_torch(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
-    assert reason("cpu", {}) == "it needs torch >= 2.11, found 2.10.1+cpu"
+    monkeypatch.setattr(torch, "__version__", "2.3.1+cpu")
+    assert reason("cpu", {}) == "it needs torch >= 2.4, found 2.3.1+cpu"
     monkeypatch.setattr(torch, "__version__", "3.0.0a0+git1234")
     assert "does not exist" in reason("cpu", {})
+
+
+@pytest.mark.parametrize(
+    ("interface", "needed", "found", "told"),
+    [
+        (
+            "stable",
+            "2.10",
+            "2.9.1+cu128",
+            "it was built for torch 2.10 or newer, found 2.9.1+cu128",
+        ),
+        ("stable", "2.10", "2.10.0", "it does not load"),
+        ("stable", "2.10", "3.0.0a0", "it does not load"),
+        ("classic", "2.9", "2.10.0", "it was built for torch 2.9 alone, found 2.10.0"),
+        ("classic", "2.9", "2.8.0", "it was built for torch 2.9 alone, found 2.8.0"),
+        ("classic", "2.9", "2.9.1+cpu", "it does not load"),
+    ],
+)
+def test_a_library_that_was_built_for_another_torch(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, interface: str, needed: str, found: str, told: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", found)
+    (empty / "libdyhead_cpu.so").write_bytes(b"never opened where it is told before")
+    record = {"cpu": {"built": True, "interface": interface, "torch": needed}}
+    assert reason("cpu", record).startswith(told)
 
 
 def test_a_torch_without_cuda(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from tests.helpers.machine_code import (
     LIBRARY,
     find_disassembler,
     machine_code,
+    main_loop,
     main_loops,
 )
 
@@ -90,7 +91,7 @@ def of_template(
 @pytest.mark.parametrize("kernels", architectures(), indirect=True)
 def test_no_local_memory(kernels: dict[str, str]) -> None:
     for name, code in kernels.items():
-        assert instructions(code, "EXIT"), name
+        assert instructions(code, "EXIT") | instructions(code, "BPT"), name  # or a trap
         spilled = instructions(code, "LDL") | instructions(code, "STL")
         assert not spilled, f"{name}: accesses of local memory {spilled}"
 
@@ -168,7 +169,48 @@ def test_plain_kernel(kernels: dict[str, str]) -> None:
     assert seen == set(TENSOR_INSTRUCTION)
 
 
-def loads_under_way(code: str) -> int:
+def test_wgmma_kernel(kernels: dict[str, str]) -> None:
+    """Nothing serialises the products, and no thread fences the device in the main loop."""
+    seen = set()
+    for match, code in of_template(kernels, ("deform_fwd_wgmma",), r"(\w+?)E?"):
+        seen.add(match[2])
+        if kernels is not machine_code("90a"):
+            assert not instructions(code, "HGMMA"), match[0]
+            assert instructions(code, "BPT"), match[0]  # it traps
+            continue
+        products = instructions(code, "HGMMA")
+        assert all("64x256x16.F32" in product for product in products), products
+        assert any("MULTICAST" in copy for copy in instructions(code, "UBLKCP"))
+        assert instructions(code, "USETMAXREG")
+        loop = main_loop(code)
+        assert loop is not None
+        assert loop.wgmma
+        assert (loop.products, loop.drained, loop.fences) == (4, 0, 0), loop
+        assert loads_under_way(code, "HGMMA") >= 8, match[0]
+    assert seen == {"8bfloat16", "7float16"}
+
+
+def test_wgmma_input_kernel(kernels: dict[str, str]) -> None:
+    """A chunk's products follow each other; a thread fences its block once, for all of them."""
+    seen = set()
+    for match, code in of_template(kernels, ("deform_bwd_input_wgmma",), r"(\w+?)E?"):
+        seen.add(match[2])
+        if kernels is not machine_code("90a"):
+            assert not instructions(code, "HGMMA"), match[0]
+            assert instructions(code, "BPT"), match[0]  # it traps
+            continue
+        products = instructions(code, "HGMMA")
+        assert all("64x144x16.F32" in product for product in products), products
+        fences = instructions(code, "MEMBAR")
+        assert fences == {"MEMBAR.ALL.CTA"}, fences
+        loop = main_loop(code)
+        assert loop is not None
+        assert (loop.products, loop.drained, loop.fences) == (8, 0, 1), loop
+        assert all("F32x4" in name for name in instructions(code, "RED[A-Z]*") if "F32" in name)
+    assert seen == {"8bfloat16", "7float16"}
+
+
+def loads_under_way(code: str, product: str = "HMMA") -> int:
     """How many 16-byte loads are first used after the start of a product on tensor cores."""
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);", code)
     count = 0
@@ -180,7 +222,7 @@ def loads_under_way(code: str) -> int:
         for later in lines[i + 1 :]:
             if loaded & set(re.findall(r"\bR\d+\b", later)):
                 break
-            if "HMMA" in later:
+            if product in later:
                 count += 1
                 break
     return count

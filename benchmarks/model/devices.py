@@ -26,6 +26,7 @@ class Device:
         clock: Hz, under load.
         tensor_flop: of a clock and multiprocessor, dense bfloat16, by the data sheet.
         mma_share: of that rate, what ``mma.sync`` reaches at most.
+        wgmma_share: what the products of warpgroups reach at most.
         peak: FLOP/s of the data sheet: 100 % of the roofline.
         memory: bytes/s, what large copies reach.
         l2: bytes/s, reads and writes of the L2 cache.
@@ -34,6 +35,7 @@ class Device:
         shared_bytes: that a block may have.
         combined_bytes: of L1 cache and shared memory of a multiprocessor.
         vector_atomics: whether four neighbouring sums are one access.
+        wgmma: whether the forward takes the kernel with products of warpgroups.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Device:
     clock: float
     tensor_flop: int
     mma_share: float
+    wgmma_share: float
     peak: float
     memory: float
     l2: float
@@ -50,6 +53,7 @@ class Device:
     shared_bytes: int
     combined_bytes: int
     vector_atomics: bool
+    wgmma: bool = False
 
     def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
         """How many blocks of a kernel a multiprocessor holds at once, at least one."""
@@ -67,6 +71,7 @@ _H100 = Device(
     clock=1.70e9,
     tensor_flop=4096,
     mma_share=0.62,
+    wgmma_share=0.95,
     peak=989 * TB,
     memory=3.0 * TB,
     l2=5.5 * TB,
@@ -79,6 +84,7 @@ _H100 = Device(
 
 DEVICES = {
     "h100": _H100,
+    "h100-wgmma": replace(_H100, name="H100 SXM with wgmma", wgmma=True),
     "h200": replace(_H100, name="H200", memory=4.3 * TB),
     "a100": Device(
         name="A100 SXM, 80 GB",
@@ -87,6 +93,7 @@ DEVICES = {
         clock=1.41e9,
         tensor_flop=2048,
         mma_share=0.95,
+        wgmma_share=0.0,
         peak=312 * TB,
         memory=1.8 * TB,
         l2=4.0 * TB,

@@ -53,8 +53,9 @@ def kernel_time(work: KernelWork, device: Device) -> KernelTime:
     share = work.blocks / work.launches / device.processors  # of a launch, for a multiprocessor
     busiest = -(-work.blocks // work.launches // device.processors)
     slowest = max(busiest, 1) / share / device.processors / device.clock
+    tensor_share = device.wgmma_share if work.wgmma else device.mma_share
     return KernelTime(
-        tensor=work.flop / (device.tensor_flop * device.mma_share) * slowest,
+        tensor=work.flop / (device.tensor_flop * tensor_share) * slowest,
         path=work.path_clocks * slowest,
         issue=work.issue_slots / SCHEDULERS * slowest,
         l2=work.l2_bytes / device.l2,

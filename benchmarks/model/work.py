@@ -12,7 +12,7 @@ from tests.helpers import machine_code
 from tests.simt import counting, traffic
 
 SECTOR = 32
-_SHARED = ("shared load", "shared store", "ldmatrix", "async write")
+_SHARED = ("shared load", "shared store", "ldmatrix", "async write", "operand read")
 _GLOBAL = ("global load", "global store", "atomic")
 
 
@@ -21,7 +21,7 @@ class KernelWork:
     """What one kernel does in one step of a block, all of its launches together.
 
     Attributes:
-        step: such as ``"branches fwd"``.
+        step: such as ``"convolutions fwd"``.
         kernel: its name with template arguments.
         launches: how many.
         blocks: of all launches.
@@ -33,6 +33,7 @@ class KernelWork:
         reduced_bytes: of them, of atomic additions.
         memory_bytes: of arrays that do not stay in the L2 cache from one launch to the next.
         per_product: instructions of the main loop for each of its products; 0 without.
+        wgmma: whether these are products of warpgroups.
     """
 
     step: str
@@ -47,6 +48,7 @@ class KernelWork:
     reduced_bytes: float
     memory_bytes: float
     per_product: float
+    wgmma: bool = False
 
 
 def count_block(
@@ -67,7 +69,8 @@ def count_block(
     """
     code = (
         f"traffic.run_block(simt, step, {list(shapes.levels)}, {shapes.channels}, {images}, "
-        f"processors={device.processors}, shared_bytes={device.shared_bytes}, sampled=True)"
+        f"processors={device.processors}, shared_bytes={device.shared_bytes}, "
+        f"wgmma={device.wgmma}, sampled=True)"
     )
     steps = traffic.count_steps(
         code, vector_atomics=device.vector_atomics, l1_bytes=64 * KB, sampled_blocks=sampled_blocks
@@ -137,4 +140,5 @@ def _kernel_work(
         reduced_bytes=SECTOR * of("sectors", "atomic"),
         memory_bytes=memory,
         per_product=0.0 if loop is None else loop.per_product,
+        wgmma=loop is not None and loop.wgmma,
     )

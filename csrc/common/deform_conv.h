@@ -57,10 +57,11 @@ struct DeformBwdParams {
   bool allow_tf32;         // as forward
 };
 
-// The kernels of a library; see csrc/host/device.h. The backward runs calls of one source in turn,
-// so that one may start from gradients that those before it computed. They have one grad_source, or
-// all of them none: it is the sum of what they give, in the compute type, and rounded once.
-void run_deform_conv_fwd(const DeformFwdParams& params, Context& context);
+// The kernels of a library; see csrc/host/device.h. Both run calls of one source in turn: those of
+// the forward may read what those before them computed, and those of the backward may start from
+// such gradients. They have one grad_source, or all of them none: it is the sum of what they give,
+// in the compute type, and rounded once.
+void run_deform_conv_fwd(std::span<const DeformFwdParams> calls, Context& context);
 void run_deform_conv_bwd(std::span<const DeformBwdParams> calls, Context& context);
 
 // The predictions for one tap: its offset, and its mask before the sigmoid.

@@ -204,10 +204,10 @@ class Backward {
                       slice.group * group_outputs_ * channels * taps +
                       (slice.first - slice.group * channels) * taps;
       for (int64_t o = 0; o < group_outputs_; ++o) {
-        for (int64_t c = 0; c < slice.count; ++c) {
-          const int64_t panel = c / gemm_.tile_cols;
-          const int64_t at = (panel * group_outputs_ + o) * gemm_.tile_cols + c % gemm_.tile_cols;
-          for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          for (int64_t c = 0; c < slice.count; ++c) {
+            const int64_t panel = c / gemm_.tile_cols;
+            const int64_t at = (panel * group_outputs_ + o) * gemm_.tile_cols + c % gemm_.tile_cols;
             to[tap * group_outputs_ * slice_cols(slice) + at] =
                 from[(o * channels + c) * taps + tap];
           }

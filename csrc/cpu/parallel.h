@@ -1,8 +1,6 @@
 // Work split that does not depend on the number of threads, so that results do not either.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -10,6 +8,8 @@
 #include <thread>
 #include <vector>
 #endif
+
+#include "../host/interface.h"
 
 namespace dyhead::cpu {
 

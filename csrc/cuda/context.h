@@ -14,6 +14,7 @@ namespace cuda {
 struct DeviceLimits {
   int processors;
   size_t shared_bytes;  // dynamic shared memory that a block may have
+  bool wgmma = false;   // whether kernels for compute capability 9.0 may be launched
 };
 
 }  // namespace cuda

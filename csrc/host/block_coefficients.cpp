@@ -63,8 +63,7 @@ void fill_block_coefficients(Params& p, const Tensor& mean, const Tensor& up_mea
   STD_TORCH_CHECK(mean.dim() == 3, "expected mean [J, N, C], got ", shape_string(mean));
   STD_TORCH_CHECK(
       mean.scalar_type() == ScalarType::Double || mean.scalar_type() == ScalarType::Float,
-      "expected a mean of the type float64 or float32, got ",
-      torch::headeronly::toString(mean.scalar_type()));
+      "expected a mean of the type float64 or float32, got ", toString(mean.scalar_type()));
   STD_TORCH_CHECK(fc1_weight.dim() == 2, "expected fc1_weight [H, C], got ",
                   shape_string(fc1_weight));
   BlockCoefficientsShape& s = p.shape;

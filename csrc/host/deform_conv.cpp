@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_fwd(
   params.moments = moments;
   params.allow_tf32 = allow_tf32;
   const auto [out, mean, var, up_mean] = allocate_results(deform, source, params);
-  run_deform_conv_fwd(params, call);
+  run_deform_conv_fwd({&params, 1}, call);
   return {out, mean, var, up_mean};
 }
 

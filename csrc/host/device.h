@@ -8,14 +8,10 @@
 
 #if defined(USE_CUDA)
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 #include <vector>
 
 #include "../cuda/context.h"
+#include "../cuda/mma_choice.h"
 
 #define DYHEAD_SCHEMAS(m) \
   [[maybe_unused]] static void schemas(torch::stable::detail::StableLibrary& m)
@@ -41,23 +37,27 @@ class Call final : public Context {
   }
 
   cudaStream_t stream() const override {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like_.get_device(), &stream));
-    return static_cast<cudaStream_t>(stream);
+    return current_stream(static_cast<int32_t>(like_.get_device()));
   }
 
   cuda::DeviceLimits limits() const override {
-    int processors = 0;
-    int shared_bytes = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, like_.get_device()));
-    check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                 like_.get_device()));
-    return {processors, static_cast<size_t>(shared_bytes)};
+    const int processors = attribute(cudaDevAttrMultiProcessorCount);
+    const int shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    const bool wgmma = cuda::wants_wgmma(
+        std::getenv("DYHEAD_CUDA_MMA"), attribute(cudaDevAttrComputeCapabilityMajor),
+        attribute(cudaDevAttrComputeCapabilityMinor), DYHEAD_HAS_SM90A != 0);
+    return {processors, static_cast<size_t>(shared_bytes), wgmma};
   }
 
   void check(cudaError_t error) const override { STD_CUDA_CHECK(error); }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, like_.get_device()));
+    return value;
+  }
+
   void* keep(const Tensor& workspace) {
     workspaces_.push_back(workspace);
     return workspace.mutable_data_ptr();

@@ -47,23 +47,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> offset_deform_conv_fwd(
       read_offset_weights(offsets.shape, offset_weight, offset_bias, source);
   const DeformWeights matrices =
       read_deform_weights(deform.shape, weights, bias.value_or(std::vector<Tensor>{}), source);
-  DeformFwdParams predict{};
+  // In their order: the jobs read what the offset convolution predicts.
+  std::vector<DeformFwdParams> calls(2);
+  for (DeformFwdParams& params : calls) {
+    params.source = source.const_data_ptr();
+    params.allow_tf32 = allow_tf32;
+  }
+  DeformFwdParams& predict = calls[0];
   predict.call = &offsets;
   predict.weights = &offset_matrix;
-  predict.source = source.const_data_ptr();
   predict.out_in_compute_dtype = true;
-  predict.allow_tf32 = allow_tf32;
   const Tensor predictions = allocate_results(offsets, source, predict).out;
-  DeformFwdParams read{};
+  DeformFwdParams& read = calls[1];
   read.call = &deform;
   read.weights = &matrices;
-  read.source = predict.source;
   read.predictions = predict.out;
   read.moments = true;
-  read.allow_tf32 = allow_tf32;
   const auto [out, mean, var, up_mean] = allocate_results(deform, source, read);
-  run_deform_conv_fwd(predict, call);
-  run_deform_conv_fwd(read, call);
+  run_deform_conv_fwd(calls, call);
   return {predictions, out, mean, var, up_mean};
 }
 

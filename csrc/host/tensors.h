@@ -2,19 +2,15 @@
 // keep a direct call of torch.ops.dyhead from reading out of bounds.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
 #include <sstream>
 #include <string>
 
 #include "../common/dispatch.h"
+#include "interface.h"
 
 namespace dyhead {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline std::string shape_string(std::initializer_list<int64_t> sizes) {
@@ -43,9 +39,8 @@ inline void check_tensor(const char* name, const Tensor& t, std::initializer_lis
   for (int64_t size : sizes) fits = fits && t.size(d++) == size;
   STD_TORCH_CHECK(fits, "expected ", name, " ", shape_string(sizes), ", got ", shape_string(t));
   STD_TORCH_CHECK(t.is_contiguous(), "expected a contiguous ", name, "; call .contiguous() on it");
-  STD_TORCH_CHECK(t.scalar_type() == type, "expected ", name, " of the type ",
-                  torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == type, "expected ", name, " of the type ", toString(type),
+                  ", got ", toString(t.scalar_type()));
   STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device() == like.get_device(), "expected ",
                   name, " on the device of the rows");
 }
@@ -62,7 +57,7 @@ inline DType dtype_of(const Tensor& t) {
       return DType::kFloat16;
     default:
       STD_TORCH_CHECK(false, "expected float64, float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(t.scalar_type()));
+                      toString(t.scalar_type()));
   }
 }
 

@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyhead_cuda import backends, library
+from dyhead_cuda import backends, library, older_torch
 from dyhead_cuda.commands import check_cases
 from dyhead_cuda.commands.check_cases import Case
 from dyhead_cuda.numerics import TOLERANCES, gradient_errors, relative_l2
@@ -148,7 +148,7 @@ def errors_of(case: Case, device: str, precision: str, smooth: bool) -> tuple[fl
         wanted = list((case.expected or case.compiled)(exact))
     cotangents = [check_cases.normals(9 + i)(*t.shape).to(dtype) for i, t in enumerate(wanted)]
     with (
-        products(precision),
+        older_torch.tf32(precision == "tf32"),
         deterministic(case.deterministic),
         backends.backend(library_of(device)),
     ):
@@ -170,18 +170,6 @@ def gradients(
 ) -> list[Tensor]:
     moved = [t.to(out) for t, out in zip(cotangents, outputs, strict=True)]
     return list(torch.autograd.grad(outputs, inputs, moved, materialize_grads=True))
-
-
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """float32 products in TF32 for "tf32", else in full, by torch's own switch."""
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class AcceleratedDyConv(AcceleratedBlock):
         if isinstance(x, Mapping) and isinstance(x.get("visual"), list | tuple):
             return {**x, "visual": self._run(x["visual"])}
         levels = self._run(unpack(x))
-        return levels if isinstance(x, list | tuple) else repack(x, levels)
+        return levels if isinstance(x, (list, tuple)) else repack(x, levels)
 
 
 class AcceleratedMMDetDyConv(AcceleratedDyConv):

@@ -54,7 +54,8 @@ class DyHeadBackbone(Backbone):
         self.channels = channels
         self.backbone = backbone
         self.dyhead = DyHead(widths[0], channels, num_blocks, **settings)
-        self.register_load_state_dict_pre_hook(_take_microsoft)
+        # Without an underscore from torch 2.5 on.
+        self._register_load_state_dict_pre_hook(_take_microsoft, with_module=True)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The backbone's levels after the head, by name."""

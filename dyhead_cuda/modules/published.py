@@ -302,8 +302,8 @@ class DyHeadBlock(NotScriptable, nn.Module):
                 return f"{name}.norm has num_groups={norm.num_groups}, not {num_groups}"
             if norm.eps != eps:
                 return f"{name}.norm has eps={norm.eps}, not {eps}"
-        first, *others = (b._parameters.get("bias", b) is None for b in (low, mid, high))
-        if others != [first, first]:
+        without_bias = [b._parameters.get("bias", b) is None for b in (low, mid, high)]
+        if any(without_bias) != all(without_bias):
             return "some of its branches have a bias and some have none"
         return None
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyhead_cuda import older_torch
 from dyhead_cuda.ops.transforms import register_autograd
 
 
@@ -68,4 +69,4 @@ def forbid_second_derivative(name: str) -> None:
 @torch.compiler.assume_constant_result
 def tf32_allowed() -> bool:
     """Whether float32 products on CUDA may run in TF32: torch's own switch for matmul."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return older_torch.tf32_allowed()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.jobs import JOB_FIELDS
@@ -154,6 +154,7 @@ def _flops(name: str, *arguments: Any, out_val: Any, **named: Any) -> int:
 
 if library.loaded("cpu"):
     for _name in MULTIPLY_ADDS:
-        register_flop_formula(getattr(torch.ops.dyhead, _name), get_raw=True)(
-            partial(_flops, _name)
-        )
+        _operator, _formula = getattr(torch.ops.dyhead, _name), partial(_flops, _name)
+        register_flop_formula(_operator, get_raw=True)(_formula)
+        # torch 2.4 puts it where its counter does not look.
+        flop_registry.setdefault(_operator, _formula)

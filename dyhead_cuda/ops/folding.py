@@ -91,12 +91,12 @@ def _unfold(t: Tensor, kind: Kind, arguments: Arguments, shape: tuple[int, int])
 
 
 def _has_batch(dims: Any) -> bool:
-    return any(map(_has_batch, dims)) if isinstance(dims, list | tuple) else dims is not None
+    return any(map(_has_batch, dims)) if isinstance(dims, (list, tuple)) else dims is not None
 
 
 def _map(function: Callable[[Tensor, int | None], Tensor], argument: Any, dims: Any) -> Any:
     """The function of a tensor and its batch dimension, or of each of a list; else the argument."""
-    if isinstance(argument, list | tuple):
+    if isinstance(argument, (list, tuple)):
         return [_map(function, one, dim) for one, dim in zip(argument, dims, strict=True)]
     return function(argument, dims) if isinstance(argument, Tensor) else argument
 

@@ -81,7 +81,7 @@ def _flat(gradients: Sequence[Any], arguments: Sequence[Any]) -> list[Tensor | N
     """The gradients of arguments as those of their leaves."""
     flat: list[Tensor | None] = []
     for gradient, argument in zip(gradients, arguments, strict=True):
-        if isinstance(gradient, list | tuple):
+        if isinstance(gradient, (list, tuple)):
             flat += gradient
         else:
             count = len(pytree.tree_leaves(argument))

@@ -47,6 +47,8 @@ def test_the_steps_build_test_sanitize_and_measure() -> None:
         "memcheck",
         "racecheck",
         "initcheck",
+        "wgmma",
+        "benchmark head-wgmma",
         "benchmark operators",
         "benchmark head-compiled",
     ]
@@ -86,14 +88,28 @@ def test_the_limits_add_up_to_the_budget() -> None:
 def test_every_run_of_pytest_says_what_it_begins() -> None:
     steps = gpu_check.steps_for(["90a"], "/tools/compute-sanitizer", Path("/results"))
     runs = {step.name: step.command for step in steps if "pytest" in step.command}
-    assert set(runs) == {"tests", *gpu_check.SANITIZERS}
+    assert set(runs) == {"tests", "wgmma", *gpu_check.SANITIZERS}
     for name, command in runs.items():
         assert "-v" in command
         assert "-q" not in command
-        mark = {"tests": "gpu", "initcheck": "initcheck"}.get(name, "sanitize")
-        assert " ".join(command).count(f" -m {mark}") == 1
+        marks = {"tests": "gpu and not wgmma", "wgmma": "", "initcheck": "initcheck"}
+        mark = marks.get(name, "sanitize")
+        assert " ".join(command).count(" -m ") == 1 + bool(mark)  # and that of python
+        assert f" -m {mark}" in " ".join(command)
         # Memory that an unwatched kernel wrote is uninitialised to initcheck.
         assert ("--kernel-name" in command) == (name in ("memcheck", "racecheck"))
+
+
+def test_wgmma_runs_by_itself() -> None:
+    def of(archs: list[str]) -> dict[str, Step]:
+        steps = gpu_check.steps_for(archs, None, Path("/results"))
+        return {step.name: step for step in steps if "wgmma" in step.name}
+
+    tests, benchmark = of(["80", "90a"]).values()
+    assert not tests.unavailable
+    assert "DYHEAD_CUDA_MMA" not in tests.environment  # the tests compare both
+    assert benchmark.environment == {"DYHEAD_CUDA_MMA": "wgmma"}
+    assert all("9.0" in step.unavailable for step in of(["80"]).values())
 
 
 def test_the_sanitizer_is_found_beside_nvcc(
@@ -372,7 +388,7 @@ def test_the_dry_run_prints_every_command() -> None:
     )
     for part in (
         "build_ext --inplace",
-        "-m gpu",
+        "-m 'gpu and not wgmma'",
         *gpu_check.SANITIZERS,
         "benchmarks --device cuda",
     ):

@@ -19,7 +19,7 @@ from tests.simt.build import compiler
 
 H100 = DEVICES["h100"]
 NOTHING = KernelWork(
-    step="branches fwd",
+    step="convolutions fwd",
     kernel="k",
     launches=1,
     blocks=132,
@@ -126,5 +126,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text()
     assert text.splitlines()[1] == capsys.readouterr().out.splitlines()[0]
     assert "H100 SXM, 2 blocks" in text
-    assert "branches fwd: deform_fwd_kernel<bfloat16" in text
+    assert "convolutions fwd: deform_fwd_kernel<bfloat16" in text
     assert "convolutions bwd: deform_bwd_input_kernel<bfloat16" in text

@@ -78,7 +78,7 @@ def test_a_file_of_mmengine(tmp_path: Path, foreign: Any, zipped: bool) -> None:
     }
     path = written(tmp_path / "epoch_12.pth", value, foreign, _use_new_zipfile_serialization=zipped)
     with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights"):
-        torch.load(path)
+        torch.load(path, weights_only=True)
     found = compat.load_checkpoint(path)
     assert foreign.__name__ not in sys.modules
     assert_same(found["state_dict"], state)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
+from tests.helpers.profiles import profile
+
 # One process runs all of them, where several share the tests (pytest -n, --dist loadgroup).
 heavy = pytest.mark.xdist_group("memory")
 
@@ -37,10 +39,10 @@ def launched(step: Callable[[], object]) -> list[str]:
     """Everything that ``step`` puts on the GPU: kernels, copies and fills, by name."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+    with profile(activities=activities) as profiled:
         step()
         torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+    return [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
 
 
 def allocated(step: Callable[[], object]) -> tuple[int, int]:
@@ -65,18 +67,6 @@ def no_host_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """float32 matrix products in TF32, by torch's own switch."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def captured(step: Callable[[], Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:

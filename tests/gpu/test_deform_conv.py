@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda import library
 from dyhead_cuda.numerics import TOLERANCES
+from dyhead_cuda.older_torch import tf32
 from dyhead_cuda.ops.deform_conv import deform_conv
 from dyhead_cuda.ops.jobs import Job, Plan
 from tests.helpers.compare import (
@@ -42,7 +43,6 @@ from .device import (
     need_memory,
     need_two_devices,
     on_a_busy_stream,
-    tf32,
     unaligned,
 )
 
@@ -118,7 +118,7 @@ def test_tf32_where_torch_says_so(call: Call) -> None:
     dtype = torch.float32
     tensors = call.tensors(dtype, DEVICE)
     before = bits(replace(call, moments=False), tensors, dtype)[0]
-    with tf32():
+    with tf32(True):
         actual, grads = results(call, tensors, dtype)
     expected, wanted = expected_of(call, tensors, dtype)
     assert all(relative_l2(a, e) < TF32 for a, e in zip(actual, expected, strict=True))

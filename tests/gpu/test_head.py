@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from dyhead_cuda import DyHead, DyHeadBlock, UnifiedDyHead, accelerate, backend, library
+from dyhead_cuda.older_torch import tf32
 from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 from tests.helpers import training
@@ -40,7 +41,6 @@ from .device import (
     need_two_devices,
     no_host_synchronisation,
     on_a_busy_stream,
-    tf32,
 )
 
 pytestmark = pytest.mark.gpu
@@ -116,7 +116,7 @@ def test_block_in_tf32(block: Block) -> None:
     exact = in_double(features, parameters)
     expected = block.run("reference", *exact)
     before = block.run(DEVICE, features, parameters)
-    with tf32():
+    with tf32(True):
         actual = block.run(DEVICE, features, parameters)
         grads = block_gradients(actual, features, parameters, torch.float32)
     assert all(relative_l2(a, e) < 1e-3 for a, e in zip(actual, expected, strict=True))

@@ -441,6 +441,21 @@ CONVOLUTIONS = {
     "far offsets": Convolution(offset_scale=30),
 }
 
+# What the CUDA kernel with wgmma takes: steps of 64 channels, more than 128 outputs of a group.
+WGMMA = {
+    "small": Convolution(channels=64, out_channels=256, size=(8, 16)),
+    "odd tiles": Convolution(channels=64, out_channels=136, size=(9, 34), images=3),
+    "shared tiles": Convolution(channels=128, out_channels=256, size=(9, 34), images=2),
+    "jobs": Work(images=3, channels=64, out_channels=256, scale=4),
+    "without bias and gates": Work(
+        channels=128, out_channels=144, with_bias=False, with_gates=False, moments=False
+    ),
+    "groups": Convolution(channels=256, out_channels=512, size=(8, 17), groups=2, deform_groups=4),
+    "columns": Convolution(channels=64, out_channels=520, size=(5, 9), kernel=(1, 3)),
+    "float32 outputs": Work(channels=64, out_channels=256, out_in_compute_dtype=True),
+    "far offsets": Convolution(channels=64, out_channels=256, size=(9, 20), offset_scale=9),
+}
+
 # On both sides of what the CUDA kernel of plain convolutions takes: 3x3 without strides and
 # dilation, up to 32 outputs of a group, vectors of channels, maps that are not too narrow.
 PLAIN = {

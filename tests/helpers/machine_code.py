@@ -21,7 +21,13 @@ from pathlib import Path
 import dyhead_cuda
 
 LIBRARY = Path(dyhead_cuda.__file__).parent / "lib" / "libdyhead_cuda.so"
-_FLOP = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}  # of an HMMA instruction, by its shape
+# Of a warp's instruction, by its shape; four warps share the 64 rows of a product of a warpgroup.
+_FLOP = {
+    "HMMA.16816": 2 * 16 * 8 * 16,
+    "HMMA.1688": 2 * 16 * 8 * 8,
+    "HGMMA.64x256x16": 2 * 16 * 256 * 16,
+    "HGMMA.64x144x16": 2 * 16 * 144 * 16,
+}
 
 
 def find_disassembler() -> Path | None:
@@ -96,12 +102,18 @@ class MainLoop:
         products: how many of them are products on tensor cores.
         flop: of these products.
         shared_loads: how many load fragments from shared memory (``ldmatrix``).
+        wgmma: whether the products are those of warpgroups.
+        drained: how many instructions wait until no product of a warpgroup is under way.
+        fences: how many order the memory accesses of a thread for others of the device.
     """
 
     instructions: int
     products: int
     flop: int
     shared_loads: int
+    wgmma: bool = False
+    drained: int = 0
+    fences: int = 0
 
     @property
     def per_product(self) -> float:
@@ -120,11 +132,14 @@ def main_loop(code: str) -> MainLoop | None:
         if target is None or int(target[1], 16) > address:
             continue
         body = [line for at, line in _lines(code) if int(target[1], 16) <= at <= address]
-        shapes = [match[1] for line in body if (match := re.search(r"HMMA\.(\d+)", line))]
+        shapes = [found[0] for line in body if (found := re.search(r"HG?MMA\.[\dx]+", line))]
         if shapes:
             loads = sum("LDSM" in line for line in body)
             flop = sum(_FLOP[shape] for shape in shapes)
-            loops.append(MainLoop(len(body), len(shapes), flop, loads))
+            wgmma = any(shape.startswith("HGMMA") for shape in shapes)
+            drained = sum("DEPBAR.LE gsb0, 0x0" in line for line in body)
+            fences = sum("MEMBAR" in line for line in body)
+            loops.append(MainLoop(len(body), len(shapes), flop, loads, wgmma, drained, fences))
     return min(loops, key=lambda loop: loop.instructions, default=None)
 
 

@@ -41,6 +41,7 @@ from tests.helpers.inputs import (
     random_pyramid,
     rebuild_parameters,
 )
+from tests.helpers.profiles import profile
 
 library.require("cpu")
 
@@ -297,9 +298,9 @@ def block_inputs(dtype: torch.dtype) -> tuple[list[Tensor], BlockParameters]:
 
 def test_a_block_converts_none_of_its_small_parameters() -> None:
     features, parameters = block_inputs(torch.bfloat16)
-    with torch.profiler.profile(acc_events=True) as profile, torch.no_grad(), backend("cpu"):
+    with profile() as profiled, torch.no_grad(), backend("cpu"):
         functional.pyramid_block(features, parameters, num_groups=4)
-    names = [event.name for event in profile.events()]
+    names = [event.name for event in profiled.events()]
     assert names.count("dyhead::block_coefficients_fwd") == 1
     # Only weights and biases of convolutions: of the offsets' and of the three branches'.
     assert names.count("aten::_to_copy") <= 8

@@ -15,6 +15,7 @@ from dyhead_cuda.ops.transforms import node_name
 from tests.helpers.devices import needs_cpu_library
 from tests.helpers.inputs import halving_sizes, random_pyramid
 from tests.helpers.modules import as_list
+from tests.helpers.profiles import profile
 
 OPERATORS = ["OffsetDeformConv", "BlockCoefficients", "FuseBranches", "PackLevels", "UnpackLevels"]
 
@@ -32,9 +33,9 @@ def pyramid() -> list[Tensor]:
 
 def rows_of(function: Callable[[], Any]) -> set[str]:
     """The names of the rows that a profiler shows."""
-    with torch.profiler.profile(acc_events=True) as profile:
+    with profile() as profiled:
         function()
-    return {event.name for event in profile.events()}
+    return {event.name for event in profiled.events()}
 
 
 def nodes_of(out: Tensor) -> Iterator[Any]:

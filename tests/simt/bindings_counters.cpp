@@ -34,6 +34,8 @@ const char* name_of(Access access) {
       return "shuffle";
     case Access::kMma:
       return "mma";
+    case Access::kOperandRead:
+      return "operand read";
     case Access::kBarrier:
       return "barrier";
   }

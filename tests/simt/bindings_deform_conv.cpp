@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "cuda/deform_conv/deform_conv_bwd_input_run.h"
 #include "cuda/deform_conv/deform_conv_fwd_run.h"
+#include "cuda/mma_choice.h"
 #include "deform_call.h"
 
 namespace dyhead::simt {
@@ -58,7 +59,8 @@ py::dict forward(DeformCall call, int64_t far, const py::array& source,
   params.var = var.data();
   params.up_mean = up_mean.data();
   Workspaces workspaces;
-  check_launch("run_deform_fwd", run_deform_fwd(params, allow_tf32, device, workspaces, nullptr));
+  check_launch("run_deform_fwd",
+               run_deform_fwd({&params, 1}, allow_tf32, device, workspaces, nullptr));
   py::dict result;
   if (out_in_compute_dtype) {
     result["out"] = wide.to_numpy();
@@ -119,10 +121,10 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
 void bind(py::module_& module) {
   py::module_ m = module.def_submodule("deform_conv", "csrc/cuda/deform_conv/");
   py::class_<DeviceLimits>(m, "DeviceLimits")
-      .def(py::init([](int processors, size_t shared_bytes) {
-             return DeviceLimits{processors, shared_bytes};
+      .def(py::init([](int processors, size_t shared_bytes, bool wgmma) {
+             return DeviceLimits{processors, shared_bytes, wgmma};
            }),
-           py::arg("processors"), py::arg("shared_bytes"));
+           py::arg("processors"), py::arg("shared_bytes"), py::arg("wgmma") = false);
   m.def(
       "tiling",
       [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
@@ -132,7 +134,8 @@ void bind(py::module_& module) {
         const DeformMath math = deform_math(call.shape.dtype, allow_tf32);
         const DeformTiling tiling = forward_tiling(call, math, vectors, sums_only, device);
         std::vector<std::pair<int, int>> launches;  // jobs and tiles of each
-        for (const DeformLaunch& launch : deform_launches(call, tiling.rows, tiling.plain)) {
+        for (const DeformLaunch& launch :
+             deform_launches(call, tiling.rows, tiling.plain(), tiling.together())) {
           launches.emplace_back(launch.job_count, launch.tile_count);
         }
         return py::make_tuple(tiling.rows, tiling.cols, launches);
@@ -140,6 +143,8 @@ void bind(py::module_& module) {
       py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
       py::kw_only(), py::arg("vectors") = true, py::arg("sums_only") = true,
       py::arg("allow_tf32") = false, py::arg("device"));
+  m.def("wants_wgmma", &wants_wgmma, py::arg("setting"), py::arg("major"), py::arg("minor"),
+        py::arg("built"));
   m.def(
       "takes_plain_kernel",
       [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
@@ -169,13 +174,14 @@ void bind(py::module_& module) {
       },
       py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"));
   m.def(
-      "input_tile_rows",
+      "input_tiling",  // rows of a tile, and whether the kernel is that with wgmma
       [](const Tables& tables, const std::string& dtype, int64_t channels, int64_t out_channels,
          bool vectors, const DeviceLimits& device) {
         const DeformCall call =
             read_call(tables, true, named_dtype(dtype), channels, out_channels, 1);
         const DeformMath math = deform_math(call.shape.dtype, false);
-        return input_tile_rows(call, input_panels(call.shape, math), vectors, device);
+        const int32_t rows = input_tile_rows(call, input_panels(call.shape, math), vectors, device);
+        return py::make_tuple(rows, takes_wgmma_input_kernel(call.shape, rows, device));
       },
       py::arg("tables"), py::arg("dtype"), py::arg("channels"), py::arg("out_channels"),
       py::kw_only(), py::arg("vectors") = true, py::arg("device"));

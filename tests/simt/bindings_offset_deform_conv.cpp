@@ -1,4 +1,4 @@
-// The backward of offset_deform_conv; its forward is two calls of deform_conv's.
+// offset_deform_conv, forward and backward.
 #include <pybind11/stl.h>
 
 #include <string>
@@ -12,12 +12,12 @@ namespace {
 
 using cuda::DeviceLimits;
 
-// The weights of one of the two convolutions, and the name of their type.
+// The weights of one of the two convolutions, and the name of their type; then biases of this type.
 using Weights = std::tuple<std::vector<py::array>, std::string>;
 
-Matrices matrices_of(const Weights& weights) {
+Matrices matrices_of(const Weights& weights, const std::vector<py::array>& bias = {}) {
   const auto& [matrices, dtype] = weights;
-  return Matrices(matrices, {}, named_dtype(dtype));
+  return Matrices(matrices, bias, named_dtype(dtype));
 }
 
 // The jobs' call of source rows [R, C] and weights [C_out, C / groups, kh, kw].
@@ -26,6 +26,49 @@ DeformCall call_of(const Tables& tables, bool mask_logits, const std::string& dt
   const std::vector<py::array>& matrices = std::get<0>(weights);
   return read_call(tables, mask_logits, named_dtype(dtype), source.shape(1),
                    matrices.at(0).shape(0), static_cast<int64_t>(matrices.size()));
+}
+
+// Predictions, output and moments. Unless `given` is None, the jobs read these predictions instead.
+template <class T>
+py::dict forward(const DeformCall& call, const py::array& source, const Matrices& offset_matrix,
+                 const Matrices& matrices, const py::object& given,
+                 const simt_test::OffsetDeformDevice& device) {
+  using F = compute_t<T>;
+  const DeformShape& s = call.shape;
+  Matrices memory({}, {}, s.dtype);
+  const auto predictions =
+      DeviceArray<F>::poisoned("predictions", {call.prediction_rows, s.prediction_columns()});
+  const auto out = DeviceArray<T>::poisoned("out", {call.out_rows, s.out_channels});
+  const auto statistics = [&](const char* name) {
+    const auto jobs = static_cast<py::ssize_t>(call.jobs.size());
+    return DeviceArray<F>::poisoned(name, {jobs, s.images, s.out_channels});
+  };
+  const auto mean = statistics("mean");
+  const auto var = statistics("var");
+  const auto up_mean = statistics("up_mean");
+  DeformFwdParams predict{};
+  predict.source = memory.add("source", source);
+  DeformFwdParams read = predict;
+  predict.weights = &offset_matrix.weights;
+  predict.out = predictions.data();
+  predict.out_in_compute_dtype = true;
+  read.call = &call;
+  read.weights = &matrices.weights;
+  read.predictions =
+      given.is_none() ? predictions.data() : memory.add("given", given.cast<py::array>());
+  read.out = out.data();
+  read.moments = true;
+  read.mean = mean.data();
+  read.var = var.data();
+  read.up_mean = up_mean.data();
+  check_launch("run_offset_deform_fwd", run_offset_deform_fwd(predict, read, device));
+  py::dict result;
+  result["predictions"] = predictions.to_numpy();
+  result["out"] = out.to_numpy();
+  result["mean"] = mean.to_numpy();
+  result["var"] = var.to_numpy();
+  result["up_mean"] = up_mean.to_numpy();
+  return result;
 }
 
 // All five gradients, of which those that are not wanted stay as they were allocated.
@@ -86,6 +129,23 @@ py::dict backward(const DeformCall& call, const py::array& grad_out, const py::o
 void bind(py::module_& module) {
   py::module_ m =
       module.def_submodule("offset_deform_conv", "csrc/host/offset_deform_conv.cpp on CUDA");
+  m.def(
+      "forward",
+      [](const std::string& dtype, const py::array& source, const Weights& offset_weights,
+         const std::vector<py::array>& offset_bias, const Weights& weights,
+         const std::vector<py::array>& bias, const Tables& tables, bool mask_logits,
+         bool allow_tf32, const py::object& given, const DeviceLimits& limits) {
+        const DeformCall call = call_of(tables, mask_logits, dtype, source, weights);
+        Workspaces workspaces;
+        return dispatch_dtype(call.shape.dtype, [&](auto zero) {
+          return forward<decltype(zero)>(call, source, matrices_of(offset_weights, offset_bias),
+                                         matrices_of(weights, bias), given,
+                                         {limits, std::ref(workspaces), allow_tf32});
+        });
+      },
+      py::arg("dtype"), py::arg("source"), py::arg("offset_weights"), py::arg("offset_bias"),
+      py::arg("weights"), py::arg("bias"), py::arg("tables"), py::arg("mask_logits"), py::kw_only(),
+      py::arg("allow_tf32") = false, py::arg("given"), py::arg("device"));
   m.def(
       "backward",
       [](const std::string& dtype, const py::array& grad_out, const py::object& grads,

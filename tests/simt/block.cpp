@@ -3,6 +3,9 @@
 #include <string_view>
 #include <utility>
 
+#include "hopper.h"
+#include "scheduler.h"
+
 namespace dyhead::simt {
 namespace {
 
@@ -27,9 +30,8 @@ std::string wait_name(const Thread& thread) {
       return "__syncthreads";
     case State::kCollective:
       return thread.collective->name;
-    case State::kSpin:
-      return "wait_until(" + std::to_string(thread.value) + "), the counter being " +
-             std::to_string(*thread.flag) + ",";
+    case State::kWait:
+      return thread.waiting->describe();
     case State::kExited:
       return "exited";
   }
@@ -38,11 +40,15 @@ std::string wait_name(const Thread& thread) {
 
 }  // namespace
 
-Block::Block(const Launch& launch, uint3 block_index)
+Block::Block(const Launch& launch, uint3 block_index, Cluster& of)
     : index(block_index),
       threads(size_t{launch.block.x} * launch.block.y * launch.block.z),
       warps((threads.size() + kLanes - 1) / kLanes),
-      running(static_cast<unsigned>(threads.size())) {
+      running(static_cast<unsigned>(threads.size())),
+      cluster(&of),
+      rank(static_cast<unsigned>(of.blocks.size())),
+      warpgroups(warps.size() / kGroupWarps) {
+  of.blocks.push_back(this);
   for (unsigned i = 0; i < threads.size(); ++i) {
     Thread& thread = threads[i];
     thread.block = this;
@@ -53,17 +59,28 @@ Block::Block(const Launch& launch, uint3 block_index)
     thread.warp->lanes[thread.lane] = &thread;
     thread.warp->present |= 1u << thread.lane;
   }
-  for (Warp& warp : warps) warp.ready = warp.present;
+  // Without knowing what the kernel was compiled for: as many registers as a block can have.
+  constexpr unsigned kRegisters = 65536;
+  const unsigned most = kRegisters / (static_cast<unsigned>(warps.size()) * kLanes);
+  for (Warp& warp : warps) {
+    warp.ready = warp.present;
+    warp.registers.per_thread = std::min(256u, most / 8 * 8);
+  }
 }
 
-bool Block::is_shared(const void* p, size_t bytes) const {
+const GuardedMemory* Block::shared_array(const void* p, size_t bytes) const {
   for (const auto& [key, array] : static_arrays) {
-    if (array->contains(p, bytes)) return true;
+    if (array->contains(p, bytes)) return array.get();
   }
   for (const auto& [offset, array] : dynamic_arrays) {
-    if (array->contains(p, bytes)) return true;
+    if (array->contains(p, bytes)) return array.get();
   }
-  return false;
+  return nullptr;
+}
+
+Warpgroup* Block::warpgroup_of(const Warp& warp) {
+  const size_t number = static_cast<size_t>(&warp - warps.data()) / kGroupWarps;
+  return number < warpgroups.size() ? &warpgroups[number] : nullptr;
 }
 
 std::string Block::describe_waits() const {
@@ -89,6 +106,9 @@ void Block::check_end() const {
          " asynchronous copies that it never waited for; the first was issued at " +
          to_string(thread.copies.front().where));
   }
+  check_same_products(*this);
+  check_same_registers(*this);
+  check_no_bytes(*this);
   for (const auto& [key, array] : static_arrays) array->check_guards();
   for (const auto& [offset, array] : dynamic_arrays) array->check_guards();
 }

@@ -12,16 +12,16 @@
 #include "counters.h"
 #include "fiber.h"
 #include "guarded_memory.h"
+#include "hopper_state.h"
 #include "simt.h"
 
 namespace dyhead::simt {
 
-inline constexpr unsigned kLanes = 32;
-
 struct Block;
 struct Warp;
+class Waiting;
 
-enum class State { kReady, kBarrier, kCollective, kSpin, kExited };
+enum class State { kReady, kBarrier, kCollective, kWait, kExited };
 
 struct AsyncCopy {
   std::byte* destination;
@@ -40,15 +40,12 @@ struct Thread {
   State state = State::kReady;
   Where where;                       // of the call that it waits in
   Collective* collective = nullptr;  // kCollective
-  const unsigned* flag = nullptr;    // kSpin: until *flag has reached `value`
-  unsigned value = 0;
+  Waiting* waiting = nullptr;        // kWait
 
   std::vector<AsyncCopy> copies;  // under way, oldest first
   unsigned committed_groups = 0;
 
   Fiber fiber;
-
-  bool flag_reached() const { return static_cast<int>(*flag - value) >= 0; }
 };
 
 struct Warp {
@@ -58,10 +55,13 @@ struct Warp {
   unsigned collective = 0;  // lanes that wait in a collective
   bool listed = false;      // in the scheduler's list of warps with ready lanes
   WarpTrace trace;
+  WarpProducts products;
+  WarpRegisters registers;
 };
 
 struct Block {
-  Block(const Launch& launch, uint3 index);
+  // Joins the cluster.
+  Block(const Launch& launch, uint3 index, Cluster& cluster);
 
   uint3 index;
   std::vector<Thread> threads;
@@ -75,10 +75,21 @@ struct Block {
   std::map<const void*, std::unique_ptr<GuardedMemory>> static_arrays;  // by declaration
   std::map<size_t, std::unique_ptr<GuardedMemory>> dynamic_arrays;      // by byte offset
 
-  bool is_shared(const void* p, size_t bytes) const;
+  Cluster* cluster;
+  unsigned rank;  // in the cluster
+  std::array<NamedBarrier, kNamedBarriers> named_barriers;
+  std::map<const std::byte*, MBarrierState> mbarriers;  // by address
+  std::map<const GuardedMemory*, std::vector<std::byte>> async_views;
+  std::vector<Warpgroup> warpgroups;
+  unsigned free_registers = 0;  // that warps gave back
+
+  // The shared array that contains these bytes, or null.
+  const GuardedMemory* shared_array(const void* p, size_t bytes) const;
+  bool is_shared(const void* p, size_t bytes) const { return shared_array(p, bytes) != nullptr; }
+  Warpgroup* warpgroup_of(const Warp& warp);  // null where the block ends before its fourth warp
   // What each thread waits for, one line per place.
   std::string describe_waits() const;
-  // Fails if the block leaves asynchronous copies behind or has written outside its shared arrays.
+  // Fails if the block leaves asynchronous work behind or has written outside its shared arrays.
   void check_end() const;
 };
 

@@ -9,6 +9,7 @@ from .bugs_deform_conv import (
     PLAIN_CONV,
     SORT,
 )
+from .bugs_wgmma import WGMMA_BACKWARD, WGMMA_CONV
 from .planted import BARRIER, BARRIER_LINE, COMMON, CUDA, ROWS, Bug, Suite, without
 
 # ---- the tile product of the emulation's own tests ----------------------------------------------
@@ -37,6 +38,55 @@ EMULATOR = Suite(
         ),
     },
     harmless=Bug(GEMM_TILE, f"    {BARRIER}\n", f"    {BARRIER}\n    __syncwarp();\n"),
+)
+
+# ---- the functions of compute capability 9.0 ----------------------------------------------------
+
+HOPPER = "tests/simt/kernels/hopper.cu"
+HOPPER_DEVICE = f"{CUDA}/tile/hopper.cuh"
+COMMIT = "if (p.fault != PipelineFault::kNoCommit) wgmma_commit();"
+
+HOPPER_FUNCTIONS = Suite(
+    tests="test_hopper.py",
+    kernel="hopper",
+    select="test_pipeline",
+    bugs={
+        "an operand without its part of the depth": Bug(
+            HOPPER_DEVICE, "simt::shared_offset(rows) + offset", "simt::shared_offset(rows)"
+        ),
+        "groups of rows too near": Bug(HOPPER_DEVICE, "kStride = 1024;", "kStride = 512;"),
+        "another permutation": Bug(HOPPER_DEVICE, "kSwizzle128 = 1;", "kSwizzle128 = 2;"),
+        "copies to the own block": Bug(HOPPER, "(1u << cluster) - 1u", "1u << cluster_rank()"),
+        "the same part from all blocks": Bug(
+            HOPPER, "const unsigned first = part * cluster_rank();", "const unsigned first = 0;"
+        ),
+        "too few bytes expected": Bug(
+            HOPPER,
+            "mbarrier_arrive_expect(&pipeline.full[stage], kStageBytes);",
+            "mbarrier_arrive_expect(&pipeline.full[stage], part);",
+            select="test_pipeline and not 1-2",
+        ),
+        "the parity of full stages for empty ones": Bug(HOPPER, "(use & 1u) ^ 1u", "use & 1u"),
+        "a stage released in the first block": Bug(
+            HOPPER,
+            "mbarrier_arrive_at(empty, static_cast<unsigned>(rank));",
+            "mbarrier_arrive_at(empty, 0u * static_cast<unsigned>(rank));",
+        ),
+        "wait one group too few": Bug(
+            HOPPER,
+            "PipelineFault::kNoWait) wgmma_wait<0>();",
+            "PipelineFault::kNoWait) wgmma_wait<1>();",
+        ),
+        "a step too few": Bug(
+            HOPPER,
+            "step < kSteps; ++step) {\n      uint64_t",
+            "step < kSteps - 1; ++step) {\n      uint64_t",
+        ),
+        "registers of the left operand exchanged": Bug(
+            HOPPER, "2 * t + i / 2 * 8;", "2 * t + i % 2 * 8;"
+        ),
+    },
+    harmless=Bug(HOPPER, COMMIT, f"{COMMIT}\n    wgmma_commit();"),
 )
 
 # ---- block_coefficients -------------------------------------------------------------------------
@@ -263,9 +313,12 @@ PACK_LEVELS = Suite(
 
 SUITES = {
     "emulator": EMULATOR,
+    "hopper": HOPPER_FUNCTIONS,
     "sort": SORT,
     "deform_conv": DEFORM_CONV,
     "plain_conv": PLAIN_CONV,
+    "wgmma_conv": WGMMA_CONV,
+    "wgmma_backward": WGMMA_BACKWARD,
     "deform_weights": DEFORM_WEIGHTS,
     "offset_deform_conv": OFFSET_DEFORM_CONV,
     "block_coefficients": BLOCK_COEFFICIENTS,

@@ -44,6 +44,7 @@ SORT = Suite(
 # ---- deform_conv --------------------------------------------------------------------------------
 
 DEFORM_FORWARD = f"{CUDA}/deform_conv/deform_conv_fwd.cuh"
+DEFORM_FINISH = f"{CUDA}/deform_conv/deform_conv_fwd_finish.cuh"
 DEFORM_SAMPLER = f"{CUDA}/deform_conv/deform_conv_gather.cuh"
 DEFORM_MOMENTS = f"{CUDA}/deform_conv/deform_conv_moments.cuh"
 DEFORM_INPUT = f"{CUDA}/deform_conv/deform_conv_bwd_input.cuh"
@@ -65,19 +66,19 @@ DEFORM_CONV = Suite(
     " or test_blocks_share_the_tiles_of_the_last_round and float32 and 200",
     bugs={
         "parts added before all are there": Bug(
-            DEFORM_FORWARD,
-            "arrive_is_last(p_.parts_arrived + at_.shared, parts)",
-            "arrive_is_last(p_.parts_arrived + at_.shared, parts - 1)",
+            DEFORM_FINISH,
+            "arrive_is_last<Threads>(p_.parts_arrived + at_.shared, parts)",
+            "arrive_is_last<Threads>(p_.parts_arrived + at_.shared, parts - 1)",
         ),
         "parts added in the order of arrival": Bug(
-            DEFORM_FORWARD,
-            "sum += *part_sum(part, i * Product::kJ + j);",
-            "sum += *part_sum((part + at_.part) % parts, i * Product::kJ + j);",
+            DEFORM_FINISH,
+            "sum + *part_sum(part, i * Product::kJ + j);",
+            "sum + *part_sum((part + at_.part) % parts, i * Product::kJ + j);",
         ),
         "a part's last tap is another's too": Bug(
-            DEFORM_FORWARD,
-            "s.taps() * (at_.part + 1) / parts",
-            "(s.taps() * (at_.part + 1) + parts - 1) / parts",
+            DEFORM_FINISH,
+            "taps * (at.part + 1) / parts",
+            "(taps * (at.part + 1) + parts - 1) / parts",
         ),
         # Of later terms: what is in memory before the first one is no place to read.
         "samples read before they are there": Bug(
@@ -141,13 +142,13 @@ DEFORM_CONV = Suite(
             select="test_convolutions and large and float32",
         ),
         "pixels beyond the map count in the moments": Bug(
-            DEFORM_FORWARD,
+            DEFORM_FINISH,
             "valid[row] = at.index < 0 ? F(0) : F(1);",
             "valid[row] = F(1);",
             select=ALL_JOBS,
         ),
         "moments of the values before they are rounded": Bug(
-            DEFORM_FORWARD,
+            DEFORM_FINISH,
             "to_compute(from_compute<T>(product_.at(i, j)))",
             "product_.at(i, j)",
             "deform_conv_fwd_bfloat16",
@@ -169,7 +170,7 @@ DEFORM_CONV = Suite(
             f"{CUDA}/tile/tile_gemm.cuh", "((unit ^ (row & 7)) << 4)", "((unit ^ (row & 3)) << 4)"
         ),
         "lanes swap the wrong pairs": Bug(
-            DEFORM_FORWARD,
+            DEFORM_FINISH,
             "exchange(words[1], words[3], 2, lane & 2);",
             "exchange(words[1], words[2], 2, lane & 2);",
             "deform_conv_fwd_float16",
@@ -428,8 +429,10 @@ DEFORM_WEIGHTS = Suite(
     harmless=Bug(ADD_WEIGHTS, "#pragma unroll 4", "#pragma unroll 2"),
 )
 
-# ---- offset_deform_conv: how its two calls share the sums of one gradient -----------------------
+# ---- offset_deform_conv: how its two calls share a launch and the sums of one gradient ----------
 
+DEFORM_PACK = f"{CUDA}/deform_conv/deform_conv_pack.cu"
+DEFORM_RUN = f"{CUDA}/deform_conv/deform_conv_run.h"
 INPUT_RUN = f"{CUDA}/deform_conv/deform_conv_bwd_input_run.h"
 RUN_CALL = "error = run_bwd_pass(steps[i], scatter, stream);"
 
@@ -441,14 +444,27 @@ OFFSET_DEFORM_CONV = Suite(
         "sums cleared by each call": Bug(
             INPUT_RUN,
             RUN_CALL,
-            "const auto& [call, math, launches, panels, workspaces, input] = steps[i];\n"
-            "error = pack_and_clear(*call.params, panels, math, workspaces, sums, stream);\n"
+            "packs[i].set.zeros[0] = {sums.values, sums.words};\n"
+            "error = pack_weights({&packs[i], 1}, steps[i].math, stream);\n"
             f"if (error == cudaSuccess) {RUN_CALL}",
         ),
         "sums cleared by no call": Bug(
             INPUT_RUN,
-            "clears ? sums : DeformBwdSums{}",
+            "packs.empty() ? sums : DeformBwdSums{}",
             "DeformBwdSums{}",
+        ),
+        "the branches packed from the first matrices of the launch": Bug(
+            DEFORM_PACK, "p.weights + set.first_pointer", "p.weights"
+        ),
+        "biases of the first matrices of the launch": Bug(
+            DEFORM_PACK, "p.bias[set.first_pointer + at / outputs]", "p.bias[at / outputs]"
+        ),
+        "the branches' first columns are not packed": Bug(DEFORM_PACK, "    item -= items;\n", ""),
+        "a second launch packs over what the first has packed": Bug(
+            DEFORM_RUN,
+            "set.first_matrix = first;",
+            "set.first_matrix = 0;",
+            select="test_several_launches_pack and float64",
         ),
         "finished before the offset convolution has added": Bug(
             INPUT_RUN, "i < steps.size() && error", "i + 1 < steps.size() && error"

@@ -139,6 +139,16 @@ void add_global(LineCache& cache, const WarpAccess& a) {
   }
 }
 
+// Rows of 128 bytes, which have no bank conflicts.
+void add_rows(uintptr_t site, Access access, size_t bytes) {
+  constexpr size_t kRow = kBanks * kWordBytes;
+  Count& count = count_of(site, access, kRow);
+  const uint64_t wavefronts = (bytes + kRow - 1) / kRow;
+  ++count.instructions;
+  count.wavefronts += wavefronts;
+  count.ideal_wavefronts += wavefronts;
+}
+
 bool is_shared(Access access) {
   return access == Access::kSharedLoad || access == Access::kSharedStore;
 }
@@ -279,7 +289,10 @@ size_t count_launch(const Launch& launch) {
   ++count.launches;
   const size_t blocks = size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   const bool all = launch.cooperative || options.sampled_blocks == 0;
-  const size_t sampled = all ? blocks : std::min(blocks, options.sampled_blocks);
+  // Whole clusters.
+  const size_t rounded =
+      (options.sampled_blocks + launch.cluster - 1) / launch.cluster * launch.cluster;
+  const size_t sampled = all ? blocks : std::min(blocks, rounded);
   count.blocks += blocks;
   count.sampled_blocks += sampled;
   count.threads = size_t{launch.block.x} * launch.block.y * launch.block.z;
@@ -346,6 +359,19 @@ void count_mma(uintptr_t site, uint64_t flop) {
   ++count.instructions;
   count.lanes += kLanes;
   count.flop += flop;
+}
+
+void count_bulk_read(Thread& thread, uintptr_t site, const void* global, size_t bytes) {
+  WarpAccess access{site, Access::kAsyncRead,          static_cast<uint32_t>(bytes),
+                    1u,   GuardedMemory::find(global), {}};
+  access.addresses[0] = reinterpret_cast<uintptr_t>(global);
+  add_global(thread.block->l1, access);
+}
+
+void count_bulk_write(uintptr_t site, size_t bytes) { add_rows(site, Access::kAsyncWrite, bytes); }
+
+void count_operand_read(uintptr_t site, size_t bytes) {
+  add_rows(site, Access::kOperandRead, bytes);
 }
 
 void count_atomic(const void* p, size_t bytes, int parts) {

@@ -30,13 +30,14 @@ enum class Access : uint8_t {
   kGlobalLoad,
   kGlobalStore,
   kAtomic,
-  kAsyncRead,   // of an asynchronous copy, from global memory
+  kAsyncRead,   // of an asynchronous or bulk copy, from global memory
   kAsyncWrite,  // of the same copy, to shared memory
   kSharedLoad,
   kSharedStore,
   kLdmatrix,
   kShuffle,
   kMma,
+  kOperandRead,  // of the operand of wgmma in shared memory, once for the four warps
   kBarrier,
 };
 
@@ -149,5 +150,9 @@ void count_async_copy(Thread& thread, uintptr_t site, const void* shared, const 
 void count_ldmatrix(uintptr_t site, const std::array<const void*, 32>& rows, int matrices);
 void count_shuffle(uintptr_t site, size_t bytes, uint32_t lanes);
 void count_mma(uintptr_t site, uint64_t flop);
+// A bulk copy reads global memory once for all its blocks, and writes to each.
+void count_bulk_read(Thread& thread, uintptr_t site, const void* global, size_t bytes);
+void count_bulk_write(uintptr_t site, size_t bytes);
+void count_operand_read(uintptr_t site, size_t bytes);
 
 }  // namespace dyhead::simt

@@ -25,7 +25,7 @@ from . import build
 # Between what the code itself writes and the counts.
 _MARK = "---- counts ----"
 # Frames of these say how an access is made, not where.
-_MEANS = ("simt.h", "primitives.cuh", "launch.cuh", "bit_cast", "dtypes.h")
+_MEANS = ("simt.h", "primitives.cuh", "hopper.cuh", "launch.cuh", "bit_cast", "dtypes.h")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Record:
         text: the source line, without the spaces around it.
         access: ``"global load"``, ``"global store"``, ``"atomic"``, ``"async read"``, ``"async
             write"``, ``"shared load"``, ``"shared store"``, ``"ldmatrix"``, ``"shuffle"``,
-            ``"mma"`` or ``"barrier"``.
+            ``"mma"``, ``"operand read"`` or ``"barrier"``.
         bytes: of a lane's access.
         instructions: of warps; of blocks for barriers.
         lanes: that took part, summed over instructions.

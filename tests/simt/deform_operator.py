@@ -34,10 +34,11 @@ class Operator:
     allow_tf32: bool = False
     processors: int = 4
     shared_bytes: int = 227 * 1024
+    wgmma: bool = False
     far: int = 0  # row of all matrices at which the forward's rows start
 
     def device(self) -> Any:
-        return self.simt.deform_conv.DeviceLimits(self.processors, self.shared_bytes)
+        return self.simt.deform_conv.DeviceLimits(self.processors, self.shared_bytes, self.wgmma)
 
     def forward(
         self,

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyhead_cuda.ops.common import compute_dtype
-from tests.helpers.offset_work import offset_plan
 
 from .arrays import name_of, to_array, to_tensor
 
@@ -149,54 +148,29 @@ class Emulated(TorchDispatchMode):
         offset_bias: Tensor | None,
         weights: list[Tensor],
         bias: list[Tensor] | None,
-        images: int,
-        source_sizes: list[int],
-        prediction_sizes: list[int],
         *rest: Any,
     ) -> tuple[Tensor, ...]:
-        out_sizes, up_sizes, geometry, terms, jobs, mask_logits, allow_tf32 = rest
-        *_, kernel_h, kernel_w, pad_h, pad_w, dilation_h, dilation_w = geometry
-        plain = offset_plan(
-            images,
-            list(zip(source_sizes[::2], source_sizes[1::2], strict=True)),
-            len(prediction_sizes) // 2,
-            (kernel_h, kernel_w),
-            (pad_h, pad_w),
-            (dilation_h, dilation_w),
-        )
-        none = source.new_empty(0, 3 * kernel_h * kernel_w, dtype=compute_dtype(source.dtype))
-        predictions, *_ = self._deform_conv_fwd(
-            source,
-            none,
-            [offset_weight],
-            None if offset_bias is None else [offset_bias],
-            None,
-            *plain.tables,
-            True,
-            True,
-            False,
-            allow_tf32,
-        )
-        results = self._deform_conv_fwd(
-            source,
-            predictions,
-            weights,
-            bias,
-            None,
-            images,
-            source_sizes,
-            prediction_sizes,
-            out_sizes,
-            up_sizes,
-            geometry,
-            terms,
-            jobs,
+        *tables, mask_logits, allow_tf32 = rest
+        wide = compute_dtype(source.dtype)
+        results = self.simt.offset_deform_conv.forward(
+            _name(source),
+            to_array(source),
+            ([to_array(offset_weight)], _name(offset_weight)),
+            [] if offset_bias is None else [to_array(offset_bias)],
+            ([to_array(w) for w in weights], _name(weights[0])),
+            [to_array(b) for b in bias or ()],
+            tables,
             mask_logits,
-            False,
-            True,
-            allow_tf32,
+            allow_tf32=allow_tf32,
+            given=self._given_predictions(source, tables),
+            device=self.device,
         )
-        return predictions, *results
+        dtypes = {name: source.dtype if name == "out" else wide for name in results}
+        return tuple(to_tensor(array, dtypes[name]) for name, array in results.items())
+
+    def _given_predictions(self, source: Tensor, tables: Sequence[Any]) -> Any:
+        """What the jobs of ``offset_deform_conv`` read instead of its predictions, or None."""
+        return None
 
     def _offset_deform_conv_bwd(
         self,

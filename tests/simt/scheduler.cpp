@@ -9,7 +9,8 @@
 #include <string_view>
 #include <utility>
 
-#include "block.h"
+#include "hopper.h"
+#include "scheduler.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -22,6 +23,12 @@ Thread* current = nullptr;
 
 namespace {
 
+void suspend(Thread& thread, State state, Where where) {
+  thread.state = state;
+  thread.where = where;
+  thread.fiber.suspend();
+}
+
 // Retries in one run of blocks after which a thread is taken to be stuck.
 constexpr unsigned kMaxYields = 1'000'000;
 
@@ -31,17 +38,8 @@ const Launch* running_launch = nullptr;
 std::exception_ptr thread_failure;
 unsigned yields = 0;
 
-// splitmix64, scaled to [0, bound)
-unsigned random_below(size_t bound) {
-  random_state += 0x9e3779b97f4a7c15u;
-  uint64_t z = random_state;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return static_cast<unsigned>(((z ^ (z >> 31)) >> 32) * bound >> 32);
-}
-
 std::vector<Warp*> ready_warps;
-std::vector<Thread*> spinning;
+std::vector<Thread*> polled;  // that wait for what only asking finds out
 Warp* favoured = nullptr;
 unsigned favour = 0;          // eighths of the draws that go to the favoured warp
 const Block* held = nullptr;  // a block that mostly waits while others can run
@@ -65,17 +63,6 @@ void make_ready(Warp& warp, unsigned lanes) {
   ready_warps.push_back(&warp);
 }
 
-void make_ready(Thread& thread) {
-  thread.state = State::kReady;
-  make_ready(*thread.warp, 1u << thread.lane);
-}
-
-void suspend(Thread& thread, State state, Where where) {
-  thread.state = state;
-  thread.where = where;
-  thread.fiber.suspend();
-}
-
 void release_barrier(Block& block) {
   block.at_barrier = 0;
   if (counting) {
@@ -84,13 +71,9 @@ void release_barrier(Block& block) {
   for (Thread& thread : block.threads) {
     if (thread.state == State::kBarrier) make_ready(thread);
   }
+  publish_barriers(block, /*to_cluster=*/false);
   redraw_favour();
   if (random_below(16) == 0) redraw_held();
-}
-
-bool same(const Where& a, const Where& b) {
-  return a.line() == b.line() && a.column() == b.column() &&
-         std::string_view(a.file_name()) == b.file_name();
 }
 
 // Runs the collective if all its lanes are there. Lanes other than the caller become ready.
@@ -154,7 +137,10 @@ void leave(Thread& thread) {
   thread.state = State::kExited;
   warp.present &= ~(1u << thread.lane);
   --block.running;
+  check_no_products(thread);
+  if (block.running == 0) check_no_copy_to(block);
   if (block.at_barrier != 0 && block.at_barrier == block.running) release_barrier(block);
+  release_if_met(*block.cluster);
   for (unsigned waiting = warp.collective; waiting != 0; waiting &= waiting - 1) {
     const Thread& other = *warp.lanes[static_cast<unsigned>(__builtin_ctz(waiting))];
     if (other.state != State::kCollective || other.collective == nullptr) continue;
@@ -186,17 +172,32 @@ void resume(Thread& thread) {
   if (thread_failure) std::rethrow_exception(std::exchange(thread_failure, nullptr));
 }
 
-void poll_spinning() {
-  for (size_t i = 0; i < spinning.size();) {
-    if (spinning[i]->flag_reached()) {
-      make_ready(*spinning[i]);
-      spinning[i] = spinning.back();
-      spinning.pop_back();
+void poll() {
+  for (size_t i = 0; i < polled.size();) {
+    if (polled[i]->waiting->over()) {
+      make_ready(*polled[i]);
+      polled[i] = polled.back();
+      polled.pop_back();
     } else {
       ++i;
     }
   }
 }
+
+// A counter in global memory.
+class CounterWait : public Waiting {
+ public:
+  CounterWait(const unsigned* counter, unsigned value) : counter_(counter), value_(value) {}
+  std::string describe() const override {
+    return "wait_until(" + std::to_string(value_) + "), the counter being " +
+           std::to_string(*counter_) + ",";
+  }
+  bool over() override { return static_cast<int>(*counter_ - value_) >= 0; }
+
+ private:
+  const unsigned* counter_;
+  unsigned value_;
+};
 
 Warp& draw_warp() {
   constexpr int kTries = 8;
@@ -227,7 +228,10 @@ Thread& draw_thread() {
 [[noreturn]] void report_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
   constexpr size_t kMaxBlocks = 4;
   std::string text = "deadlock: no thread can continue";
-  if (!spinning.empty() && !running_launch->cooperative) {
+  const bool counters = std::any_of(polled.begin(), polled.end(), [](const Thread* thread) {
+    return dynamic_cast<const CounterWait*>(thread->waiting) != nullptr;
+  });
+  if (counters && !running_launch->cooperative) {
     text += " (blocks of an ordinary launch cannot wait for each other: launch cooperatively)";
   }
   for (size_t i = 0; i < std::min(blocks.size(), kMaxBlocks); ++i) {
@@ -242,7 +246,8 @@ Thread& draw_thread() {
 // Runs these blocks side by side to their end.
 void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks) {
   ready_warps.clear();
-  spinning.clear();
+  polled.clear();
+  forget_copies();
   favoured = nullptr;
   yields = 0;
   redraw_favour();
@@ -252,7 +257,11 @@ void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks) {
   redraw_held();
   const auto alive = [](const std::unique_ptr<Block>& block) { return block->running != 0; };
   for (;;) {
-    if (!spinning.empty() && (ready_warps.empty() || random_below(16) == 0)) poll_spinning();
+    if (!polled.empty() && (ready_warps.empty() || random_below(16) == 0)) poll();
+    if (copies_under_way() && (ready_warps.empty() || copy_lands())) {
+      land_copy();
+      continue;
+    }
     if (ready_warps.empty()) {
       if (std::none_of(blocks.begin(), blocks.end(), alive)) break;
       report_deadlock(blocks);
@@ -279,16 +288,24 @@ std::vector<size_t> block_order(size_t blocks, size_t sampled) {
 }
 
 void run_grid(const Launch& launch, size_t sampled) {
+  const size_t size = launch.cluster;
   const size_t count = size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   std::vector<std::unique_ptr<Block>> blocks;
-  for (size_t i : block_order(count, sampled)) {
-    const uint3 index = {static_cast<unsigned>(i % launch.grid.x),
-                         static_cast<unsigned>(i / launch.grid.x % launch.grid.y),
-                         static_cast<unsigned>(i / launch.grid.x / launch.grid.y)};
-    blocks.push_back(std::make_unique<Block>(launch, index));
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  for (size_t i : block_order(count / size, sampled / size)) {
+    clusters.push_back(std::make_unique<Cluster>());
+    Cluster& cluster = *clusters.back();
+    for (size_t first = i * size; cluster.blocks.size() < size;) {
+      const size_t at = first + cluster.blocks.size();
+      const uint3 index = {static_cast<unsigned>(at % launch.grid.x),
+                           static_cast<unsigned>(at / launch.grid.x % launch.grid.y),
+                           static_cast<unsigned>(at / launch.grid.x / launch.grid.y)};
+      blocks.push_back(std::make_unique<Block>(launch, index, cluster));
+    }
     if (launch.cooperative) continue;
     run_blocks(blocks);
     blocks.clear();
+    clusters.clear();
   }
   if (launch.cooperative) run_blocks(blocks);
   GuardedMemory::check_all_guards();
@@ -311,14 +328,60 @@ std::string kernel_name(const Launch& launch) {
 bool valid(const Launch& launch) {
   constexpr size_t kMaxThreads = 1024;
   constexpr unsigned kMaxGridYz = 65535;
+  constexpr unsigned kMaxCluster = 8;  // that every device with clusters has
   const dim3& grid = launch.grid;
   const dim3& block = launch.block;
   const size_t threads = size_t{block.x} * block.y * block.z;
   return threads > 0 && threads <= kMaxThreads && block.z <= 64 && grid.x > 0 && grid.y > 0 &&
-         grid.z > 0 && grid.x <= 0x7fffffffu && grid.y <= kMaxGridYz && grid.z <= kMaxGridYz;
+         grid.z > 0 && grid.x <= 0x7fffffffu && grid.y <= kMaxGridYz && grid.z <= kMaxGridYz &&
+         launch.cluster > 0 && launch.cluster <= kMaxCluster && grid.x % launch.cluster == 0;
 }
 
 }  // namespace
+
+// splitmix64, scaled to [0, bound)
+unsigned random_below(size_t bound) {
+  random_state += 0x9e3779b97f4a7c15u;
+  uint64_t z = random_state;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return static_cast<unsigned>(((z ^ (z >> 31)) >> 32) * bound >> 32);
+}
+
+bool same(const Where& a, const Where& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         std::string_view(a.file_name()) == b.file_name();
+}
+
+void make_ready(Thread& thread) {
+  thread.state = State::kReady;
+  make_ready(*thread.warp, 1u << thread.lane);
+}
+
+void block_thread(Waiting& waiting, Where where) {
+  Thread& thread = *current;
+  thread.waiting = &waiting;
+  suspend(thread, State::kWait, where);
+}
+
+void poll_thread(Waiting& waiting, Where where) {
+  polled.push_back(current);
+  block_thread(waiting, where);
+}
+
+void may_switch(Where where) {
+  if (random_below(4) != 0) return;
+  make_ready(*current);
+  suspend(*current, State::kReady, where);
+}
+
+void let_others_run(unsigned turns, Where where) {
+  for (; turns != 0; --turns) {
+    favoured = nullptr;
+    make_ready(*current);
+    suspend(*current, State::kReady, where);
+  }
+}
 
 Error::~Error() = default;
 
@@ -349,6 +412,9 @@ cudaError_t launch(const Launch& launch) {
   constexpr size_t kMaxSharedBytes = 227 * 1024;  // of an sm_90 block
   if (!valid(launch)) return cudaErrorInvalidConfiguration;
   if (launch.shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (launch.cooperative && launch.cluster > 1) {
+    fail("launch: cooperative launches of clusters are not emulated; launch one or the other");
+  }
   const size_t blocks = size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   if (launch.cooperative && blocks > static_cast<size_t>(cooperative_limit)) {
     return cudaErrorCooperativeLaunchTooLarge;
@@ -398,12 +464,10 @@ void yield(Where where) {
 }
 
 void wait_until(const unsigned* flag, unsigned value, Where where) {
-  Thread& thread = current_thread("wait_until");
+  static_cast<void>(current_thread("wait_until"));
   check_aligned("wait_until", flag, sizeof(unsigned));
-  thread.flag = flag;
-  thread.value = value;
-  spinning.push_back(&thread);
-  suspend(thread, State::kSpin, where);
+  CounterWait waiting(flag, value);
+  poll_thread(waiting, where);
 }
 
 void warp_collective(Collective& collective) {
@@ -415,9 +479,8 @@ void warp_collective(Collective& collective) {
   try_complete(warp, collective, &thread);
   if (thread.collective != nullptr) {
     suspend(thread, State::kCollective, collective.where);
-  } else if (random_below(4) == 0) {  // the last to arrive does not always run on first
-    make_ready(thread);
-    suspend(thread, State::kReady, collective.where);
+  } else {
+    may_switch(collective.where);  // the last to arrive does not always run on first
   }
 }
 

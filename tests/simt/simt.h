@@ -50,6 +50,7 @@ struct Launch {
   dim3 block;
   size_t shared_bytes;
   bool cooperative;
+  unsigned cluster;  // neighbouring blocks along x that share a cluster
   const void* kernel;
   void (*run_thread)(const void* call);
   const void* call;

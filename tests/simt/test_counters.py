@@ -174,6 +174,50 @@ def test_barriers_and_places() -> None:
     assert counts.select(access=LOAD, text="p.in[start") == [record]
 
 
+# ---- compute capability 9.0 ----------------------------------------------------------
+
+
+def pipeline(blocks: int, **options: Any) -> counting.Counts:
+    """Clusters of two blocks: 64 rows each times 256 columns, five chunks of the depth."""
+    code = (
+        f"simt.hopper.pipeline(np.zeros(({64 * blocks}, 320), np.uint16), "
+        "np.zeros((5, 256 * 128), np.uint8), 2)"
+    )
+    return counting.count(code, build.counted("hopper"), **options)
+
+
+def test_bulk_copies_read_once_for_a_cluster() -> None:
+    counts = pipeline(blocks=2)
+    chunk = 256 * 128
+    # Each of the two blocks copies half of each chunk, to both.
+    found = numbers(counts, "async read", "instructions", "sectors", "l2_sectors")
+    assert found == (2 * 5, 5 * chunk // 32, 5 * chunk // 32)
+    found = numbers(counts, "async write", "instructions", "wavefronts", "ideal_wavefronts")
+    assert found == (2 * 2 * 5, 2 * 5 * chunk // 128, 2 * 5 * chunk // 128)
+    (record,) = counts.select(access="async read")
+    assert (record.function, record.file) == ("fill_stages", "hopper.cu")
+    assert counts.kernels["pipeline_kernel"]["arrays"]["b"]["distinct_read"] == 5 * chunk // 32
+
+
+def test_warpgroups_read_their_operand_once() -> None:
+    counts = pipeline(blocks=2)
+    products = 2 * 5 * 4  # of all blocks: a warpgroup each, four steps a chunk
+    found = numbers(counts, "operand read", "instructions", "wavefronts", "ideal_wavefronts")
+    assert found == (products, products * 256 * 32 // 128, products * 256 * 32 // 128)
+    assert numbers(counts, "mma", "instructions", "flop") == (4 * products, 2 * 128 * 256 * 320)
+    (record,) = counts.select(access="operand read")
+    assert (record.function, record.file) == ("multiply", "hopper.cu")
+    assert numbers(counts, "barrier", "instructions") == (2 * 2,)  # cluster_sync, of blocks
+
+
+def test_samples_are_whole_clusters() -> None:
+    kernel = pipeline(blocks=8, sampled_blocks=3).kernels["pipeline_kernel"]
+    assert (kernel["blocks"], kernel["sampled_blocks"]) == (8, 4)
+
+
+# ---- reports -------------------------------------------------------------------------
+
+
 def test_steps(kernels: build.Kernels) -> None:
     run = "simt.counters.run_accesses(simt.counters.Pattern.load4, {})"
     code = f"{run.format(1)}\nstep('first')\n{run.format(2)}\nstep('second')"

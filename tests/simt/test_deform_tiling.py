@@ -173,14 +173,14 @@ def test_tiles_of_the_input_kernel(simt: Any) -> None:
         kilobytes: int = 227,
         vectors: bool = True,
     ) -> int:
-        found: int = simt.deform_conv.input_tile_rows(
+        found: int = simt.deform_conv.input_tiling(
             BlockPlan(sizes, 1, "flat").deform.tables,
             dtype,
             256,
             256,
             vectors=vectors,
             device=simt.deform_conv.DeviceLimits(132, kilobytes * KILOBYTE),
-        )
+        )[0]
         return found
 
     assert rows() == rows("float16") == 128

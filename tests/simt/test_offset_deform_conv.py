@@ -60,6 +60,21 @@ class ManyMaps(OffsetCall):
         return Plan(self.images, maps, maps, jobs)
 
 
+@dataclass(frozen=True)
+class ManyMatrices(OffsetCall):
+    """More matrices than one launch packs, together with the offset convolution's."""
+
+    images: int = 1
+    channels: int = 3
+    out_channels: int = 3
+    count: int = 66
+
+    @property
+    def plan(self) -> Plan:
+        jobs = [Job((1, 2), 0, [(0, i)]) for i in range(self.count)]
+        return Plan(self.images, [(1, 2)], [(1, 2)], jobs)
+
+
 @dtypes
 @sums
 @pytest.mark.parametrize("name", WORKS)
@@ -81,6 +96,12 @@ def test_orders_of_threads(simt: Any, dtype: torch.dtype) -> None:
 def test_several_launches(simt: Any, fixed: bool, dtype: torch.dtype) -> None:
     with emulated(simt, fixed=fixed):
         check(ManyMaps(), dtype, ManyMaps().tensors(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+def test_several_launches_pack(simt: Any, dtype: torch.dtype) -> None:
+    with emulated(simt):
+        check(ManyMatrices(), dtype, ManyMatrices().tensors(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)

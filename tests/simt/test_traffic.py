@@ -105,7 +105,7 @@ def test_a_sample_stands_for_the_whole() -> None:
     code = f"traffic.run_block(simt, step, [(32, 32)], 64, 2, {options})"
     # What each block counts, times the number of blocks.
     whole, sample = (
-        traffic.count_steps(code, sampled_blocks=sampled)["branches fwd"] for sampled in (0, 4)
+        traffic.count_steps(code, sampled_blocks=sampled)["convolutions fwd"] for sampled in (0, 4)
     )
     for name, launched in whole.kernels.items():
         assert launched["sampled_blocks"] == launched["blocks"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dyhead_cuda import fused
-from dyhead_cuda.ops.jobs import Size
+from dyhead_cuda.ops.jobs import GEOMETRY_FIELDS, Size
 from tests.helpers.inputs import (
     flat_parameters,
     random_block_parameters,
@@ -48,8 +48,8 @@ _NAMES = {
 class Steps(Emulated):
     """The emulated operators, each of them a step of its own.
 
-    Steps are named ``"predict fwd"`` for the convolution that predicts offsets, ``"branches fwd"``
-    for those that read them, ``"convolutions bwd"`` for both, and so on for the others.
+    Steps are named ``"convolutions fwd"`` for the convolution that predicts offsets and those that
+    read them, ``"convolutions bwd"`` for their backward, and so on for the others.
     """
 
     def __init__(
@@ -58,11 +58,12 @@ class Steps(Emulated):
         step: Step,
         processors: int,
         shared_bytes: int = 227 * 1024,
+        wgmma: bool = False,
         sampled: bool = False,
     ) -> None:
         super().__init__(simt)
         self.step = step
-        self.device = simt.deform_conv.DeviceLimits(processors, shared_bytes)
+        self.device = simt.deform_conv.DeviceLimits(processors, shared_bytes, wgmma)
         self.sampled = sampled
         self.random = torch.Generator().manual_seed(1)
 
@@ -75,17 +76,20 @@ class Steps(Emulated):
     ) -> Any:
         before = len(self.calls)
         result = super().__torch_dispatch__(function, types, args, kwargs)
-        if len(self.calls) > before and self.calls[-1] != "offset_deform_conv_fwd":
+        if len(self.calls) > before:
             operator, _, direction = self.calls[-1].rpartition("_")
             self.step(f"{_NAMES[operator]} {direction}")
             self._replace((result,) if isinstance(result, torch.Tensor) else result)
         return result
 
-    def _deform_conv_fwd(self, source: Tensor, predictions: Tensor, *rest: Any) -> Any:
-        results = super()._deform_conv_fwd(source, predictions, *rest)
-        self.step("branches fwd" if predictions.shape[0] else "predict fwd")
-        self._replace(results)
-        return results
+    def _given_predictions(self, source: Tensor, tables: Sequence[Any]) -> Any:
+        if not self.sampled:
+            return None
+        images, _, sizes, _, _, geometry, *_ = tables
+        of = dict(zip(GEOMETRY_FIELDS, geometry, strict=True))
+        rows = images * sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
+        columns = 3 * of["deform_groups"] * of["kernel_h"] * of["kernel_w"]
+        return to_array(torch.randn(rows, columns, generator=self.random))
 
     def _replace(self, results: Sequence[Tensor]) -> None:
         if self.sampled:
@@ -101,6 +105,7 @@ def run_block(
     images: int = 1,
     processors: int = 132,
     shared_bytes: int = 227 * 1024,
+    wgmma: bool = False,
     forward_only: bool = False,
     frozen: bool = False,
     sampled: bool = False,
@@ -120,7 +125,7 @@ def run_block(
     like = random_block_parameters(channels, channels)
     parameters = [t.float().requires_grad_(not frozen) for t in flat_parameters(like)]
     features = [normal(images, channels, *size).requires_grad_() for size in sizes]
-    with Steps(simt, step, processors, shared_bytes, sampled):
+    with Steps(simt, step, processors, shared_bytes, wgmma, sampled):
         outs = fused.pyramid_blocks(
             features,
             [rebuild_parameters(like, parameters)],
@@ -175,8 +180,15 @@ def count_steps(code: str, **options: Any) -> dict[str, counting.Counts]:
 
 
 def small_problem() -> dict[str, counting.Counts]:
-    """The counts of the fixed problem, by step."""
-    return count_steps("traffic.run_block(simt, step)\ntraffic.run_others(simt, step)")
+    """The counts of the fixed problem, by step; those of convolutions also with wgmma.
+
+    With few processors the backward to the input takes its large tiles, as wgmma needs.
+    """
+    steps = count_steps("traffic.run_block(simt, step)\ntraffic.run_others(simt, step)")
+    with_wgmma = count_steps("traffic.run_block(simt, step, wgmma=True, processors=2)")
+    for name in ("convolutions fwd", "convolutions bwd"):
+        steps[f"{name}, wgmma"] = with_wgmma[name]
+    return steps
 
 
 def totals(records: Sequence[counting.Record]) -> dict[str, int]:
@@ -185,7 +197,7 @@ def totals(records: Sequence[counting.Record]) -> dict[str, int]:
     def of(number: str, *accesses: str) -> int:
         return sum(getattr(r, number) for r in records if r.access in accesses)
 
-    shared = ("shared load", "shared store", "ldmatrix", "async write")
+    shared = ("shared load", "shared store", "ldmatrix", "async write", "operand read")
     found = {
         "load_sectors": of("sectors", "global load"),
         "async_sectors": of("sectors", "async read"),

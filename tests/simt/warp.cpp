@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "../../csrc/common/dtypes.h"
-#include "block.h"
+#include "scheduler.h"
 
 namespace dyhead::simt {
 namespace {
@@ -168,18 +168,6 @@ void complete_m8n8k4_f64(Payloads payloads) {
       }
     }
   }
-}
-
-template <class Payload>
-void collect(const char* name, unsigned mask, bool aligned, void (*complete)(Payloads),
-             Payload& payload, Where where) {
-  Collective collective{.name = name,
-                        .mask = mask,
-                        .where = where,
-                        .aligned = aligned,
-                        .complete = complete,
-                        .payload = &payload};
-  warp_collective(collective);
 }
 
 // Once per warp instruction: all lanes take part.

@@ -16,10 +16,10 @@ void check_problem(const DeformCall& call) {
 
 }  // namespace
 
-void run_deform_conv_fwd(const DeformFwdParams& params, Context& context) {
-  check_problem(*params.call);
+void run_deform_conv_fwd(std::span<const DeformFwdParams> calls, Context& context) {
+  for (const DeformFwdParams& params : calls) check_problem(*params.call);
   const auto allocate = [&](int64_t bytes) { return context.allocate(bytes); };
-  context.check(cuda::run_deform_fwd(params, params.allow_tf32, context.limits(), allocate,
+  context.check(cuda::run_deform_fwd(calls, calls.front().allow_tf32, context.limits(), allocate,
                                      context.stream()));
 }
 

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "../../common/deform_conv.h"
+#include "../context.h"
 #include "../tile/launch.cuh"
 
 namespace dyhead::cuda {
@@ -100,11 +101,18 @@ inline int32_t panel_depth(DeformMath math) {
   }
 }
 
+// The forward kernels: deform_conv_fwd.cuh, plain_conv_fwd.cuh and deform_conv_fwd_wgmma.cuh.
+enum class ForwardKernel { kAny, kPlain, kWgmma };
+
 // The tile of a kernel, and whether it reads channels in 16-byte vectors or one by one.
 struct DeformTiling {
   int rows, cols;
   bool vectors;
-  bool plain = false;  // whether it is the kernel of plain convolutions
+  ForwardKernel kernel = ForwardKernel::kAny;
+
+  bool plain() const { return kernel == ForwardKernel::kPlain; }
+  // How many neighbouring tiles are computed together.
+  int32_t together() const;
 };
 
 // Channels [first, last) of one step over a group's channels: at most max_channels, all of the same
@@ -162,7 +170,9 @@ struct InputStep {
 
 // ---- launches -----------------------------------------------------------------------------------
 
-inline constexpr int32_t kMaxMatrices = 64;  // packed by one launch
+// What one launch packs.
+inline constexpr int32_t kMaxMatrices = 64;
+inline constexpr int32_t kMaxPackSets = 2;
 
 // Memory to clear, in words of 4 bytes.
 struct DeformZeros {
@@ -170,19 +180,28 @@ struct DeformZeros {
   int64_t count;
 };
 
-// The first launch of a call packs the weights and biases, and clears counters and sums.
-struct DeformPackParams {
+// Weights of one call, how they are packed, and what is cleared for the call.
+struct DeformPackSet {
   DeformShape shape;
   DeformPanels panels;
-  int32_t first_matrix, matrices;
+  DType dtype;      // of weights and bias
+  bool transposed;  // for the backward: columns are input channels, the depth is output channels
+  bool for_wgmma;   // the depth of a panel is in the order of wgmma_channel()
+  void* packed;
+  void* packed_bias;  // [W, C_out] of the compute type, or null
+  DeformZeros zeros[5];
+  // The matrices that a launch packs: their number, the first one's index in the call and in the
+  // launch.
+  int32_t matrices, first_matrix, first_pointer;
+};
+
+// The first launch packs the weights and biases of all calls, and clears counters and sums.
+struct DeformPackParams {
+  DeformMath math;
+  int32_t sets;
+  DeformPackSet set[kMaxPackSets];
   const void* weights[kMaxMatrices];
   const void* bias[kMaxMatrices];  // null where there is none
-  DType dtype;                     // of weights and bias
-  DeformMath math;
-  void* packed;
-  void* packed_bias;  // [W, C_out] of the compute type
-  DeformZeros zeros[5];
-  bool transposed;  // for the backward: columns are input channels, the depth is output channels
 };
 
 // A sample in shared memory, as the main loops of the forward and of the weight gradient read it.
@@ -198,8 +217,9 @@ struct alignas(16) StagedSample {
 };
 
 // How the tiles of a launch, each with a panel of columns, are divided into blocks: the first
-// `whole` have a block each. The others would leave most of the processors idle in the last round,
-// so `parts` blocks share each of them: each takes some of the taps, and the last one adds up.
+// `whole` have a block each. (With wgmma these are pairs of tiles, and clusters.) The others would
+// leave most of the processors idle in the last round, so `parts` blocks share each of them: each
+// takes some of the taps, and the last one adds up.
 struct DeformSplit {
   int32_t whole, parts;
 
@@ -219,6 +239,7 @@ struct DeformFwdKernelParams {
   int32_t taps_at_once;
   bool out_vectors;  // whether rows of the output allow 16-byte stores
   DeformSplit split;
+  int32_t items;            // how many blocks, or clusters, have work
   void* part_sums;          // [tiles that are shared, split.parts, rows * cols] of the compute type
   unsigned* parts_arrived;  // [tiles that are shared], cleared
   void* partial;            // [tiles, deform_moments(C_out)]
@@ -272,6 +293,33 @@ inline constexpr int kPlainHalo =
 inline constexpr size_t kPlainSharedBytes =
     size_t{2 * 128} * (kPlainHalo + kPlainTaps * kPlainCols);
 
+// The kernel with wgmma (deform_conv_fwd_wgmma.cuh): the blocks of a cluster, each with a tile,
+// share the panels of weights, of which kWgmmaStages are in shared memory at once. Samples have two
+// buffers.
+inline constexpr int kWgmmaRows = 128;
+inline constexpr int kWgmmaCols = 256;
+inline constexpr int kWgmmaDepth = 64;
+inline constexpr int kWgmmaThreads = 384;
+inline constexpr int kClusterBlocks = 2;
+inline constexpr int kWgmmaStages = 3;
+inline constexpr size_t kWgmmaPanelBytes = size_t{128} * kWgmmaCols;
+inline constexpr size_t kWgmmaSamplesBytes =
+    kWgmmaRows * (kMaxTapsAtOnce * sizeof(StagedSample<float>) + sizeof(int32_t)) + 32;
+inline constexpr size_t kWgmmaSharedBytes =
+    kWgmmaStages * kWgmmaPanelBytes + 2 * kWgmmaSamplesBytes + 8 * (2 * kWgmmaStages + 2 * 2);
+
+inline int32_t DeformTiling::together() const {
+  return kernel == ForwardKernel::kWgmma ? kClusterBlocks : 1;
+}
+
+// Where value k of a panel's row is among the channels of its step, in the panels of this kernel: a
+// lane of four loads 8 consecutive channels, and these are what it holds of two products.
+DYHEAD_HD int32_t wgmma_channel(int32_t k) {
+  const int32_t product = k / 16 % 2;
+  const int32_t pair = k % 8 / 2, upper = k % 16 / 8;
+  return k / 32 * 32 + 8 * pair + 4 * product + 2 * upper + k % 2;
+}
+
 // How many blocks of the forward kernel a multiprocessor is to hold at once.
 constexpr int forward_blocks_at_once(int cols, bool tensor) { return cols <= 32 && tensor ? 2 : 1; }
 
@@ -290,6 +338,12 @@ struct DeformFwdKernels {
   static DeformFwdKernel choose(const DeformTiling& tiling);  // null: none has this tile
 };
 
+// The same with wgmma, for bfloat16 and float16.
+template <class Op>
+struct DeformFwdWgmmaKernels {
+  static DeformFwdKernel choose();
+};
+
 // The same for plain convolutions, on tensor cores only.
 template <class Op>
 struct PlainFwdKernels {
@@ -298,6 +352,7 @@ struct PlainFwdKernels {
 
 cudaError_t launch_deform_pack(const DeformPackParams& params, cudaStream_t stream);
 cudaError_t launch_deform_fwd(const DeformFwdKernelParams& params, DeformMath math,
-                              const DeformTiling& tiling, cudaStream_t stream);
+                              const DeformTiling& tiling, const DeviceLimits& device,
+                              cudaStream_t stream);
 
 }  // namespace dyhead::cuda

@@ -147,9 +147,15 @@ struct DeformBwdInputKernels {
   static DeformBwdInputKernel choose(int rows, bool vectors);  // null: none has this tile
 };
 
+// The same with wgmma, for bfloat16 and float16 and tiles of kMaxInputRows.
+template <class Op>
+struct DeformBwdInputWgmmaKernels {
+  static DeformBwdInputKernel choose();
+};
+
 cudaError_t launch_deform_bwd_rows(const DeformBwdRowsParams& params, cudaStream_t stream);
 cudaError_t launch_deform_bwd_input(const DeformBwdInputParams& params, DeformMath math,
-                                    bool vectors, cudaStream_t stream);
+                                    bool vectors, bool wgmma, cudaStream_t stream);
 cudaError_t launch_deform_bwd_gather(const DeformBwdGatherParams& params, int32_t matrices,
                                      cudaStream_t stream);
 cudaError_t launch_deform_bwd_finish(const DeformBwdFinishParams& params, cudaStream_t stream);

@@ -4,10 +4,14 @@
 namespace dyhead::cuda {
 
 cudaError_t launch_deform_bwd_input(const DeformBwdInputParams& params, DeformMath math,
-                                    bool vectors, cudaStream_t stream) {
+                                    bool vectors, bool wgmma, cudaStream_t stream) {
   if (params.launch.tile_count == 0) return cudaSuccess;
-  const DeformBwdInputKernel kernel = dispatch_math(math, [&](auto op) {
-    return DeformBwdInputKernels<decltype(op)>::choose(params.tile_rows, vectors);
+  const DeformBwdInputKernel kernel = dispatch_math(math, [&](auto op) -> DeformBwdInputKernel {
+    using Op = decltype(op);
+    if constexpr (is_half_v<Op>) {
+      if (wgmma) return DeformBwdInputWgmmaKernels<Op>::choose();
+    }
+    return DeformBwdInputKernels<Op>::choose(params.tile_rows, vectors);
   });
   if (kernel == nullptr) return cudaErrorInvalidValue;
   const LaunchConfig config{

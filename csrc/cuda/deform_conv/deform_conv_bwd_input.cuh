@@ -5,7 +5,37 @@
 
 namespace dyhead::cuda {
 
-template <class Op, int kRows, bool kVectors>
+// The columns of a tile: a step of channels for each tap. A warp has a strip of 8 of them for each
+// tap, so all warps have as many for any number of taps.
+template <class Op, int kRows, class Step = InputStep<typename Operand<Op>::Storage>>
+using InputColumns = TileProduct<Op, kRows, kMaxTapsAtOnce * Step::kChannels, Step::kChannels / 8>;
+
+// The gradients of a tile's samples: the product of the gradients of the outputs and the panels of
+// weights.
+template <class Op, int kRows>
+class InputProduct : public InputColumns<Op, kRows> {
+ public:
+  DYHEAD_DEVICE explicit InputProduct(int taps) : InputColumns<Op, kRows>(taps) {}
+
+  // By each thread when its copies have landed; a barrier follows.
+  DYHEAD_DEVICE static void landed() {}
+
+  // Adds a chunk: `rows` and `panels` have landed for all threads, and all have done with the other
+  // slot, which load_next() starts to fill.
+  template <class Load>
+  DYHEAD_DEVICE void multiply(const std::byte* rows, const std::byte* panels, int /*chunk*/,
+                              Load&& load_next) {
+    load_next();
+#pragma unroll
+    for (int part = 0; part < kSteps; ++part) this->step(rows, panels, part);
+  }
+
+  // After the last chunk.
+  DYHEAD_DEVICE void finish() {}
+};
+
+// Product: InputProduct or another with its functions.
+template <class Op, int kRows, bool kVectors, class Product = InputProduct<Op, kRows>>
 class InputTile {
  public:
   using T = typename Operand<Op>::Storage;
@@ -42,9 +72,6 @@ class InputTile {
   using Step = InputStep<T>;
   using Samples = SortedSamples<F, kRows>;
   using SampleWeights = typename Samples::Weights;
-  // A strip of 8 columns for each tap and warp, so all warps have as many for any number of taps.
-  static constexpr int kWarpsN = Step::kChannels / 8;
-  using Product = TileProduct<Op, kRows, kMaxTapsAtOnce * Step::kChannels, kWarpsN>;
   static constexpr int kPanel = Step::kChannels * kRowBytes;
   static constexpr int kUnit = Step::kUnit;
 
@@ -232,14 +259,14 @@ class InputTile {
       Product product(now.taps);
       for (int chunk = 0; chunk < now.chunks; ++chunk) {
         cp_async_wait_all();
-        // This panel has landed for all threads, and the other slot and the columns are free.
+        Product::landed();
+        // This panel has landed for all threads, and the columns are free.
         __syncthreads();
-        if (chunk + 1 < now.chunks) load_panels(now.panel + step, chunk + 1);
-        const std::byte* a = rows() + chunk * kRows * kRowBytes;
-        const std::byte* b = slot(chunk);
-#pragma unroll
-        for (int part = 0; part < kSteps; ++part) product.step(a, b, part);
+        product.multiply(rows() + chunk * kRows * kRowBytes, slot(chunk), chunk, [&] {
+          if (chunk + 1 < now.chunks) load_panels(now.panel + step, chunk + 1);
+        });
       }
+      product.finish();
       __syncthreads();
       const int channel = now.channels.first + step * Step::kChannels;
       if (channel + Step::kChannels < now.channels.last) load_panels(now.panel + step + 1, 0);
@@ -268,7 +295,7 @@ class InputTile {
     constexpr int kPair = Product::kPair;
 #pragma unroll
     for (int j = 0; j < Product::kJ; j += kPair) {
-      if (j >= taps * kPair) break;
+      if (j >= taps * (Product::kJ / kMaxTapsAtOnce)) break;
       const int column = product.column(j);
       const int tap = column / Step::kChannels;
       const int unit = column % Step::kChannels / kUnit;

@@ -2,8 +2,6 @@
 // launches that compute all gradients but that of the weights: host code, as deform_conv_fwd_run.h.
 #pragma once
 
-#include <span>
-
 #include "deform_conv_bwd.h"
 #include "deform_conv_run.h"
 
@@ -42,6 +40,14 @@ inline int32_t input_tile_rows(const DeformCall& call, const DeformPanels& panel
   };
   return rounds(kMaxInputRows) <= kCostOf64Rows * rounds(kFewInputRows) ? kMaxInputRows
                                                                         : kFewInputRows;
+}
+
+// Whether the kernel with wgmma computes a call with tiles of so many pixels. It has only 128,
+// which only calls in 16 bits with vectors of channels have, and always nine taps at once, which
+// fit beside 128 pixels.
+inline bool takes_wgmma_input_kernel(const DeformShape& s, int32_t tile_rows,
+                                     const DeviceLimits& device) {
+  return device.wgmma && tile_rows == kMaxInputRows && s.taps() == kMaxTapsAtOnce;
 }
 
 // How many rows of derivatives a launch has: one for each output pixel of each term that has
@@ -135,23 +141,27 @@ DeformBwdWorkspaces allocate_bwd_workspaces(const DeformBwdParams& p, const Defo
   return w;
 }
 
-// Packs the weights, and clears everything that later launches add to. `sums`: those to clear.
-inline cudaError_t pack_and_clear(const DeformBwdParams& p, const DeformPanels& panels,
-                                  DeformMath math, const DeformBwdWorkspaces& w,
-                                  const DeformBwdSums& sums, cudaStream_t stream) {
+// The weights to pack, and everything to clear that later launches add to: `sums` among it.
+inline DeformPack bwd_pack(const DeformBwdParams& p, const DeformPanels& panels,
+                           const DeformBwdWorkspaces& w, const DeformBwdSums& sums) {
   const DeformCall& call = *p.call;
   const DeformShape& s = call.shape;
   const auto zeros = [&](void* memory, int64_t values) -> DeformZeros {
     return {memory, memory == nullptr ? 0 : values * compute_bytes(s.dtype) / 4};
   };
   const auto sources = static_cast<int64_t>(call.sources.size());
-  return pack_weights(s, *p.weights, panels, true, math, w.packed, nullptr,
-                      {{sums.values, sums.words},
-                       {sums.largest, sums.largest_words},
-                       zeros(p.grad_predictions, call.prediction_rows * s.prediction_columns()),
-                       zeros(p.grad_gates, s.images * sources),
-                       zeros(p.grad_bias, call.weights * s.out_channels)},
-                      stream);
+  DeformPackSet set{};
+  set.shape = s;
+  set.panels = panels;
+  set.dtype = p.weights->dtype;
+  set.transposed = true;
+  set.packed = w.packed;
+  set.zeros[0] = {sums.values, sums.words};
+  set.zeros[1] = {sums.largest, sums.largest_words};
+  set.zeros[2] = zeros(p.grad_predictions, call.prediction_rows * s.prediction_columns());
+  set.zeros[3] = zeros(p.grad_gates, s.images * sources);
+  set.zeros[4] = zeros(p.grad_bias, call.weights * s.out_channels);
+  return {set, p.weights};
 }
 
 // The parameters that all launches of the input kernel share; taps_at_once is 0 if the kernel does
@@ -218,6 +228,7 @@ struct DeformBwdStep {
   DeformPanels panels;
   DeformBwdWorkspaces workspaces;
   DeformBwdInputParams input;  // that all launches share
+  bool wgmma;                  // whether the input kernel is that with wgmma
 };
 
 template <class Allocate>
@@ -225,13 +236,14 @@ DeformBwdStep bwd_step(const DeformBwdCall& call, bool allow_tf32, const DeviceL
                        Allocate&& allocate) {
   const DeformBwdParams& p = *call.params;
   const DeformShape& s = p.call->shape;
-  DeformBwdStep step{call, deform_math(s.dtype, allow_tf32), {}, {}, {}, {}};
+  DeformBwdStep step{call, deform_math(s.dtype, allow_tf32), {}, {}, {}, {}, false};
   step.panels = input_panels(s, step.math);
   const int32_t tile_rows =
       input_tile_rows(*p.call, step.panels, reads_vectors(s, p.source), device);
   step.launches = deform_launches(*p.call, tile_rows);
   step.workspaces = allocate_bwd_workspaces(p, step.panels, step.launches, allocate);
   step.input = bwd_input_params(p, step.panels, step.workspaces, call.rows, tile_rows, device);
+  step.wgmma = takes_wgmma_input_kernel(s, tile_rows, device);
   return step;
 }
 
@@ -269,7 +281,7 @@ inline cudaError_t run_bwd_pass(const DeformBwdStep& step, Scatter scatter, cuda
     use_rows(launch, input.use_first);
     cudaError_t error = again ? cudaSuccess : launch_rows(step, launch, stream);
     if (error == cudaSuccess && wants_samples(p)) {
-      error = launch_deform_bwd_input(input, step.math, vectors, stream);
+      error = launch_deform_bwd_input(input, step.math, vectors, step.wgmma, stream);
     }
     if (error == cudaSuccess && !again) error = gather_launch(p, step.workspaces, input, stream);
     if (error != cudaSuccess) return error;
@@ -296,16 +308,15 @@ cudaError_t run_deform_bwd_input(std::span<const DeformBwdCall> calls, bool allo
   }
   while (sums.bits < 62 && (int64_t{1} << sums.bits) < summands) ++sums.bits;
 
-  cudaError_t error = cudaSuccess;
+  std::vector<DeformPack> packs;
   for (DeformBwdStep& step : steps) {
-    if (error != cudaSuccess) return error;
     step.input.sums = sums.values;
     step.input.largest = sums.largest;
     step.input.sum_bits = sums.bits;
-    const bool clears = &step == &steps.front();
-    error = pack_and_clear(*step.call.params, step.panels, step.math, step.workspaces,
-                           clears ? sums : DeformBwdSums{}, stream);
+    packs.push_back(bwd_pack(*step.call.params, step.panels, step.workspaces,
+                             packs.empty() ? sums : DeformBwdSums{}));
   }
+  cudaError_t error = pack_weights(packs, steps.front().math, stream);
   const auto pass = [&](Scatter scatter) {
     for (size_t i = 0; i < steps.size() && error == cudaSuccess; ++i) {
       error = run_bwd_pass(steps[i], scatter, stream);

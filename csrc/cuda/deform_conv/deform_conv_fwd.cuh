@@ -1,9 +1,7 @@
 // The forward kernel of deform_conv; deform_conv.h describes how it works.
 #pragma once
 
-#include "../../common/upsample.h"
-#include "deform_conv_gather.cuh"
-#include "deform_conv_moments.cuh"
+#include "deform_conv_fwd_finish.cuh"
 
 namespace dyhead::cuda {
 
@@ -53,37 +51,26 @@ class FwdTile {
     const DeformJob& job = launch_.jobs[at_.place.job];
     const int group_channels = static_cast<int>(s.channels) / s.groups;
     const int group = at_.column / p_.panels.column_panels;
-    const int parts = at_.shared < 0 ? 1 : p_.split.parts;
-    const int first_tap = s.taps() * at_.part / parts;
-    const int last_tap = s.taps() * (at_.part + 1) / parts;
+    const FwdTaps all = taps_of_part(p_, at_);
     for (int t = job.first_term; t < job.first_term + job.terms; ++t) {
       int step = 0;
       int channel = group * group_channels;
       while (channel < (group + 1) * group_channels) {
-        const Stretch stretch = stretch_from(group, channel);
-        for (int tap = first_tap; tap < last_tap; tap += p_.taps_at_once) {
-          const int taps = last_tap - tap < p_.taps_at_once ? last_tap - tap : p_.taps_at_once;
+        const ChannelStretch stretch = stretch_from(p_, group, channel);
+        for (int tap = all.first; tap < all.last; tap += p_.taps_at_once) {
+          const int taps = all.last - tap < p_.taps_at_once ? all.last - tap : p_.taps_at_once;
           multiply_stretch(launch_.terms[t], stretch, step, tap, taps);
         }
         step += stretch.steps;
         channel = stretch.last;
       }
     }
-    // Other threads may still read the buffers.
-    __syncthreads();
-    if constexpr (kShares) {
-      if (at_.shared >= 0 && !add_parts(parts)) return;
-    }
-    finish();
+    FwdFinish<Op, Product, kRows, kCols, BlockThreads>(p_, at_, at_.pixels, work_, product_).run();
   }
 
  private:
   // In shared memory, since the products need the registers.
-  struct Place {
-    TilePlace place;
-    int32_t tile;
-    int32_t column;         // group * column_panels + panel
-    int32_t shared, part;   // index among the tiles that blocks share, or -1; this block's part
+  struct Place : FwdPlace {
     int32_t pixels[kRows];  // index in the map, or -1
   };
 
@@ -92,23 +79,8 @@ class FwdTile {
     return place[0];
   }
 
-  // Consecutive channel steps of one deformable group: they read the same samples.
-  struct Stretch {
-    int first, last, steps, deform_group;
-  };
-
-  DYHEAD_DEVICE Stretch stretch_from(int group, int channel) const {
-    const int depth = p_.panels.depth;
-    const ChannelStep longest =
-        channel_step(launch_.shape, group, channel, static_cast<int32_t>(launch_.shape.channels));
-    return {channel, longest.last, (longest.last - channel + depth - 1) / depth,
-            longest.deform_group};
-  }
-
-  // The main loop, and all that a kernel with producer and consumer warps (wgmma on sm_90a) would
-  // replace: samples, panels and the epilogue would stay as they are. A panel is an exact image of
-  // shared memory, permuted as wgmma reads it, so one bulk copy can load it.
-  DYHEAD_DEVICE void multiply_stretch(const DeformLaunchTerm& term, const Stretch& stretch,
+  // The main loop. A panel is an exact image of shared memory.
+  DYHEAD_DEVICE void multiply_stretch(const DeformLaunchTerm& term, const ChannelStretch& stretch,
                                       int first_step, int first_tap, int taps) {
     using Gathered = Gather<Op, kVectors>;
     constexpr int kItemRows = kTileThreads / kUnits;
@@ -120,7 +92,7 @@ class FwdTile {
     const TapSampler<F> sampler =
         tap_sampler<F>(launch_, p_.predictions, p_.gates, at_.place, term);
     stage_samples(launch_, at_.place, sampler, stretch.deform_group, first_tap, taps, kRows,
-                  sample_stride<T, kVectors>(launch_.shape), samples);
+                  sample_stride<T, kVectors>(launch_.shape), samples, tile_thread(), kTileThreads);
     // The samples are staged, and the buffers of the previous stretch are free.
     __syncthreads();
 
@@ -202,248 +174,6 @@ class FwdTile {
         if (more && (step + 1) % kSpacing == 0) store_samples(step / kSpacing);
       }
     }
-  }
-
-  // Where this block's thread keeps value `i` of its part, or of another one.
-  DYHEAD_DEVICE F* part_sum(int part, int i) const {
-    constexpr int kValues = Product::kI * Product::kJ;
-    const int64_t first = (static_cast<int64_t>(at_.shared) * p_.split.parts + part) * kValues;
-    return static_cast<F*>(p_.part_sums) + (first + i) * kTileThreads + tile_thread();
-  }
-
-  // Stores the sums of this block's part. The last block of a tile gets those of all parts, added
-  // in their order, and returns true.
-  DYHEAD_DEVICE bool add_parts(int parts) {
-#pragma unroll
-    for (int i = 0; i < Product::kI; ++i) {
-#pragma unroll
-      for (int j = 0; j < Product::kJ; ++j) {
-        *part_sum(at_.part, i * Product::kJ + j) = product_.at(i, j);
-      }
-    }
-    if (!arrive_is_last(p_.parts_arrived + at_.shared, parts)) return false;
-#pragma unroll
-    for (int i = 0; i < Product::kI; ++i) {
-#pragma unroll
-      for (int j = 0; j < Product::kJ; ++j) {
-        F sum = F(0);
-        for (int part = 0; part < parts; ++part) sum += *part_sum(part, i * Product::kJ + j);
-        product_.at(i, j) = sum;
-      }
-    }
-    return true;
-  }
-
-  // The columns of the tile that are output channels of its group: the first one and their number.
-  struct Columns {
-    int first, count;
-  };
-
-  DYHEAD_DEVICE Columns columns() const {
-    const int group_outputs = static_cast<int>(launch_.shape.out_channels) / launch_.shape.groups;
-    const int before = at_.column % p_.panels.column_panels * kCols;
-    const int left = group_outputs - before;
-    return {at_.column / p_.panels.column_panels * group_outputs + before,
-            left < kCols ? left : kCols};
-  }
-
-  DYHEAD_DEVICE void finish() {
-    const DeformJob& job = launch_.jobs[at_.place.job];
-    const int64_t channels = launch_.shape.out_channels;
-    const Columns columns = this->columns();
-    if (p_.packed_bias != nullptr) {
-      const F* bias = static_cast<const F*>(p_.packed_bias) +
-                      launch_.terms[job.first_term].weight * channels + columns.first;
-#pragma unroll
-      for (int j = 0; j < Product::kJ; ++j) {
-        const int column = product_.column(j);
-        const F value = column < columns.count ? bias[column] : F(0);
-#pragma unroll
-        for (int i = 0; i < Product::kI; ++i) product_.at(i, j) += value;
-      }
-    }
-    const int64_t first_row = job.out.first_row + at_.place.image * job.out.pixels();
-    const int64_t start = first_row * channels + columns.first;
-    if constexpr (is_half_v<T>) {
-      if (p_.out_in_compute_dtype) {
-        store_values(static_cast<F*>(p_.out) + start, columns.count);
-      } else if (p_.out_vectors) {
-        store_half_vectors(static_cast<T*>(p_.out) + start, columns.count);
-      } else {
-        store_values(static_cast<T*>(p_.out) + start, columns.count);
-      }
-    } else {
-      store_values(static_cast<T*>(p_.out) + start, columns.count);
-    }
-    if (p_.moments) write_moments(columns);
-  }
-
-  template <class Out>
-  DYHEAD_DEVICE void store_values(Out* out, int columns) {
-    const int64_t channels = launch_.shape.out_channels;
-    constexpr int kPair = Product::kPair;
-#pragma unroll
-    for (int i = 0; i < Product::kI; ++i) {
-      const int32_t pixel = at_.pixels[product_.row(i)];
-      if (pixel < 0) continue;
-      Out* row = out + pixel * channels;
-#pragma unroll
-      for (int j = 0; j < Product::kJ; j += kPair) {
-        const int column = product_.column(j);
-        if (p_.out_vectors && column < columns) {
-          Vec<Out, kPair> v;
-#pragma unroll
-          for (int k = 0; k < kPair; ++k) v[k] = from_compute<Out>(product_.at(i, j + k));
-          store_vec(row + column, v);
-        } else {
-#pragma unroll
-          for (int k = 0; k < kPair; ++k) {
-            if (column + k < columns) row[column + k] = from_compute<Out>(product_.at(i, j + k));
-          }
-        }
-      }
-    }
-  }
-
-  // Four lanes hold two columns each of four neighbouring fragments of eight columns. They exchange
-  // pairs so that each stores a whole fragment of 16 bytes, which fills sectors of memory instead
-  // of halves of them.
-  DYHEAD_DEVICE void store_half_vectors(T* out, int columns) {
-    const int lane = product_.lane() % 4;
-    const int64_t channels = launch_.shape.out_channels;
-#pragma unroll
-    for (int i = 0; i < Product::kI; ++i) {
-      const int32_t pixel = at_.pixels[product_.row(i)];
-#pragma unroll
-      for (int j = 0; j < Product::kJ; j += 8) {
-        Vec<uint32_t, 4> words;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          words[k] = pack2<T>(product_.at(i, j + 2 * k), product_.at(i, j + 2 * k + 1));
-        }
-        exchange(words[0], words[1], 1, lane & 1);
-        exchange(words[2], words[3], 1, lane & 1);
-        exchange(words[0], words[2], 2, lane & 2);
-        exchange(words[1], words[3], 2, lane & 2);
-        const int column = product_.first_column() + 4 * j + 8 * lane;
-        if (pixel < 0 || column >= columns) continue;
-        using Fragment = Vec<T, 8>;
-        store_vec(out + pixel * channels + column, __builtin_bit_cast(Fragment, words));
-      }
-    }
-  }
-
-  // One step of a transposition: exchanges `high` of this lane with `low` of lane ^ distance.
-  DYHEAD_DEVICE static void exchange(uint32_t& low, uint32_t& high, int distance, bool upper) {
-    const uint32_t received = __shfl_xor_sync(kFullMask, upper ? low : high, distance);
-    (upper ? low : high) = received;
-  }
-
-  // The sum over a thread's rows and over the lanes that share its columns. value(row, y) is the
-  // summand of a row.
-  template <class Value>
-  DYHEAD_DEVICE F sum_rows(int j, Value&& value) {
-    F sum = F(0);
-#pragma unroll
-    for (int i = 0; i < Product::kI; ++i) sum += value(product_.row(i), product_.at(i, j));
-#pragma unroll
-    for (int distance = Product::kFirstXor; distance < kWarpSize; distance *= 2) {
-      sum += __shfl_xor_sync(kFullMask, sum, distance);
-    }
-    return sum;
-  }
-
-  // Writes the moments of this tile, of the values as stored, because what reads them subtracts the
-  // mean: a group of one value must be exactly its own mean. Then they are merged with others.
-  DYHEAD_DEVICE void write_moments(const Columns& columns) {
-    constexpr int kWarps = Product::kWarpsM;
-    const DeformJob& job = launch_.jobs[at_.place.job];
-    const int64_t channels = launch_.shape.out_channels;
-    const int thread = tile_thread();
-    auto* sums = reinterpret_cast<F*>(work_);  // [2][kWarps][kCols]
-    F* means = sums + 2 * kWarps * kCols;      // [kCols]; first the values of the first row
-    F* up_weights = means + kCols;             // [kRows]
-    F* valid = up_weights + kRows;             // [kRows]: 1 for pixels, else 0
-    if (is_half_v<T> && !p_.out_in_compute_dtype) {
-#pragma unroll
-      for (int i = 0; i < Product::kI; ++i) {
-#pragma unroll
-        for (int j = 0; j < Product::kJ; ++j) {
-          product_.at(i, j) = to_compute(from_compute<T>(product_.at(i, j)));
-        }
-      }
-    }
-    static_assert(sizeof(F) * ((2 * kWarps + 1) * kCols + 2 * kRows) <=
-                  sizeof(StagedSample<F>) * kRows * kFewTapsAtOnce);
-    for (int row = thread; row < kRows; row += kTileThreads) {
-      const OutputPixel at = tile_pixel(launch_, at_.place, row, kRows);
-      valid[row] = at.index < 0 ? F(0) : F(1);
-      up_weights[row] =
-          at.index < 0
-              ? F(0)
-              : upsampled_mean_weight<F>(at.y, job.out.height, job.up_height, job.up_mode) *
-                    upsampled_mean_weight<F>(at.x, job.out.width, job.up_width, job.up_mode);
-    }
-    // A mean may be much larger than the deviations from it, so values are summed as differences
-    // from one of them. The first row of a tile is a pixel.
-    if (product_.row(0) == 0) {
-#pragma unroll
-      for (int j = 0; j < Product::kJ; ++j) means[product_.column(j)] = product_.at(0, j);
-    }
-    __syncthreads();
-    const bool writes = product_.lane() < Product::kFirstXor;
-    F* sum = sums + product_.warp_row() * kCols;
-    F* up_sum = sum + kWarps * kCols;
-#pragma unroll
-    for (int j = 0; j < Product::kJ; ++j) {
-      const F first = means[product_.column(j)];
-      const F total = sum_rows(j, [&](int row, F y) { return valid[row] * (y - first); });
-      if (writes) sum[product_.column(j)] = total;
-    }
-    __syncthreads();
-    const F count = static_cast<F>(tile_pixels(launch_, at_.place.job, at_.place.tile, kRows));
-    F* partial = static_cast<F*>(p_.partial) + at_.tile * deform_moments(channels);
-    for (int c = thread; c < kCols; c += kTileThreads) {
-      F total = F(0);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w * kCols + c];
-      means[c] += total / count;
-      if (c < columns.count) partial[columns.first + c] = means[c];
-    }
-    if (thread < kWarpSize) {
-      F weight = F(0);
-      for (int row = thread; row < kRows; row += kWarpSize) weight += up_weights[row];
-      weight = warp_sum(weight);
-      // All blocks of the tile write the same.
-      if (thread == 0) {
-        partial[3 * channels] = weight;
-        partial[3 * channels + 1] = count;
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < Product::kJ; ++j) {
-      const F mean = means[product_.column(j)];
-      const F second =
-          sum_rows(j, [&](int row, F y) { return valid[row] * ((y - mean) * (y - mean)); });
-      const F up = sum_rows(j, [&](int row, F y) { return up_weights[row] * (y - mean); });
-      if (writes) {
-        sum[product_.column(j)] = second;
-        up_sum[product_.column(j)] = up;
-      }
-    }
-    __syncthreads();
-    for (int c = thread; c < columns.count; c += kTileThreads) {
-      F second = F(0), up = F(0);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        second += sums[w * kCols + c];
-        up += sums[(kWarps + w) * kCols + c];
-      }
-      partial[channels + columns.first + c] = second;
-      partial[2 * channels + columns.first + c] = up;
-    }
-    merge_tiles<F>(p_, at_.place, at_.column, columns.first, columns.first + columns.count);
   }
 
   const DeformFwdKernelParams& p_;

@@ -6,8 +6,9 @@
 
 namespace dyhead::cuda {
 
-// What corners read that lie outside the map: StagedSample.
-__device__ const uint4 kZeroUnits[2] = {};
+// What corners read that lie outside the map: StagedSample. A kernel reads up to 80 bytes from
+// either of the first two units on.
+__device__ const uint4 kZeroUnits[6] = {};
 
 // The two pixels that a sample reads along one axis, and their weights. Where one is beyond the
 // border, the other stands for it, and each has half of its weight: so four corners always exist,
@@ -62,17 +63,19 @@ DYHEAD_DEVICE uint32_t sample_stride(const DeformShape& shape) {
   return kVectors ? static_cast<uint32_t>(shape.channels) / kUnit : 1;
 }
 
-// Stores the samples of `taps` taps, from `first_tap` on, in samples[tap * rows + row].
+// Stores the samples of `taps` taps, from `first_tap` on, in samples[tap * rows + row]. `thread` is
+// the caller's index among the `threads` that take part.
 template <class F>
 DYHEAD_DEVICE void stage_samples(const DeformLaunch& launch, const TilePlace& place,
                                  const TapSampler<F>& sampler, int deform_group, int first_tap,
-                                 int taps, int rows, uint32_t stride, StagedSample<F>* samples) {
+                                 int taps, int rows, uint32_t stride, StagedSample<F>* samples,
+                                 int thread, int threads) {
   const bool predicts = !sampler.job.plain();
   // The predictions of all of a thread's samples are under way at once, to where the samples will
   // be.
   if (predicts) {
 #pragma unroll 1
-    for (int i = tile_thread(); i < taps * rows; i += kTileThreads) {
+    for (int i = thread; i < taps * rows; i += threads) {
       const OutputPixel at = tile_pixel(launch, place, i % rows, rows);
       if (at.index < 0) continue;
 #pragma unroll 1
@@ -84,7 +87,7 @@ DYHEAD_DEVICE void stage_samples(const DeformLaunch& launch, const TilePlace& pl
     cp_async_wait_all();
   }
 #pragma unroll 1
-  for (int i = tile_thread(); i < taps * rows; i += kTileThreads) {
+  for (int i = thread; i < taps * rows; i += threads) {
     const OutputPixel at = tile_pixel(launch, place, i % rows, rows);
     if (at.index < 0) {
       samples[i] = empty_sample(F(0));

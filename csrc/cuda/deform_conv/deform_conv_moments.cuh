@@ -45,8 +45,9 @@ DYHEAD_DEVICE Moments<F> merge_moments(const F* parts, int32_t count, int64_t ch
 }
 
 // Called by all blocks after they have written the moments of their tiles, for output channels
-// [first, last). `column` is the block's index among those of its tile.
-template <class F>
+// [first, last). `column` is the block's index among those of its tile. kTileThreads threads call
+// it, which meet by Threads::sync().
+template <class F, class Threads>
 DYHEAD_DEVICE void merge_tiles(const DeformFwdKernelParams& p, const TilePlace& place,
                                int32_t column, int first, int last) {
   const DeformLaunch& launch = p.launch;
@@ -70,7 +71,8 @@ DYHEAD_DEVICE void merge_tiles(const DeformFwdKernelParams& p, const TilePlace& 
     static_cast<F*>(p.var)[at] = sum.second / sum.count;
     static_cast<F*>(p.up_mean)[at] = sum.mean + sum.up;
   };
-  if (!arrive_is_last(p.groups_arrived + (first_group + group) * all_columns + column, in_group)) {
+  if (!arrive_is_last<Threads>(p.groups_arrived + (first_group + group) * all_columns + column,
+                               in_group)) {
     return;
   }
   const F* of_tiles =
@@ -91,7 +93,8 @@ DYHEAD_DEVICE void merge_tiles(const DeformFwdKernelParams& p, const TilePlace& 
       to[3 * channels + 1] = sum.count;
     }
   }
-  if (groups == 1 || !arrive_is_last(p.arrived + map_of_call * all_columns + column, groups))
+  if (groups == 1 ||
+      !arrive_is_last<Threads>(p.arrived + map_of_call * all_columns + column, groups))
     return;
   for (int c = first + tile_thread(); c < last; c += kTileThreads) {
     finish(c, merge_moments<F>(merged, groups, channels, c));

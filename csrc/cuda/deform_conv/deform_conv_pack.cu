@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <limits>
 
 #include "deform_conv_math.cuh"
@@ -23,9 +24,9 @@ DYHEAD_DEVICE F load_as(const void* p, int64_t i, DType dtype) {
 
 // Work items. An item is what a warp packs at a time: one column of a panel for one step of
 // channels and all taps.
-DYHEAD_HD int64_t pack_items(const DeformPackParams& p) {
-  return static_cast<int64_t>(p.matrices) * p.shape.groups * p.panels.column_panels *
-         p.panels.cols * p.panels.steps;
+DYHEAD_HD int64_t pack_items(const DeformPackSet& set) {
+  return static_cast<int64_t>(set.matrices) * set.shape.groups * set.panels.column_panels *
+         set.panels.cols * set.panels.steps;
 }
 
 // The i-th step of a group, of up to max_channels channels; empty beyond the last one.
@@ -44,12 +45,12 @@ DYHEAD_DEVICE ChannelStep step_of_group(const DeformShape& s, int32_t group, int
 // A warp packs one column for one step of the depth and all taps: consecutive values in memory or,
 // for transposed panels, values as close as they can be.
 template <class Op>
-DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
+DYHEAD_DEVICE void pack_column(const DeformPackSet& set, const void* const* weights, int32_t item) {
   using T = typename Operand<Op>::Storage;
   using F = typename Operand<Op>::Compute;
   constexpr int kUnit = Operand<Op>::kUnit;
-  const DeformShape& s = p.shape;
-  const DeformPanels& panels = p.panels;
+  const DeformShape& s = set.shape;
+  const DeformPanels& panels = set.panels;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int32_t step = item % panels.steps;
   const int32_t column = item / panels.steps % panels.cols;
@@ -60,8 +61,8 @@ DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
   const int32_t matrix = column_panel / panels.column_panels / s.groups;
   const int32_t group_channels = static_cast<int32_t>(s.channels) / s.groups;
   const int32_t group_outputs = static_cast<int32_t>(s.out_channels) / s.groups;
-  const ChannelStep channels = p.transposed ? step_of_group(s, group, panel, panels.cols)
-                                            : step_of_group(s, group, step, panels.depth);
+  const ChannelStep channels = set.transposed ? step_of_group(s, group, panel, panels.cols)
+                                              : step_of_group(s, group, step, panels.depth);
   const int32_t column_channel =
       channels.first + InputStep<T>::channel(column / kUnit, column % kUnit);
   for (int i = lane; i < s.taps() * kUnits; i += kWarpSize) {
@@ -71,57 +72,67 @@ DYHEAD_DEVICE void pack_column(const DeformPackParams& p, int32_t item) {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
       const int32_t depth = unit * kUnit + k;
-      const int32_t channel = p.transposed ? column_channel : channels.first + depth;
+      const int32_t place = set.for_wgmma ? wgmma_channel(depth) : depth;
+      const int32_t channel = set.transposed ? column_channel : channels.first + place;
       const int32_t output =
-          p.transposed ? step * panels.depth + depth : panel * panels.cols + column;
+          set.transposed ? step * panels.depth + depth : panel * panels.cols + column;
       const bool exists = output < group_outputs && channel < channels.last;
       const int64_t row = static_cast<int64_t>(group) * group_outputs + output;
       const int64_t at = (row * group_channels + channel - group * group_channels) * s.taps() + tap;
-      values[k] = exists ? load_as<F>(p.weights[matrix], at, p.dtype) : F(0);
+      values[k] = exists ? load_as<F>(weights[matrix], at, set.dtype) : F(0);
     }
-    std::byte* to =
-        static_cast<std::byte*>(p.packed) +
-        panels.index(s, p.first_matrix + matrix, group * panels.column_panels + panel, step, tap) *
-            panels.cols * kRowBytes;
+    std::byte* to = static_cast<std::byte*>(set.packed) +
+                    panels.index(s, set.first_matrix + matrix, group * panels.column_panels + panel,
+                                 step, tap) *
+                        panels.cols * kRowBytes;
     store_vec(reinterpret_cast<T*>(to + unit_offset(column, unit)), Operand<Op>::unit(values));
   }
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kPackThreads)
+__global__ void __launch_bounds__(kPackThreads, 4)
     deform_pack_kernel(const __grid_constant__ DeformPackParams p) {
   using F = typename Operand<Op>::Compute;
-  const DeformShape& s = p.shape;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kPackThreads;
-  const int64_t items = pack_items(p);
-  for (int64_t i = first / kWarpSize; i < items; i += threads / kWarpSize) {
-    pack_column<Op>(p, static_cast<int32_t>(i));
-  }
-  if (p.packed_bias != nullptr) {
-    for (int64_t i = first; i < p.matrices * s.out_channels; i += threads) {
-      const auto outputs = static_cast<int32_t>(s.out_channels);
-      const auto at = static_cast<int32_t>(i);
-      static_cast<F*>(p.packed_bias)[p.first_matrix * s.out_channels + i] =
-          load_as<F>(p.bias[at / outputs], at % outputs, p.dtype);
+  int64_t item = first / kWarpSize;  // of the set, as it goes on from one set to the next
+  // Unrolled, each set is in places of the parameters that the compiler knows.
+#pragma unroll
+  for (int32_t i = 0; i < kMaxPackSets; ++i) {
+    if (i == p.sets) break;
+    const DeformPackSet& set = p.set[i];
+    const int64_t items = pack_items(set);
+    for (; item < items; item += threads / kWarpSize) {
+      pack_column<Op>(set, p.weights + set.first_pointer, static_cast<int32_t>(item));
     }
-  }
-  for (const DeformZeros& zeros : p.zeros) {
-    for (int64_t i = first; i < zeros.count; i += threads)
-      static_cast<unsigned*>(zeros.words)[i] = 0;
+    item -= items;
+    const auto outputs = static_cast<int32_t>(set.shape.out_channels);
+    const int32_t biases = set.packed_bias == nullptr ? 0 : set.matrices * outputs;
+    for (int64_t b = first; b < biases; b += threads) {
+      const auto at = static_cast<int32_t>(b);
+      static_cast<F*>(set.packed_bias)[int64_t{set.first_matrix} * outputs + at] =
+          load_as<F>(p.bias[set.first_pointer + at / outputs], at % outputs, set.dtype);
+    }
+    for (const DeformZeros& zeros : set.zeros) {
+      for (int64_t w = first; w < zeros.count; w += threads) {
+        static_cast<unsigned*>(zeros.words)[w] = 0;
+      }
+    }
   }
 }
 
 template <class Op>
 cudaError_t launch_pack(const DeformPackParams& params, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 4096;
-  const int64_t items = pack_items(params);
-  if (items > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
-  int64_t work = items * kWarpSize;
   constexpr int64_t kZerosPerThread = 8;
-  for (const DeformZeros& zeros : params.zeros) {
-    work = zeros.count / kZerosPerThread > work ? zeros.count / kZerosPerThread : work;
+  int64_t items = 0, most_zeros = 0;
+  for (int32_t i = 0; i < params.sets; ++i) {
+    const DeformPackSet& set = params.set[i];
+    if (pack_items(set) > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
+    items += pack_items(set);
+    for (const DeformZeros& zeros : set.zeros) most_zeros = std::max(most_zeros, zeros.count);
   }
+  const int64_t work = std::max(items * kWarpSize, most_zeros / kZerosPerThread);
   const int64_t blocks = (work + kPackThreads - 1) / kPackThreads;
   return launch(deform_pack_kernel<Op>,
                 {.grid = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),

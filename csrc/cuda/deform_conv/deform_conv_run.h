@@ -1,7 +1,7 @@
 // Host code that the forward and the backward of deform_conv share.
 #pragma once
 
-#include <initializer_list>
+#include <span>
 
 #include "deform_conv_tiling.h"
 
@@ -47,33 +47,43 @@ inline bool has_vector_outputs(const DeformShape& s, const void* out) {
   return aligned(out) && s.out_channels / s.groups % 8 == 0;
 }
 
-// Packs all weight matrices and, unless `packed_bias` is null, their biases. The first launch
-// clears `zeros`.
-inline cudaError_t pack_weights(const DeformShape& s, const DeformWeights& weights,
-                                const DeformPanels& panels, bool transposed, DeformMath math,
-                                void* packed, void* packed_bias,
-                                std::initializer_list<DeformZeros> zeros, cudaStream_t stream) {
+// Weights to pack: `set` says how, but not yet by which launch.
+struct DeformPack {
+  DeformPackSet set;
+  const DeformWeights* weights;
+};
+
+// Packs all weight matrices and, where there is memory for them, their biases. What a set clears is
+// cleared by the launch of its first matrix.
+inline cudaError_t pack_weights(std::span<const DeformPack> packs, DeformMath math,
+                                cudaStream_t stream) {
   DeformPackParams params{};
-  params.transposed = transposed;
-  params.shape = s;
-  params.panels = panels;
-  params.dtype = weights.dtype;
   params.math = math;
-  params.packed = packed;
-  params.packed_bias = packed_bias;
-  std::copy(zeros.begin(), zeros.end(), params.zeros);
-  const int32_t count = static_cast<int32_t>(weights.matrices.size());
-  for (int32_t first = 0; first < count; first += kMaxMatrices) {
-    params.first_matrix = first;
-    params.matrices = std::min(kMaxMatrices, count - first);
-    for (int32_t i = 0; i < params.matrices; ++i) {
-      params.weights[i] = weights.matrices[first + i];
-      params.bias[i] = packed_bias == nullptr ? nullptr : weights.bias[first + i];
+  int32_t used = 0;  // pointers
+  const auto flush = [&] {
+    const cudaError_t error = params.sets == 0 ? cudaSuccess : launch_deform_pack(params, stream);
+    params.sets = used = 0;
+    return error;
+  };
+  for (const DeformPack& pack : packs) {
+    const DeformWeights& weights = *pack.weights;
+    const auto count = static_cast<int32_t>(weights.matrices.size());
+    for (int32_t first = 0; first < count;) {
+      if (params.sets == kMaxPackSets || used == kMaxMatrices) {
+        if (cudaError_t error = flush(); error != cudaSuccess) return error;
+      }
+      DeformPackSet& set = params.set[params.sets++] = pack.set;
+      if (first > 0) std::fill(std::begin(set.zeros), std::end(set.zeros), DeformZeros{});
+      set.first_matrix = first;
+      set.first_pointer = used;
+      set.matrices = std::min(kMaxMatrices - used, count - first);
+      for (int32_t end = first + set.matrices; first < end; ++first, ++used) {
+        params.weights[used] = weights.matrices[first];
+        params.bias[used] = set.packed_bias == nullptr ? nullptr : weights.bias[first];
+      }
     }
-    if (cudaError_t error = launch_deform_pack(params, stream); error != cudaSuccess) return error;
-    std::fill(std::begin(params.zeros), std::end(params.zeros), DeformZeros{});
   }
-  return cudaSuccess;
+  return flush();
 }
 
 // The max number of taps that a kernel of `shared_bytes(taps)` stages in shared memory at once; 0

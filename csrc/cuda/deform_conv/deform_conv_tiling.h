@@ -94,6 +94,15 @@ inline SplitTime split_tiles(int64_t tiles, int64_t taps, int64_t steps, int64_t
   return best;
 }
 
+// Whether the kernel with wgmma can compute a call: all its steps must have 64 channels.
+inline bool takes_wgmma_kernel(const DeformCall& call, bool vectors, const DeviceLimits& device) {
+  const DeformShape& s = call.shape;
+  return device.wgmma && element_bytes(s.dtype) == 2 && vectors && s.taps() <= kMaxTapsAtOnce &&
+         s.channels / s.groups % kWgmmaDepth == 0 &&
+         s.channels / s.deform_groups % kWgmmaDepth == 0 && s.out_channels / s.groups > 128 &&
+         fits(kWgmmaSharedBytes, device);
+}
+
 // The tile of the forward kernel. Few output channels get narrow tiles. IEEE arithmetic is slow
 // compared with blending, so it takes 128 columns and blends again for the next 128. With 128 rows
 // each weight is used twice as often as with 64, but if tiles are few, processors are idle in the
@@ -106,7 +115,10 @@ inline SplitTime split_tiles(int64_t tiles, int64_t taps, int64_t steps, int64_t
 inline DeformTiling forward_tiling(const DeformCall& call, DeformMath math, bool vectors,
                                    bool sums_only, const DeviceLimits& device) {
   if (takes_plain_kernel(call, math, vectors, sums_only, device)) {
-    return {kPlainRows, kPlainCols, vectors, true};
+    return {kPlainRows, kPlainCols, vectors, ForwardKernel::kPlain};
+  }
+  if (takes_wgmma_kernel(call, vectors, device)) {
+    return {kWgmmaRows, kWgmmaCols, vectors, ForwardKernel::kWgmma};
   }
   const int64_t outputs = call.shape.out_channels / call.shape.groups;
   if (!vectors || math == DeformMath::kFloat64 || outputs <= 32) return {128, 32, vectors};
@@ -149,8 +161,9 @@ inline DeformPanels backward_panels(const DeformShape& s, int32_t cols, int32_t 
 }
 
 // All launches of a call for tiles of `rows` pixels; empty if a job does not fit into one launch.
+// `together`: what the number of a job's tiles is a multiple of.
 inline std::vector<DeformLaunch> deform_launches(const DeformCall& call, int rows,
-                                                 bool plain = false) {
+                                                 bool plain = false, int32_t together = 1) {
   std::vector<DeformLaunch> launches;
   const auto start = [&](size_t job) {
     DeformLaunch launch{};
@@ -178,7 +191,8 @@ inline std::vector<DeformLaunch> deform_launches(const DeformCall& call, int row
     }
     DeformTiles& tiles = next.tiles[next.job_count] = cut_into_tiles(job, rows, plain);
     tiles.first = next.tile_count;
-    next.tile_count += call.shape.images * tiles.per_image;
+    next.tile_count +=
+        together * static_cast<int32_t>(ceil_div(call.shape.images * tiles.per_image, together));
     ++next.job_count;
     launch = next;
     return true;

@@ -56,12 +56,14 @@ DYHEAD_DEVICE F sum_blocks(const F* partial, int blocks, int64_t stride, int64_t
   return total;
 }
 
-// True in the block that arrives last; all that the other blocks wrote is visible to it.
+// True in the block that arrives last; all that the other blocks wrote is visible to it. Called by
+// the threads that meet by Threads::sync(), thread 0 among them.
+template <class Threads = BlockThreads>
 DYHEAD_DEVICE bool arrive_is_last(unsigned* arrived, int blocks) {
   DYHEAD_SHARED(unsigned, order, 1);
-  __syncthreads();
+  Threads::sync();
   if (threadIdx.x == 0) order[0] = atomic_add_acq_rel(arrived, 1);
-  __syncthreads();
+  Threads::sync();
   return order[0] == static_cast<unsigned>(blocks) - 1;
 }
 

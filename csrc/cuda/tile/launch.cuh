@@ -16,10 +16,12 @@
 #include "simt.h"
 // The source location that the emulation reports for a collective; the parameter does not exist on
 // the device.
-#define DYHEAD_WHERE , std::source_location where = std::source_location::current()
+#define DYHEAD_WHERE , DYHEAD_WHERE_ONLY
+#define DYHEAD_WHERE_ONLY std::source_location where = std::source_location::current()
 #else
 #include <cuda_runtime.h>
 #define DYHEAD_WHERE
+#define DYHEAD_WHERE_ONLY
 #endif
 
 #define DYHEAD_DEVICE __device__ __forceinline__
@@ -68,6 +70,7 @@ struct LaunchConfig {
   size_t shared_bytes = 0;  // dynamic shared memory
   cudaStream_t stream = nullptr;
   bool cooperative = false;  // all blocks are resident at once, so they may wait for each other
+  unsigned cluster = 1;      // neighbouring blocks along x that share a cluster
 };
 
 // What a block takes from the multiprocessor that it runs on, or what all of its blocks have.
@@ -106,6 +109,7 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config,
                        .block = config.block,
                        .shared_bytes = config.shared_bytes,
                        .cooperative = config.cooperative,
+                       .cluster = config.cluster,
                        .kernel = reinterpret_cast<const void*>(kernel),
                        .run_thread =
                            [](const void* opaque) {
@@ -200,16 +204,23 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config,
   const int threads = static_cast<int>(block.x * block.y * block.z);
   const cudaError_t error = detail::prepare(kernel, threads, config.shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (config.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (config.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {config.cluster, 1, 1};
+  }
   cudaLaunchConfig_t native{};
   native.gridDim = config.grid;
   native.blockDim = block;
   native.dynamicSmemBytes = config.shared_bytes;
   native.stream = config.stream;
-  native.attrs = &cooperative;
-  native.numAttrs = config.cooperative ? 1 : 0;
+  native.attrs = attributes;
+  native.numAttrs = count;
   return cudaLaunchKernelEx(&native, kernel, params);
 }
 

@@ -1,6 +1,6 @@
 // What the kernels need beyond plain CUDA C++: vector accesses, grid-wide handshakes, asynchronous
-// copies and tensor-core instructions. This is the only file with inline PTX. Each function has a
-// host version for the emulation in tests/simt, where DYHEAD_SIMT is defined.
+// copies and tensor-core instructions. Inline PTX is in this file and hopper.cuh only. Each
+// function has a host version for the emulation in tests/simt, where DYHEAD_SIMT is defined.
 #pragma once
 
 #include <cstddef>
@@ -415,6 +415,13 @@ DYHEAD_DEVICE void mma_m8n8k4_f64(double (&acc)[2], double a, double b DYHEAD_WH
                : "d"(a), "d"(b));
 #endif
 }
+
+// ---- the threads of a block ---------------------------------------------------------------------
+
+// Code that only some threads of a block may run takes such a class: how those threads meet.
+struct BlockThreads {
+  DYHEAD_DEVICE static void sync() { __syncthreads(); }
+};
 
 // ---- warp reductions ----------------------------------------------------------------------------
 

@@ -2,10 +2,19 @@
 
 #include "cuda/deform_conv/deform_conv_bwd_input_run.h"
 #include "cuda/deform_conv/deform_conv_bwd_weights_run.h"
+#include "cuda/deform_conv/deform_conv_fwd_run.h"
 
 namespace dyhead::simt_test {
 
 using namespace dyhead::cuda;
+
+cudaError_t run_offset_deform_fwd(DeformFwdParams predict, const DeformFwdParams& read,
+                                  const OffsetDeformDevice& device) {
+  const DeformCall offsets = offset_conv_call(*read.call);
+  predict.call = &offsets;
+  const DeformFwdParams calls[] = {predict, read};
+  return run_deform_fwd(calls, device.allow_tf32, device.limits, device.allocate, nullptr);
+}
 
 cudaError_t run_offset_deform_bwd(DeformBwdParams predict, const DeformBwdParams& read,
                                   const OffsetDeformDevice& device) {

@@ -1,0 +1,1 @@
+"""What a release consists of: the sources, a wheel of each library, and trials of both."""
