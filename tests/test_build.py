@@ -66,7 +66,8 @@ def write_skeleton(target: Path) -> None:
         (target / "csrc" / kernel).mkdir()
     kept = [f"host/{name}" for name in ("tables.h", "tables.cpp", "tensors.h", "device.h")]
     kept += ["host/interface.h", "host/classic_interface.h"]
-    for name in [*kept, "cpu/context.h", "cuda/context.h", "cuda/tile/launch.cuh"]:
+    kept += [f"cuda/{name}" for name in ("context.h", "mma_choice.h", "tile/launch.cuh")]
+    for name in [*kept, "cpu/context.h"]:
         (target / "csrc" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "csrc" / name, target / "csrc" / name)
     schemas = []
@@ -485,6 +486,11 @@ def test_every_kernel_and_arithmetic_has_a_file_that_stays(tmp_path: Path) -> No
             f"deform_conv_{kernel}_{arithmetic}"
             for kernel in ("fwd", "bwd_input", "bwd_weights")
             for arithmetic in (*tensor_cores, *others)
+        ),
+        *(
+            f"deform_conv_{kernel}_wgmma_{arithmetic}"
+            for kernel in ("fwd", "bwd_input")
+            for arithmetic in ("bfloat16", "float16")
         ),
     }
     for instance in instances:

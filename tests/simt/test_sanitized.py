@@ -29,8 +29,11 @@ _CONVOLUTION = f"{_MATRICES} and not gradcheck"
 PARTS = {
     "test_deform_conv.py": _CONVOLUTION,
     "test_deform_weights.py": _MATRICES,
+    "test_hopper.py": f"{_MATRICES} and not races and not release_of",
     "test_offset_deform_conv.py": _CONVOLUTION,
     "test_plain_conv.py": _MATRICES,
+    "test_wgmma_backward.py": _MATRICES,
+    "test_wgmma_conv.py": f"{_MATRICES} and (shared or groups or jobs)",
 }
 _NO_KERNELS = ("counters", "mutants", "nvcc", "sanitized", "tiling", "traffic")
 SUITES = {

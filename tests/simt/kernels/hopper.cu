@@ -198,7 +198,10 @@ DYHEAD_DEVICE void shared_product(const ProductParams& p) {
   wgmma_m64n144k16<T>(sums, wgmma_operand(rows, left),
                       wgmma_operand(rows, static_cast<unsigned>(p.offset)), p.adds);
   wgmma_commit();
-  if (p.fault == ProductFault::kLeftWritten && thread == 5) rows[p.shared_left] ^= std::byte{1};
+  if (p.fault == ProductFault::kLeftWritten && thread == 5) {
+    auto* written = reinterpret_cast<unsigned char*>(rows + p.shared_left);
+    *written = static_cast<unsigned char>(*written ^ 1u);
+  }
   wgmma_wait_all(sums);
   for (size_t i = 0; i < kCount; ++i) p.out[kCount * thread + i] = sums[i];
 }
