@@ -32,8 +32,8 @@ PARTS = {
     "test_hopper.py": f"{_MATRICES} and not races and not release_of",
     "test_offset_deform_conv.py": _CONVOLUTION,
     "test_plain_conv.py": _MATRICES,
-    "test_wgmma_backward.py": _MATRICES,
-    "test_wgmma_conv.py": f"{_MATRICES} and (shared or groups or jobs)",
+    "test_wgmma_backward.py": "bfloat16 and (odd or groups) and not test_orders",
+    "test_wgmma_conv.py": "bfloat16 and (shared or groups) and not test_orders",
 }
 _NO_KERNELS = ("counters", "mutants", "nvcc", "sanitized", "tiling", "traffic")
 SUITES = {
