@@ -169,15 +169,22 @@ def test_plain_kernel(kernels: dict[str, str]) -> None:
     assert seen == set(TENSOR_INSTRUCTION)
 
 
+def wgmma_kernels(kernels: dict[str, str], name: str) -> Iterator[tuple[str, str]]:
+    """The code for sm_90a of the kernels `name`; other architectures have only a trap."""
+    seen = set()
+    for match, code in of_template(kernels, (name,), r"(\w+?)E?"):
+        seen.add(match[2])
+        if kernels is machine_code("90a"):
+            yield match[0], code
+        else:
+            assert not instructions(code, "HGMMA"), match[0]
+            assert instructions(code, "BPT"), match[0]
+    assert seen == {"8bfloat16", "7float16"}
+
+
 def test_wgmma_kernel(kernels: dict[str, str]) -> None:
     """Nothing serialises the products, and no thread fences the device in the main loop."""
-    seen = set()
-    for match, code in of_template(kernels, ("deform_fwd_wgmma",), r"(\w+?)E?"):
-        seen.add(match[2])
-        if kernels is not machine_code("90a"):
-            assert not instructions(code, "HGMMA"), match[0]
-            assert instructions(code, "BPT"), match[0]  # it traps
-            continue
+    for name, code in wgmma_kernels(kernels, "deform_fwd_wgmma"):
         products = instructions(code, "HGMMA")
         assert all("64x256x16.F32" in product for product in products), products
         assert any("MULTICAST" in copy for copy in instructions(code, "UBLKCP"))
@@ -186,19 +193,12 @@ def test_wgmma_kernel(kernels: dict[str, str]) -> None:
         assert loop is not None
         assert loop.wgmma
         assert (loop.products, loop.drained, loop.fences) == (4, 0, 0), loop
-        assert loads_under_way(code, "HGMMA") >= 8, match[0]
-    assert seen == {"8bfloat16", "7float16"}
+        assert loads_under_way(code, "HGMMA") >= 8, name
 
 
 def test_wgmma_input_kernel(kernels: dict[str, str]) -> None:
     """A chunk's products follow each other; a thread fences its block once, for all of them."""
-    seen = set()
-    for match, code in of_template(kernels, ("deform_bwd_input_wgmma",), r"(\w+?)E?"):
-        seen.add(match[2])
-        if kernels is not machine_code("90a"):
-            assert not instructions(code, "HGMMA"), match[0]
-            assert instructions(code, "BPT"), match[0]  # it traps
-            continue
+    for _, code in wgmma_kernels(kernels, "deform_bwd_input_wgmma"):
         products = instructions(code, "HGMMA")
         assert all("64x144x16.F32" in product for product in products), products
         fences = instructions(code, "MEMBAR")
@@ -207,7 +207,6 @@ def test_wgmma_input_kernel(kernels: dict[str, str]) -> None:
         assert loop is not None
         assert (loop.products, loop.drained, loop.fences) == (8, 0, 1), loop
         assert all("F32x4" in name for name in instructions(code, "RED[A-Z]*") if "F32" in name)
-    assert seen == {"8bfloat16", "7float16"}
 
 
 def loads_under_way(code: str, product: str = "HMMA") -> int:
