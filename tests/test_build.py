@@ -1,8 +1,7 @@
-"""The build: what it leaves, what it does where something is missing, and what it packs."""
+"""The build: what it leaves, and what it does where something is missing."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -10,9 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,9 @@ import pytest
 import torch
 
 from dyhead_cuda import library
-from dyhead_cuda.version import __version__
+from tests.helpers.builds import needs_cpu_library, python_in, run
 from tests.helpers.paths import ROOT
 
-CI = os.environ.get("CI") == "true"
 # Prints why the CPU library is not used; an empty line where it is.
 REASON = "from dyhead_cuda import library as l, fused; print(l.reason('cpu'))"
 # Prints the digest of the CUDA library's sources.
@@ -32,23 +28,9 @@ DIGEST = "import sys; from pathlib import Path; from dyhead_cuda import sources 
 DIGEST += "print(s.digest(Path(sys.argv[1]), 'cuda'))"
 Build = Callable[..., "subprocess.CompletedProcess[str]"]
 
-needs_cpu_library = pytest.mark.skipif(
-    not library.loaded("cpu") and not CI, reason=f"CPU library: {library.reason('cpu')}"
-)
 needs_cuda_build = pytest.mark.skipif(
     not library.path("cuda").is_file(), reason="the CUDA library was not built (see info)"
 )
-
-
-def run(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        **options,
-    )
 
 
 def build_directory(name: str) -> Path:
@@ -129,11 +111,6 @@ def record(source: Path) -> dict[str, Any]:
 
 def libraries(source: Path) -> set[str]:
     return {file.name for file in (source / "dyhead_cuda" / "lib").glob("*.so")}
-
-
-def python_in(source: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(source)}
-    return run([sys.executable, *arguments], cwd=source, env=environment)
 
 
 def test_without_cuda_only_the_cpu_library_is_built(skeleton: Path, build: Build) -> None:
@@ -500,133 +477,6 @@ def test_every_kernel_and_arithmetic_has_a_file_that_stays(tmp_path: Path) -> No
     times = {path: path.stat().st_mtime_ns for path in instances}
     assert run(configure).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in instances} == times
-
-
-@pytest.fixture
-def packing() -> Iterator[None]:
-    """Packing writes into the working tree, so one process at a time does it."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "packing.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@pytest.fixture
-def packing_environment() -> dict[str, str]:
-    """Variables under which a build of the working tree changes nothing of what is built."""
-    built = library.read_build_record()
-    cuda, variables = built.get("cuda", {}), dict(os.environ)
-    for name, option, flags in (
-        ("DYHEAD_WERROR", "-Werror", built["cpu"].get("flags", "")),
-        ("DYHEAD_LINEINFO", "-lineinfo", cuda.get("flags", "")),
-    ):
-        variables[name] = "on" if option in flags.split() else "off"
-    if cuda.get("built"):
-        variables["DYHEAD_CUDA_ARCHS"] = ";".join(cuda["archs"])
-    else:
-        variables["DYHEAD_CUDA"] = "off"
-    return variables
-
-
-@needs_cpu_library
-@pytest.mark.usefixtures("packing")
-def test_the_wheel_holds_the_libraries_for_every_python(
-    tmp_path: Path, packing_environment: dict[str, str]
-) -> None:
-    options = ["--no-build-isolation", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    result = run(
-        [sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path / "wheel", "."],
-        cwd=ROOT,
-        env=packing_environment,
-    )
-    assert result.returncode == 0, result.stderr
-    (wheel,) = (tmp_path / "wheel").iterdir()
-    machine = platform.machine()
-    assert re.fullmatch(rf"dyhead_cuda-{__version__}-py3-none-\w+_{machine}\.whl", wheel.name)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    unpacked = tmp_path / "site" / "dyhead_cuda"
-    for name in library.NAMES:
-        in_place = library.path(name)
-        packed = unpacked / "lib" / in_place.name
-        assert packed.is_file() == in_place.is_file()
-        assert not in_place.is_file() or packed.read_bytes() == in_place.read_bytes()
-    python = {file.relative_to(ROOT) for file in (ROOT / "dyhead_cuda").rglob("*.py")}
-    assert {file.relative_to(tmp_path / "site") for file in unpacked.rglob("*.py")} == python
-    assert (unpacked / "py.typed").is_file()
-    assert {path.name for path in (tmp_path / "site").iterdir()} == {
-        "dyhead_cuda",
-        f"dyhead_cuda-{__version__}.dist-info",
-    }
-    loaded = python_in(
-        tmp_path / "site", "-c", "from dyhead_cuda import library as l; print(l.path('cpu'), "
-        "l.loaded('cpu'), [l.read_build_record()[n]['built'] for n in l.NAMES])"
-    )  # fmt: skip
-    built = [library.path(name).is_file() for name in library.NAMES]
-    assert loaded.stdout.strip() == f"{unpacked / 'lib' / 'libdyhead_cpu.so'} True {built}"
-
-
-@pytest.mark.usefixtures("packing")
-def test_the_source_distribution_holds_what_the_build_needs(tmp_path: Path) -> None:
-    result = run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as file:
-        names = {name.partition("/")[2] for name in file.getnames()}
-    sources = {
-        str(path.relative_to(ROOT))
-        for folder in ("csrc", "cmake", "dyhead_cuda", "docs", "examples", "benchmarks")
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and not {"__pycache__", "lib"} & set(path.parts)
-    }
-    files = {"CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", ".ci/run"}
-    files |= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".github/workflows/ci.yml"}
-    assert sources | files <= names
-    assert not [name for name in names if name.endswith((".so", ".pyc"))]
-
-
-def test_metadata_and_sources_need_no_torch(tmp_path: Path) -> None:
-    # As pip has it, which builds without the packages of the environment.
-    code = """
-import runpy, sys
-class NoTorch:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, NoTorch())
-sys.argv = ["setup.py", "--quiet", *sys.argv[1:]]
-runpy.run_path("setup.py", run_name="__main__")
-"""
-    for command in (["egg_info", "--egg-base"], ["dist_info", "--output-dir"]):
-        made = run([sys.executable, "-c", code, *command, tmp_path], cwd=ROOT)
-        assert made.returncode == 0, made.stderr
-    (information,) = tmp_path.glob("*.dist-info")
-    metadata = (information / "METADATA").read_text()
-    assert f"\nVersion: {__version__}\n" in metadata
-    assert "\nRequires-Dist: torch>=2.4\n" in metadata
-
-
-def test_the_installed_torch_is_found_where_pip_hides_it(tmp_path: Path) -> None:
-    code = """
-import runpy, sys, sysconfig
-sys.argv = ["setup.py", "--quiet", "--name"]
-setup = runpy.run_path("setup.py")
-sys.path = [path for path in sys.path if "site-packages" not in path]
-sysconfig.get_path = lambda name: sys.argv_platlib
-sys.argv_platlib = "PLATLIB"
-print(setup["Torch"].find())
-"""
-    package = tmp_path / "torch"
-    package.mkdir()
-    for there in (True, False):
-        version = package / "version.py"
-        version.write_text("__version__ = '2.7.1'\ncuda = None\n") if there else version.unlink()
-        script = code.replace("PLATLIB", str(tmp_path))
-        result = run([sys.executable, "-c", script], cwd=ROOT)
-        if there:
-            assert f"{package}'), version='2.7.1', cuda=None" in result.stdout
-        else:
-            assert "torch is not installed for" in result.stderr
 
 
 @needs_cpu_library
