@@ -42,7 +42,7 @@ MIN_OPSET, OPSET = (
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
 SCENE_SIZE = 128
 # Beyond these, options can only be mistakes: no memory or time is enough.
-MAX_BLOCKS, MAX_CONVS, MAX_CHANNELS = 100, 100, 8192
+MAX_BLOCKS, MAX_CONVS, MAX_CHANNELS, MAX_STAGES = 100, 100, 8192, 100
 MAX_BATCH, MAX_WORKERS, MAX_SCENES, MAX_EPOCHS = 4096, 512, 10_000_000, 1_000_000
 MAX_RATE, MAX_FACTOR = 1e30, 1e6  # together within float32
 _USUAL = TrainConfig(1)  # for the defaults
@@ -265,9 +265,18 @@ def _add_model(group: Any) -> None:
         "--blocks", type=integer(0, MAX_BLOCKS), default=6, help="of the head; 0: no DyHead"
     )
     group.add_argument(
-        "--backbone", default="resnet50", help="torchvision's resnet*, swin_*, or timm/NAME"
+        "--backbone",
+        default="resnet50",
+        help="torchvision's resnet*, swin_*, efficientnet_lite0, or timm/NAME; default: %(default)s",
     )
     group.add_argument("--weights", help="of the backbone: DEFAULT, or pretrained for timm")
+    group.add_argument(
+        "--frozen-stages",
+        type=integer(0, MAX_STAGES),
+        default=0,
+        metavar="N",
+        help="keep the first N stages of the backbone as they are (default: %(default)s)",
+    )
     group.add_argument(
         "--channels", type=integer(1, MAX_CHANNELS), default=256, help="of the pyramid"
     )

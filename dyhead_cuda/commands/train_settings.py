@@ -64,6 +64,7 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
         num_classes=len(dataset.classes),
         backbone=arguments.backbone,
         weights=arguments.weights,
+        frozen_stages=arguments.frozen_stages,
         first_level=first_level,
         last_level=last_level,
         channels=arguments.channels,

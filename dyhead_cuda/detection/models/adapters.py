@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,22 @@ from dyhead_cuda.numerics import to_compute
 
 Target = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
+
+
+class Pixels(NamedTuple):
+    """How images are normalised, from RGB in 0..1."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the usual one
+
+
+def pixels_of(backbone: nn.Module) -> Pixels:
+    """What a backbone expects: its attributes image_mean and image_std, or else the usual one."""
+    mean, std = (getattr(backbone, f"image_{name}", None) for name in Pixels._fields)
+    return IMAGENET if mean is None or std is None else Pixels(list(mean), list(std))
 
 
 class PyramidAnchors(AnchorGenerator):

@@ -19,13 +19,17 @@ from torchvision.ops import (
 )
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.models.adapters import PyramidAnchors, check_images, check_targets
+from dyhead_cuda.detection.models.adapters import (
+    PyramidAnchors,
+    check_images,
+    check_targets,
+    pixels_of,
+)
 from dyhead_cuda.detection.models.atss_assigner import assign, centers, margins
 from dyhead_cuda.detection.names import Postprocess
 
 Target = dict[str, Any]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _ANCHOR_STRIDES = 8  # side of an anchor in strides
 _BOX_WEIGHT = 2.0
 _PRIOR = 0.01
@@ -138,7 +142,8 @@ class ATSS(nn.Module):
             in microsoft/DynamicHead and mmdet's reproduction of it, 0 in mmdet's other configs.
         postprocess: "mmdet" ranks the candidates of a level by class probability and clips boxes
             before non-maximum suppression, "microsoft" ranks by the score and clips afterwards.
-        image_mean, image_std: three values, of RGB in 0..1.
+        image_mean, image_std: three values, of RGB in 0..1. None: the attributes of that name of
+            the backbone, or ImageNet's usual ones where it has none.
         size_divisible: pixels; images are padded at the right and bottom to multiples of it.
         score_threshold: minimum class probability of a candidate.
         candidates: kept on each level of an image before non-maximum suppression.
@@ -177,8 +182,8 @@ class ATSS(nn.Module):
         kernel_size: int = 3,
         center_offset: float = 0.5,
         postprocess: Postprocess = "mmdet",
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
         size_divisible: int = 32,
         score_threshold: float = 0.05,
         candidates: int = 1000,
@@ -199,8 +204,13 @@ class ATSS(nn.Module):
         self.head = ATSSHead(channels, num_classes, len(strides), convs, kernel_size)
         self.anchors = PyramidAnchors(strides, (_ANCHOR_STRIDES,), center_offset=center_offset)
         self.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+        usual = pixels_of(backbone)
         self.transform = GeneralizedRCNNTransform(
-            min_size, max_size, list(image_mean), list(image_std), size_divisible
+            min_size,
+            max_size,
+            list(usual.mean if image_mean is None else image_mean),
+            list(usual.std if image_std is None else image_std),
+            size_divisible,
         )
 
     def forward(

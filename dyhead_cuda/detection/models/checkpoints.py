@@ -17,7 +17,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from dyhead_cuda import checks, compat
 from dyhead_cuda.compat.towers import unnest
 from dyhead_cuda.detection.models.atss import ATSS
-from dyhead_cuda.detection.models.backbones import Pyramid, SwinBody
+from dyhead_cuda.detection.models.backbones import Pyramid
+from dyhead_cuda.detection.models.bodies import SwinBody
 from dyhead_cuda.detection.models.checkpoint_names import (
     FIRST,
     LAST,

@@ -46,6 +46,7 @@ class ModelConfig(Settings):
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
             or its longer side ``max_size`` if that makes it smaller.
         keypoints: of each object; 0 for none. Two-stage detectors only.
+        frozen_stages: of the backbone, see :class:`Pyramid`.
 
     Raises:
         ValueError: values that no detector can be made of.
@@ -76,6 +77,7 @@ class ModelConfig(Settings):
     min_size: int = 800
     max_size: int = 1333
     keypoints: int = 0
+    frozen_stages: int = 0
 
     def __post_init__(self) -> None:
         checks.one_of("detector", self.detector, DETECTORS)
@@ -87,7 +89,7 @@ class ModelConfig(Settings):
         )
         if not isinstance(self.backbone, str):
             raise ValueError(f"expected the name of a backbone, got {self.backbone!r}")
-        for name in ("blocks", "convs", "keypoints"):
+        for name in ("blocks", "convs", "keypoints", "frozen_stages"):
             value = getattr(self, name)
             if value is None and name == "convs":
                 continue
@@ -186,6 +188,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         high_offset=config.high_offset,
         init=config.init,
         extra=EXTRA_LEVELS[config.detector],
+        frozen_stages=config.frozen_stages,
         load_weights=load_weights,
     )
     sizes = {"min_size": config.min_size, "max_size": config.max_size}

@@ -17,7 +17,13 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import Conv2dNormActivation
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.models.adapters import CheckedDetector, PyramidAnchors, Target, widen
+from dyhead_cuda.detection.models.adapters import (
+    CheckedDetector,
+    PyramidAnchors,
+    Target,
+    pixels_of,
+    widen,
+)
 
 ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # in strides
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
@@ -47,7 +53,9 @@ class RetinaNet(_LabelsFromOne, detection.RetinaNet):
 
     Args:
         backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
-            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`. Images are
+            normalised with its ``image_mean`` and ``image_std``, or ImageNet's usual ones where it
+            has none.
         num_classes: without background.
         min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
             one would exceed ``max_size``.
@@ -93,6 +101,7 @@ class RetinaNet(_LabelsFromOne, detection.RetinaNet):
             num_classes,
             min_size,
             max_size,
+            *pixels_of(backbone),
             anchor_generator=anchors,
             head=widen(head),
             score_thresh=SCORE_THRESHOLD,
@@ -109,7 +118,9 @@ class FCOS(_LabelsFromOne, detection.FCOS):
 
     Args:
         backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
-            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`. Images are
+            normalised with its ``image_mean`` and ``image_std``, or ImageNet's usual ones where it
+            has none.
         num_classes: without background.
         min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
             one would exceed ``max_size``.
@@ -159,6 +170,7 @@ class FCOS(_LabelsFromOne, detection.FCOS):
             num_classes,
             min_size,
             max_size,
+            *pixels_of(backbone),
             anchor_generator=PyramidAnchors(pyramid.strides, (1,)),
             head=widen(head),
             score_thresh=SCORE_THRESHOLD,

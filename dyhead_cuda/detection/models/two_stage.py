@@ -14,7 +14,12 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.models.adapters import CheckedDetector, PyramidAnchors, widen
+from dyhead_cuda.detection.models.adapters import (
+    CheckedDetector,
+    PyramidAnchors,
+    pixels_of,
+    widen,
+)
 from dyhead_cuda.detection.names import BoxHead
 from dyhead_cuda.modules import DynamicReLU
 
@@ -35,7 +40,9 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
 
     Args:
         backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
-            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`. Images are
+            normalised with its ``image_mean`` and ``image_std``, or ImageNet's usual ones where it
+            has none.
         num_classes: without background.
         min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
             one would exceed ``max_size``.
@@ -85,10 +92,13 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
         channels, strides = pyramid.out_channels, pyramid.strides
         pooled_values = channels * BOX_SIDE**2
         head, values = _make_box_head(box_head, channels, pooled_values)
+        mean, std = pixels_of(backbone)
         super().__init__(
             backbone,
             min_size=min_size,
             max_size=max_size,
+            image_mean=mean,
+            image_std=std,
             rpn_anchor_generator=PyramidAnchors(strides, (ANCHOR_SCALE,), ANCHOR_RATIOS),
             rpn_head=widen(RPNHead(channels, len(ANCHOR_RATIOS))),
             box_roi_pool=_make_pooling(strides, BOX_SIDE),
