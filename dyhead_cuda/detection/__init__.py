@@ -17,6 +17,8 @@ from dyhead_cuda.detection.lazy import attribute_of
 if TYPE_CHECKING:
     from dyhead_cuda.detection.data import (
         CocoFolder,
+        ComposedScenes,
+        CutoutScenes,
         DataConfig,
         DetectionDataset,
         DigitScenes,
@@ -50,6 +52,8 @@ __getattr__ = attribute_of(
     {
         "data": (
             "CocoFolder",
+            "ComposedScenes",
+            "CutoutScenes",
             "DataConfig",
             "DetectionDataset",
             "DigitScenes",
@@ -97,6 +101,8 @@ __all__ = [
     "MMDET_R50_CAFFE",
     "MMDET_SWINL",
     "CocoFolder",
+    "ComposedScenes",
+    "CutoutScenes",
     "DataConfig",
     "DetectionDataset",
     "DigitScenes",

@@ -9,6 +9,7 @@ from typing import Any
 from dyhead_cuda import checks
 from dyhead_cuda.detection.data.base import DetectionDataset, HorizontalFlip
 from dyhead_cuda.detection.data.coco import CocoFolder
+from dyhead_cuda.detection.data.cutouts import CutoutScenes
 from dyhead_cuda.detection.data.digits import DigitScenes
 from dyhead_cuda.detection.names import SPLITS, Split
 from dyhead_cuda.detection.settings import Settings
@@ -18,15 +19,16 @@ def open_dataset(spec: str | Path, split: Split, **options: Any) -> DetectionDat
     """A dataset by name.
 
     Args:
-        spec: "digits", or a folder in COCO's format.
+        spec: "digits"; "cutouts", whose option ``path`` is a folder of transparent pictures; or
+            a folder in COCO's format.
         split: "train" or "val".
-        options: :class:`DigitScenes`'s or :class:`CocoFolder`'s.
+        options: :class:`DigitScenes`'s, :class:`CutoutScenes`'s or :class:`CocoFolder`'s.
 
     Returns:
-        A :class:`DigitScenes` or a :class:`CocoFolder`.
+        A :class:`DigitScenes`, a :class:`CutoutScenes` or a :class:`CocoFolder`.
 
     Raises:
-        ValueError: neither; or what the dataset raises.
+        ValueError: another spec; or what the dataset raises.
 
     Example:
         >>> from dyhead_cuda.detection import open_dataset
@@ -35,8 +37,12 @@ def open_dataset(spec: str | Path, split: Split, **options: Any) -> DetectionDat
     """
     if spec == "digits":
         return DigitScenes(split, **options)
+    if spec == "cutouts":
+        return CutoutScenes(split=split, **options)
     if not Path(spec).is_dir():
-        raise ValueError(f'expected "digits" or a folder in COCO\'s format, got {str(spec)!r}')
+        raise ValueError(
+            f'expected "digits", "cutouts" or a folder in COCO\'s format, got {str(spec)!r}'
+        )
     return CocoFolder(spec, split, **options)
 
 
@@ -45,7 +51,7 @@ class DataConfig(Settings):
     """The data sets of a run; JSON-able.
 
     Args:
-        spec: "digits" or a folder, for :func:`dyhead_cuda.detection.data.open_dataset`.
+        spec: "digits", "cutouts" or a folder, for :func:`dyhead_cuda.detection.data.open_dataset`.
         options: its options, for both splits.
         train, val: more options for one split.
         flip: mirror half of the training images, at random.
