@@ -117,9 +117,7 @@ demo: build ## run the head on a photograph, compare with the reference, draw wh
 	$(RUN) -m dyhead_cuda demo $(if $(DEMO_IMAGE),--image "$(DEMO_IMAGE)") $(DEMO_ARGS)
 
 demo-train: build ## train a small detector on handwritten digits (under 15 minutes on 2 cores)
-	$(RUN) -m dyhead_cuda train --model atss --data digits --images 4000 --val-images 200 \
-	  --backbone timm/test_resnet.r160_in1k --channels 64 --levels 3-6 --blocks 2 --lr 2e-3 \
-	  --steps $(TRAIN_STEPS) --eval-every 500 --pictures 12 --out $(TRAIN_OUT)
+	$(RUN) -m dyhead_cuda train --steps $(TRAIN_STEPS) --pictures 12 --out $(TRAIN_OUT)
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(ENVIRONMENT) ## build the documentation's site in build/site; a warning is an error

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from dyhead_cuda.commands import train_defaults
 from dyhead_cuda.commands.options import (
     MAX_SIDE,
     attentions,
@@ -40,11 +41,11 @@ MIN_OPSET, OPSET = (
     21,
 )  # ONNX has DeformConv since 19, and normalises groups in one node since 21
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
-SCENE_SIZE = 128
 # Beyond these, options can only be mistakes: no memory or time is enough.
 MAX_BLOCKS, MAX_CONVS, MAX_CHANNELS, MAX_STAGES = 100, 100, 8192, 100
 MAX_BATCH, MAX_WORKERS, MAX_SCENES, MAX_EPOCHS = 4096, 512, 10_000_000, 1_000_000
 MAX_RATE, MAX_FACTOR = 1e30, 1e6  # together within float32
+MAX_EMA = 0.999999
 _USUAL = TrainConfig(1)  # for the defaults
 
 
@@ -246,30 +247,42 @@ def _add_data(group: Any) -> None:
     group.add_argument("--strict", action="store_true", help="fail on any broken annotation")
     group.add_argument("--flip", action="store_true", help="mirror half of the training images")
     group.add_argument(
-        "--images", type=integer(1, MAX_SCENES), metavar="N", help="digits: scenes of train"
+        "--images",
+        type=integer(1, MAX_SCENES),
+        metavar="N",
+        help=f"digits: scenes of train (default: {train_defaults.DIGITS['images']})",
     )
     group.add_argument(
-        "--val-images", type=integer(1, MAX_SCENES), metavar="N", help="digits: scenes of val"
+        "--val-images",
+        type=integer(1, MAX_SCENES),
+        metavar="N",
+        help=f"digits: scenes of val (default: {train_defaults.DIGITS['val_images']})",
     )
     group.add_argument(
         "--scene-size",
         type=integer(32, MAX_SIDE),
         metavar="PIXELS",
-        help=f"digits: default {SCENE_SIZE}",
+        help="digits: height and width of the scenes "
+        f"(default: {train_defaults.DIGITS['scene_size']})",
     )
 
 
 def _add_model(group: Any) -> None:
     group.add_argument("--model", choices=DETECTORS, default="atss", help="default: %(default)s")
     group.add_argument(
-        "--blocks", type=integer(0, MAX_BLOCKS), default=6, help="of the head; 0: no DyHead"
+        "--blocks",
+        type=integer(0, MAX_BLOCKS),
+        help=f"of the head; 0: no DyHead ({train_defaults.stated('blocks')})",
     )
     group.add_argument(
         "--backbone",
-        default="resnet50",
-        help="torchvision's resnet*, swin_*, efficientnet_lite0, or timm/NAME; default: %(default)s",
+        help="torchvision's resnet*, swin_*, efficientnet_lite0, or timm/NAME "
+        f"({train_defaults.stated('backbone')})",
     )
-    group.add_argument("--weights", help="of the backbone: DEFAULT, or pretrained for timm")
+    group.add_argument(
+        "--weights",
+        help="of the backbone, to download: DEFAULT, or pretrained for timm (default: random ones)",
+    )
     group.add_argument(
         "--frozen-stages",
         type=integer(0, MAX_STAGES),
@@ -278,7 +291,9 @@ def _add_model(group: Any) -> None:
         help="keep the first N stages of the backbone as they are (default: %(default)s)",
     )
     group.add_argument(
-        "--channels", type=integer(1, MAX_CHANNELS), default=256, help="of the pyramid"
+        "--channels",
+        type=integer(1, MAX_CHANNELS),
+        help=f"of the pyramid ({train_defaults.stated('channels')})",
     )
     group.add_argument(
         "--convs",
@@ -289,7 +304,7 @@ def _add_model(group: Any) -> None:
         "--levels",
         type=levels,
         metavar="FIRST-LAST",
-        help="of the pyramid (default, as published: 3-7; two-stage models: 2-6)",
+        help="of the pyramid (default: 3-7, for digits 3-6, of two-stage models 2-6)",
     )
     group.add_argument(
         "--attentions",
@@ -319,44 +334,136 @@ def _add_model(group: Any) -> None:
 
 def _add_training(group: Any) -> None:
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=integer(1), help="of the optimizer (default: 1000)")
     length.add_argument(
-        "--epochs", type=number(0.001, MAX_EPOCHS), help="instead: passes over the images"
+        "--steps",
+        type=integer(1),
+        metavar="N",
+        help="steps of the optimizer in all; a run that is there can be given more "
+        f"({train_defaults.stated('steps')})",
+    )
+    length.add_argument(
+        "--epochs",
+        type=number(0.001, MAX_EPOCHS),
+        metavar="N",
+        help="in place of --steps: so many passes over the images (default: as --steps says)",
     )
     group.add_argument(
         "--batch-size",
         type=integer(1, MAX_BATCH),
         default=_USUAL.batch_size,
         metavar="N",
-        help="images per process (default: %(default)s)",
+        help="images per step and process (default: %(default)s)",
     )
-    group.add_argument("--optimizer", choices=get_args(Optimizer), default=_USUAL.optimizer)
     group.add_argument(
-        "--lr", type=number(1e-12, MAX_RATE), default=_USUAL.lr, help="default: %(default)s"
+        "--optimizer",
+        choices=get_args(Optimizer),
+        default=_USUAL.optimizer,
+        help="sgd has a momentum of 0.9 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr",
+        type=number(1e-12, MAX_RATE),
+        metavar="RATE",
+        help=f"the highest learning rate ({train_defaults.stated('lr')})",
     )
     group.add_argument(
         "--offset-lr",
         type=number(0, MAX_FACTOR),
         default=_USUAL.offset_lr,
         metavar="FACTOR",
-        help="part of it for what predicts sampling offsets (default: %(default)s)",
-    )
-    group.add_argument("--schedule", choices=get_args(Schedule), default=_USUAL.schedule)
-    group.add_argument("--weight-decay", type=number(0, MAX_RATE), default=_USUAL.weight_decay)
-    group.add_argument("--warmup-steps", type=integer(0), default=_USUAL.warmup_steps, metavar="N")
-    group.add_argument(
-        "--clip-norm", type=number(0), default=_USUAL.clip_norm, help="of gradients; 0: no limit"
-    )
-    group.add_argument("--amp", choices=get_args(Amp), default=_USUAL.amp)
-    group.add_argument("--seed", type=integer(0), default=_USUAL.seed)
-    group.add_argument(
-        "--eval-every", type=integer(1), metavar="STEPS", help="default: only at the end"
+        help="factor on the learning rate of the convolutions that predict where the head samples "
+        "its maps (default: %(default)s)",
     )
     group.add_argument(
-        "--checkpoint-every", type=integer(1), default=_USUAL.checkpoint_every, metavar="STEPS"
+        "--body-lr",
+        type=number(0, MAX_FACTOR),
+        default=_USUAL.body_lr,
+        metavar="FACTOR",
+        help="factor on the learning rate of the backbone; 0.1 is usual where it has pretrained "
+        "weights (default: %(default)s)",
     )
     group.add_argument(
-        "--workers", type=integer(0, MAX_WORKERS), default=_USUAL.workers, help="load images"
+        "--schedule",
+        choices=get_args(Schedule),
+        default=_USUAL.schedule,
+        help="how the learning rate falls after the warmup: cosine, to 0 at the last step, or "
+        "step, to a tenth after 8/12 and 11/12 of the steps (default: %(default)s)",
     )
-    group.add_argument("--device", choices=DEVICES, default=_USUAL.device)
-    group.add_argument("--deterministic", action="store_true", help="refuse what varies on GPUs")
+    group.add_argument(
+        "--weight-decay",
+        type=number(0, MAX_RATE),
+        default=_USUAL.weight_decay,
+        metavar="RATE",
+        help="of weights; biases and normalisations have none (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup-steps",
+        type=integer(0),
+        default=_USUAL.warmup_steps,
+        metavar="N",
+        help="first steps, in which the learning rate grows from almost 0 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--clip-norm",
+        type=number(0),
+        default=_USUAL.clip_norm,
+        metavar="NORM",
+        help="gradients with a larger L2 norm are scaled down to it; 0: never "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--amp",
+        choices=get_args(Amp),
+        default=_USUAL.amp,
+        help="mixed precision: compute in 16 bits where that is safe (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ema",
+        type=number(0, MAX_EMA),
+        default=_USUAL.ema,
+        metavar="DECAY",
+        help="measure and keep as the best an exponential moving average of the weights; 0.9998 "
+        "is usual for long runs, 0: the weights themselves (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=integer(0),
+        default=_USUAL.seed,
+        metavar="N",
+        help="of the first weights and of the order of the images (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=integer(1),
+        metavar="STEPS",
+        help="steps between measurements on val; there is always one after the last step (default: "
+        f"for digits a tenth of the steps, at least {train_defaults.MIN_EVAL_EVERY}; for a folder "
+        "only after the last step)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=integer(1),
+        default=_USUAL.checkpoint_every,
+        metavar="STEPS",
+        help="steps between checkpoints, from which a stopped run goes on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=integer(0, MAX_WORKERS),
+        default=_USUAL.workers,
+        metavar="N",
+        help="processes that load images beside the training; 0: it loads them itself "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=_USUAL.device,
+        help="auto: the GPUs if there are any (default: %(default)s)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="stop with an error at operations whose result varies from run to run, as some do on "
+        "GPUs (default: run them)",
+    )

@@ -70,7 +70,10 @@ def _train(arguments: argparse.Namespace, console: Console, processes: Processes
         # To the end: what is drawn and written after the training is the run's, too.
         processes.on_first(lambda: lock.enter_context(RunFolder(folder).lock()))
         with ExitStack() as stack:
-            listeners = [stack.enter_context(progress.shown(console, config.steps))]
+            listeners = [
+                stack.enter_context(progress.shown(console, config.steps)),
+                progress.foretold(console, config.steps, _how_to_shorten(config)),
+            ]
             if arguments.tensorboard and is_first():
                 events = progress.tensorboard(folder / "tensorboard")
                 listeners.append(stack.enter_context(events))
@@ -97,8 +100,13 @@ def _print_settings(
 ) -> None:
     head = f"{model.blocks} DyHead blocks" if model.blocks else "plain head"
     device = parallel.choose_device(config.device)
+    weights = f"weights {model.weights}" if model.weights else "random weights"
+    if not model.weights and data.spec != "digits":
+        weights += " (--weights downloads pretrained ones, which take fewer steps)"
+    levels = f"levels {model.first_level}-{model.last_level}"
     for line in (
-        f"model: {model.detector}, {model.backbone}, {head}, {model.channels} channels",
+        f"model: {model.detector}, {model.backbone} with {weights}, {head}, "
+        f"{model.channels} channels, {levels}",
         f"data: {data.spec}, {len(sets[0])} images to train on, {len(sets[1])} to measure, "
         f"{model.num_classes} classes",
         f"training: {config.steps} steps of {config.batch_size} images, {config.optimizer}, "
@@ -106,6 +114,16 @@ def _print_settings(
         f"run folder: {folder}",
     ):
         console.print(escape(line), soft_wrap=True)
+
+
+def _how_to_shorten(config: TrainConfig) -> str:
+    """The end of a line that says how long the training will take."""
+    device = parallel.choose_device(config.device)
+    faster = " or a GPU" if device.type == "cpu" else ""
+    return (
+        f"on {device}, without the evaluations; fewer --steps, a smaller --size, --backbone, "
+        f"--channels or --blocks{faster} shorten it"
+    )
 
 
 def _finish(

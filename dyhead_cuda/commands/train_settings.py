@@ -6,10 +6,11 @@ import argparse
 import math
 import os
 
-from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE, SCENE_SIZE
+from dyhead_cuda.commands import train_defaults
+from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE
+from dyhead_cuda.commands.train_defaults import chosen
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
 from dyhead_cuda.detection.models.config import ModelConfig
-from dyhead_cuda.detection.names import TWO_STAGE
 from dyhead_cuda.detection.training.config import TrainConfig
 
 
@@ -34,12 +35,9 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
         raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER")
     if arguments.strict:
         raise ValueError("--strict: digits have no broken annotations; only for --data FOLDER")
-    side = arguments.scene_size or SCENE_SIZE
+    side = chosen(arguments, "scene_size")
     options = {"size": [side, side], "keypoints": arguments.keypoints, "cache": True}
-    train, val = (
-        {} if count is None else {"num_images": count}
-        for count in (arguments.images, arguments.val_images)
-    )
+    train, val = ({"num_images": chosen(arguments, name)} for name in ("images", "val_images"))
     return DataConfig("digits", options, train, val)
 
 
@@ -54,21 +52,20 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
     size, max_size = arguments.size, arguments.max_size
     usual = (COCO_SIZE, COCO_MAX_SIZE)
     if arguments.data == "digits":
-        usual = (arguments.scene_size or SCENE_SIZE,) * 2
+        usual = (chosen(arguments, "scene_size"),) * 2
     size = usual[0] if size is None else size
     max_size = max(size, usual[1]) if max_size is None else max_size
-    published = (2, 6) if arguments.model in TWO_STAGE else (3, 7)
-    first_level, last_level = arguments.levels or published
+    first_level, last_level = train_defaults.levels(arguments)
     return ModelConfig(
         detector=arguments.model,
         num_classes=len(dataset.classes),
-        backbone=arguments.backbone,
+        backbone=chosen(arguments, "backbone"),
         weights=arguments.weights,
         frozen_stages=arguments.frozen_stages,
         first_level=first_level,
         last_level=last_level,
-        channels=arguments.channels,
-        blocks=arguments.blocks,
+        channels=chosen(arguments, "channels"),
+        blocks=chosen(arguments, "blocks"),
         convs=arguments.convs,
         attentions=arguments.attentions,
         high_offset=arguments.high_offset,
@@ -89,7 +86,7 @@ def train_config(arguments: argparse.Namespace, images: int) -> TrainConfig:
     Raises:
         ValueError: a setting is out of its range.
     """
-    steps = arguments.steps or 1000
+    steps = chosen(arguments, "steps")
     if arguments.epochs is not None:
         batch = arguments.batch_size * int(os.environ.get("WORLD_SIZE", 1))
         steps = math.ceil(arguments.epochs * images / batch)
@@ -97,15 +94,17 @@ def train_config(arguments: argparse.Namespace, images: int) -> TrainConfig:
         steps=steps,
         batch_size=arguments.batch_size,
         optimizer=arguments.optimizer,
-        lr=arguments.lr,
+        lr=chosen(arguments, "lr"),
         offset_lr=arguments.offset_lr,
+        body_lr=arguments.body_lr,
         weight_decay=arguments.weight_decay,
         schedule=arguments.schedule,
         warmup_steps=arguments.warmup_steps,
         clip_norm=arguments.clip_norm or None,
         amp=arguments.amp,
+        ema=arguments.ema,
         seed=arguments.seed,
-        eval_every=arguments.eval_every,
+        eval_every=train_defaults.eval_every(arguments, steps),
         checkpoint_every=arguments.checkpoint_every,
         workers=arguments.workers,
         device=arguments.device,

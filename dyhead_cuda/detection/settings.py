@@ -21,6 +21,17 @@ class Settings:
         }
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The settings that need not be given, by name."""
+        found = {}
+        for member in fields(cls):  # type: ignore[arg-type]
+            if member.default is not MISSING:
+                found[member.name] = member.default
+            elif member.default_factory is not MISSING:
+                found[member.name] = member.default_factory()
+        return found
+
+    @classmethod
     def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
         """The settings that :meth:`to_dict` gave; names that are left out have their defaults.
 
@@ -32,12 +43,7 @@ class Settings:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"expected {cls.__name__} settings among {known}, got {unknown}")
-        required = {
-            member.name
-            for member in members
-            if member.default is MISSING and member.default_factory is MISSING
-        }
-        missing = sorted(required - set(values))
+        missing = sorted(set(known) - set(cls.defaults()) - set(values))
         if missing:
             raise ValueError(f"expected {cls.__name__} settings {missing}, which are missing")
         return cls(**values)

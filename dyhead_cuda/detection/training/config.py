@@ -16,12 +16,13 @@ class TrainConfig(Settings):
     """How to train; JSON-able.
 
     Args:
-        steps: optimizer steps in all.
+        steps: optimizer steps in all. A run that is there can be given more, see :func:`.train`.
         batch_size: images per step and process.
         optimizer: "adamw", or "sgd" with a momentum of 0.9.
         lr: the highest learning rate.
-        offset_lr: of the convolutions that predict sampling offsets, as a part of ``lr``; usual for
-            deformable layers, whose samples else leave the image before they have learned.
+        offset_lr: factor on the learning rate of the convolutions that predict sampling offsets;
+            usually small for deformable layers, whose samples else leave the image before they
+            have learned.
         weight_decay: of weights; biases and normalisations have none.
         schedule: after the warmup "cosine", to 0, or "step", a tenth after 8/12 and 11/12 of the
             steps.
@@ -29,11 +30,19 @@ class TrainConfig(Settings):
         clip_norm: gradients of a larger L2 norm are scaled down to it; None: never.
         amp: autocast: "off", "bf16", or "fp16" with a loss scale.
         seed: of the weights, of the order of the images and of what models draw.
-        eval_every: steps between evaluations; None: only after the last.
+        eval_every: steps between evaluations; None: only after the last. There is always one after
+            the last step; one that is due within less than half of ``eval_every`` before it is
+            left out.
         checkpoint_every: steps between checkpoints; also before each evaluation.
-        workers: processes that load images; 0: none of their own.
+        workers: processes that load images; 0: the training's own process does.
         device: "auto" (GPUs where there are any), "cpu" or "cuda".
-        deterministic: have torch refuse operations whose result varies from run to run.
+        deterministic: let torch raise an error for operations whose result varies from run to run,
+            as some do on GPUs.
+        body_lr: factor on the learning rate of the backbone's body (``model.backbone.body``), the
+            part that has pretrained weights; usually 0.1 where it has them.
+        ema: decay of an exponential moving average of the weights over the steps, such as 0.9998;
+            0: none. Evaluations, the best weights and :func:`.load_model` then have the averaged
+            weights. The decay grows to this value, see :mod:`.averaging`.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -65,6 +74,8 @@ class TrainConfig(Settings):
     workers: int = 0
     device: str = "auto"
     deterministic: bool = False
+    body_lr: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -78,7 +89,7 @@ class TrainConfig(Settings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
-        for name in ("offset_lr", "weight_decay", "warmup_steps", "seed", "workers"):
+        for name in ("offset_lr", "body_lr", "weight_decay", "warmup_steps", "seed", "workers"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"expected {name} of at least 0, got {value}")
@@ -86,3 +97,5 @@ class TrainConfig(Settings):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"expected a positive {name}, got {value}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"expected ema of at least 0 and below 1, got {self.ema}")

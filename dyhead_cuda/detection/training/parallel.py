@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,6 +51,12 @@ class Processes:
             values = [None] * self.count
             dist.all_gather_object(values, value)
         return values
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces the values of ``tensors`` by those of the first process's."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Runs ``action`` in the first process; all get its result, or raise its exception."""

@@ -7,6 +7,7 @@ listeners.
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -26,6 +27,8 @@ Listener = Callable[[Record], None]
 
 LINE_INTERVAL_S = 10.0  # between lines where there is no terminal
 SMOOTHED_STEPS = 20  # that the shown loss and speed are averaged over
+UNTIMED_STEPS, TIMED_STEPS = 1, 3  # the first takes longer: memory, threads, kernels
+LONG_S = 30 * 60.0  # a run that takes longer is worth a word at its start
 
 
 class _State:
@@ -100,6 +103,41 @@ def _lines(console: Console, steps: int) -> Listener:
         console.print(f"step {record['step']}/{steps}  {state}  left {left}", soft_wrap=True)
 
     return show
+
+
+def foretold(console: Console, steps: int, advice: str) -> Listener:
+    """A listener that says once, after the first few steps, how long the others will take.
+
+    It says nothing where that is less than half an hour.
+
+    Args:
+        console: to print on.
+        steps: in all.
+        advice: the end of the line: on what, and what shortens it.
+    """
+    times: list[float] = []
+
+    def listen(record: Record) -> None:
+        if "seconds" not in record or len(times) == UNTIMED_STEPS + TIMED_STEPS:
+            return
+        times.append(record["seconds"])
+        if len(times) < UNTIMED_STEPS + TIMED_STEPS:
+            return
+        left = steps - record["step"]
+        seconds = left * statistics.median(times[UNTIMED_STEPS:])
+        if seconds > LONG_S:
+            line = f"the other {left} steps will take about {_spoken(seconds)} {advice}"
+            console.print(line, soft_wrap=True)
+
+    return listen
+
+
+def _spoken(seconds: float) -> str:
+    """A time as people say it, such as "22 hours"."""
+    for unit, length in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
 
 
 @contextmanager

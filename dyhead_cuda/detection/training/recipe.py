@@ -43,6 +43,12 @@ def _step(config: TrainConfig, step: int) -> float:
     return DROP_FACTOR**drops
 
 
+def evaluation_due(config: TrainConfig, step: int) -> bool:
+    """Whether the model is evaluated after so many steps; see ``eval_every`` of the settings."""
+    every, left = config.eval_every, config.steps - step
+    return left == 0 or (every is not None and step > 0 and step % every == 0 and 2 * left >= every)
+
+
 # The factor on the highest learning rate after the warmup.
 _SCHEDULES: dict[Schedule, Callable[[TrainConfig, int], float]] = {
     "cosine": _cosine,
@@ -65,18 +71,12 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
     Each group has ``lr_factor``, by which its learning rate differs from that of the step.
     """
-    slow = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, DyHeadBlock)
-        for parameter in module.offset_conv.parameters()
-    }
+    factors = _lr_factors(config, model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            factor = config.offset_lr if parameter in slow else 1.0
-            groups.setdefault((factor, decay), []).append(parameter)
+            groups.setdefault((factors.get(parameter, 1.0), decay), []).append(parameter)
     if not groups:
         raise ValueError("expected a model with parameters to train, got one that is all frozen")
     options = [
@@ -84,6 +84,28 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         for (factor, decay), parameters in groups.items()
     ]
     return _OPTIMIZERS[config.optimizer](options, config.lr)
+
+
+def _lr_factors(config: TrainConfig, model: nn.Module) -> dict[nn.Parameter, float]:
+    """The factors on the learning rate of those parameters that have one."""
+    slow: list[tuple[nn.Module, float]] = [
+        (module.offset_conv, config.offset_lr)
+        for module in model.modules()
+        if isinstance(module, DyHeadBlock)
+    ]
+    if config.body_lr != 1:
+        try:
+            slow.append((model.get_submodule("backbone.body"), config.body_lr))
+        except AttributeError:
+            raise ValueError(
+                f"expected a model with backbone.body for body_lr {config.body_lr}, got "
+                f"{type(model).__name__}, which has none; set body_lr to 1"
+            ) from None
+    factors: dict[nn.Parameter, float] = {}
+    for module, factor in slow:
+        for parameter in module.parameters():
+            factors[parameter] = factors.get(parameter, 1.0) * factor
+    return factors
 
 
 class Stream(Dataset[tuple[Tensor, Target]]):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset, collate
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models.config import ModelConfig, build, build_empty
-from dyhead_cuda.detection.training import parallel, random_state, signals
+from dyhead_cuda.detection.training import averaging, parallel, random_state, signals
 from dyhead_cuda.detection.training.checkpoint_file import one_line, read_checkpoint
 from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.detection.training.errors import RunError
@@ -32,6 +32,7 @@ from dyhead_cuda.detection.training.parallel import Processes
 from dyhead_cuda.detection.training.recipe import (
     Stream,
     batches,
+    evaluation_due,
     learning_rate,
     make_optimizer,
 )
@@ -73,6 +74,12 @@ def train(
     listeners: Sequence[Listener] = (),
 ) -> Metrics:
     """Trains a detector, or resumes the run in ``folder``.
+
+    A run that is resumed has the settings that it has, but for ``device``, ``workers``,
+    ``eval_every``, ``checkpoint_every``, and ``steps``, of which there may be more. Then the
+    learning rate is from there on that of a run of so many steps, which for a finished run with a
+    cosine jumps up from 0; the result is not that of such a run from its start. ``folder`` is
+    written to once the first step is done.
 
     Under torchrun each process trains on a batch of its own, and gradients are averaged.
 
@@ -145,7 +152,7 @@ def load_model(
 
     Args:
         path: a checkpoint, or a run folder, of which the best weights are taken; the last before
-            its first evaluation.
+            its first evaluation. Where training averages weights, these are the averaged ones.
         device: where to put it.
 
     Returns:
@@ -219,9 +226,13 @@ class Trainer:
         device = processes.device
         self.model = model.to(device)
         self.replica: nn.Module = self.model
+        self.average = averaging.average_of(self.model, config.ema) if config.ema else None
+        # What is measured, and kept as the best.
+        self.result: nn.Module = self.average.module if self.average else self.model
         self.optimizer = make_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.step = 0
+        self.started = False
 
     def run(
         self,
@@ -240,22 +251,25 @@ class Trainer:
         random_state.seed(config.seed + self.processes.rank)
         if checkpoint is not None:
             self._restore(checkpoint)
+        first = self.step
         metrics = self.processes.on_first(self._logged_metrics)
         with (
             self._replicated(),
             _determinism(config.deterministic),
             signals.remembered() as request,
         ):
-            if metrics is None and self._evaluation_due():
+            if metrics is None and evaluation_due(config, self.step):
+                self._start(description, first)
                 metrics = self._evaluate(description, listeners)
             started = time.perf_counter()
             for batch in self._loader():
                 record = self._train_step(*batch)
+                self._start(description, first)
                 seconds = time.perf_counter() - started
                 images = config.batch_size * self.processes.count
                 record |= {"seconds": seconds, "images_per_second": images / seconds}
                 self._log(record, listeners)
-                due, last = self._evaluation_due(), self.step == config.steps
+                due, last = evaluation_due(config, self.step), self.step == config.steps
                 stop = self.processes.any(request.number > 0)
                 if due or stop or self.step % config.checkpoint_every == 0:
                     # Save before the evaluation: it may take long, and a resumed run repeats it.
@@ -333,6 +347,8 @@ class Trainer:
         self._check("gradient's norm", norm, by_name)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         done = self.step * len(images) * self.processes.count
         self.step += 1
         return {
@@ -354,11 +370,11 @@ class Trainer:
             "is from before. Try a lower lr, more warmup_steps, a smaller clip_norm, or amp off"
         )
 
-    def _evaluation_due(self) -> bool:
-        every = self.config.eval_every
-        return self.step == self.config.steps or (
-            every is not None and self.step > 0 and self.step % every == 0
-        )
+    def _start(self, description: Mapping[str, Any], step: int) -> None:
+        """Begins to write to the run folder, which a start that fails leaves as it was."""
+        if not self.started:
+            self.processes.on_first(lambda: self.folder.start(description, step))
+            self.started = True
 
     def _evaluate(self, description: Mapping[str, Any], listeners: Sequence[Listener]) -> Metrics:
         def show(done: int, total: int) -> None:
@@ -366,9 +382,12 @@ class Trainer:
                 for listener in listeners:
                     listener({"step": self.step, "evaluated": done, "to_evaluate": total})
 
+        # Each process has seen other images, but all must measure what the first one saves. Of the
+        # model in training, a replica copies them before the next step anyway.
+        self.processes.copy_from_first(self.result.buffers())
         with random_state.kept():
             metrics = self.metric(
-                self.model,
+                self.result,
                 self.validation_set,
                 device=self.processes.device,
                 batch_size=self.config.batch_size,
@@ -386,12 +405,14 @@ class Trainer:
         ap = metrics.summary["AP"]
         ap = -1.0 if math.isnan(ap) else ap  # no objects in the validation set
         if ap > self.folder.best_ap():
-            weights = self.model.state_dict()
+            weights = self.result.state_dict()
             config = dict(description)
             self.folder.save_best({"step": self.step, "ap": ap, "config": config, "model": weights})
 
     def _logged_metrics(self) -> Metrics | None:
         """The metrics of an evaluation after the current step, if the log has one."""
+        if self.step == 0:
+            return None  # what is in the folder is deleted
         for record in reversed(self.folder.records()):
             if "evaluation" in record and record["step"] == self.step:
                 return _metrics(record["evaluation"])
@@ -404,23 +425,24 @@ class Trainer:
                 listener(record)
 
     def _save(self, description: Mapping[str, Any]) -> None:
-        states = self.processes.gather(random_state.capture())
-        self.processes.on_first(
-            lambda: self.folder.save_last(
-                {
-                    "step": self.step,
-                    "config": dict(description),
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "random": states,
-                }
-            )
-        )
+        checkpoint = {
+            "step": self.step,
+            "config": dict(description),
+            "model": self.result.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": self.processes.gather(random_state.capture()),
+        }
+        if self.average is not None:
+            checkpoint["unaveraged"] = self.model.state_dict()
+        self.processes.on_first(lambda: self.folder.save_last(checkpoint))
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         try:
-            self.model.load_state_dict(checkpoint["model"])
+            self.result.load_state_dict(checkpoint["model"])
+            if self.average is not None:
+                self.model.load_state_dict(checkpoint["unaveraged"])
+                self.average.n_averaged.fill_(checkpoint["step"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
             random_state.restore(checkpoint["random"][self.processes.rank])
