@@ -174,9 +174,11 @@ def values(study: Study, name: str, metric: str = "AP") -> dict[int, float]:
 
 
 def mean_and_spread(numbers: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; nan of too few numbers."""
-    mean = statistics.fmean(numbers) if numbers else math.nan
-    return mean, statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+    """Mean and sample standard deviation; nan of too few numbers, or if one is nan."""
+    if not numbers or any(math.isnan(number) for number in numbers):
+        return math.nan, math.nan
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+    return statistics.fmean(numbers), spread
 
 
 def difference(study: Study, name: str, base: str, metric: str = "AP") -> tuple[float, float]:

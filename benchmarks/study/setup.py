@@ -10,7 +10,7 @@ from inspect import signature
 from typing import Any
 
 from benchmarks.study.variants import VARIANTS, Variant
-from dyhead_cuda.detection.data import DataConfig, DigitScenes
+from dyhead_cuda.detection.data import DataConfig
 from dyhead_cuda.detection.models import ModelConfig
 from dyhead_cuda.detection.settings import Settings
 from dyhead_cuda.detection.training import TrainConfig
@@ -59,8 +59,8 @@ class Setup(Settings):
         backbone, weights, frozen_stages, first_level, last_level, channels, anchor_scale:
             of all detectors, see :class:`~dyhead_cuda.detection.ModelConfig`.
         size, heights: of the scenes and of the objects in them, pixels.
-        background, max_angle, objects: of the scenes, see
-            :class:`~dyhead_cuda.detection.DigitScenes`.
+        background, max_angle: of the scenes, see :class:`~dyhead_cuda.detection.DigitScenes`.
+        objects: the folder of :class:`~dyhead_cuda.detection.CutoutScenes`; None: digits.
         num_classes: of the objects.
         images, val_images: scenes to train on and to measure on.
         steps, batch_size, body_lr, ema, evaluations: of the training, see
@@ -79,7 +79,7 @@ class Setup(Settings):
     size: int = 256
     heights: tuple[float, float] = (12, 230)
     background: str = "photographs"
-    max_angle: float = 25
+    max_angle: float = 15
     objects: str | None = None
     num_classes: int = 10
     images: int = 4000
@@ -87,7 +87,7 @@ class Setup(Settings):
     steps: int = 3000
     batch_size: int = 8
     body_lr: float = 0.1
-    ema: float | None = 0.998
+    ema: float = 0.998
     evaluations: int = 5
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     search_steps: int = 1000
@@ -130,13 +130,11 @@ class Setup(Settings):
 
     def data(self) -> DataConfig:
         """The scenes, the same for every training."""
-        data = self._data()
-        return DataConfig.from_dict({**data, "options": _known(DigitScenes, data["options"])})
+        return DataConfig.from_dict(self._data())
 
     def training(self, trial: Trial, device: str) -> TrainConfig:
         """The recipe of a training."""
-        settings = _known(TrainConfig, self.settings(trial)["training"])
-        return TrainConfig.from_dict({**settings, "device": device})
+        return TrainConfig.from_dict({**self.settings(trial)["training"], "device": device})
 
     def _model(self, variant: Variant) -> dict[str, Any]:
         shared = (
@@ -158,14 +156,15 @@ class Setup(Settings):
         }
 
     def _data(self) -> dict[str, Any]:
+        pictures = {} if self.objects is None else {"path": self.objects}
         return {
-            "spec": "digits",
+            "spec": "cutouts" if pictures else "digits",
             "options": {
+                **pictures,
                 "size": [self.size, self.size],
                 "heights": list(self.heights),
                 "background": self.background,
                 "max_angle": self.max_angle,
-                "objects": self.objects,
                 "cache": True,
             },
             "train": {"num_images": self.images},
@@ -189,6 +188,7 @@ QUICK = Setup(
     channels=16,
     size=64,
     heights=(12, 48),
+    background="paper",
     images=8,
     val_images=4,
     steps=2,

@@ -19,8 +19,7 @@ from benchmarks.study.setup import QUICK, Trial
 from dyhead_cuda.detection.evaluation import BOX_SUMMARY
 from dyhead_cuda.detection.training.runs import RunFolder
 from dyhead_cuda.detection.training.trainer import TrainingError
-
-FACTS = {"machine": "here", "commit": None, "date": "2026-01-02"}
+from tests.helpers.study import FACTS, write_searches
 
 
 def job(folder: Path, deadline: float = math.inf) -> runner.Job:
@@ -28,9 +27,7 @@ def job(folder: Path, deadline: float = math.inf) -> runner.Job:
     return runner.Job(QUICK, folder / "runs", folder / "results", "cpu", FACTS, deadline)
 
 
-def test_the_command_chooses_rates_trains_and_writes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_trains_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin, end = markers(STUDY)
     readme = tmp_path / "README.md"
     readme.write_text(f"{begin}\nold\n{end}\n")
@@ -39,12 +36,12 @@ def test_the_command_chooses_rates_trains_and_writes(
     options += ["--only", "crop", "--device", "cpu", "--seeds", "1", "--write", str(readme)]
     assert main(options) == 2
     assert "run with --tune first" in " ".join(capsys.readouterr().err.split())
-    assert main([*options, "--tune"]) == 0
-    assert len(list((folder / "search").iterdir())) == len(QUICK.rates)
+    write_searches(folder, QUICK, ["crop"])
     assert main(options) == 0
     (path,) = (folder / "runs").iterdir()
     assert path.name == "crop-seed-0.json"
     found = json.loads(path.read_text())
+    assert found["lr"] == QUICK.rates[1]
     assert found["curve"][-1] == [QUICK.steps, found["summary"]["AP"]], "of the same weights"
     assert len(found["curve"]) == QUICK.evaluations
     assert set(found["summary"]) == set(BOX_SUMMARY)
@@ -52,13 +49,12 @@ def test_the_command_chooses_rates_trains_and_writes(
     assert 0 <= found["agnostic_ap"] <= 1
     assert sum(level["anchors"] for level in found["positives"].values()) > 0
     assert '| high_offset="crop" | 1 |' in readme.read_text()
-    capsys.readouterr()
+    assert capsys.readouterr().out.count("min left") == 1
     before = path.read_bytes()
-    assert main(options) == 0
-    assert path.read_bytes() == before
-    assert "min left" not in capsys.readouterr().out, "finished runs are not run again"
     assert main([*options, "--costs"]) == 0
     assert set(read(folder, QUICK).costs) == {"crop"}
+    assert main(options) == 0
+    assert path.read_bytes() == before, "finished runs are not run again"
 
 
 def test_what_is_not_finished_in_time_goes_on_later(
@@ -115,8 +111,33 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert said in capsys.readouterr().err
 
 
-def test_no_time_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["study", "--quick", "--folder", str(tmp_path / "runs"), "--only", "plain"]
-    options += ["--results", str(tmp_path), "--device", "cpu", "--tune", "--minutes", "0"]
-    assert main(options) == 0
-    assert "stopped after 0 minutes, 3 trainings are not finished" in capsys.readouterr().out
+@pytest.mark.parametrize("options", [["--tune"], []])
+def test_minutes_are_a_deadline(
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = []
+
+    def train_all(job: runner.Job, trials: list[Trial], *_: Any) -> int:
+        calls.append((job.deadline - time.time(), [trial.path for trial in trials]))
+        return 1
+
+    monkeypatch.setattr(runner, "train_all", train_all)
+    write_searches(tmp_path, QUICK, ["dyhead-2", "plain"])
+    (tmp_path / "search" / "task-lr-0.001.json").write_text("{")
+    common = ["study", "--quick", "--results", str(tmp_path), "--device", "cpu", "--minutes", "2"]
+    assert main([*common, *options]) == 2, "a file that cannot be read"
+    (tmp_path / "search" / "task-lr-0.001.json").unlink()
+    names = ["task", "dyhead-2", "plain"] if options else ["dyhead-2", "plain"]
+    assert main([*common, *options, "--only", *names]) == 0
+    ((left, planned),) = calls
+    assert 90 < left <= 120
+    assert planned == (
+        [f"search/task-lr-{lr:g}" for lr in QUICK.rates]
+        if options
+        else [f"runs/{n}-seed-{seed}" for seed in range(3) for n in ("plain", "dyhead-2")]
+    )
+    missing = len(planned) - 1
+    assert f"after 2 minutes, {missing} trainings are not" in capsys.readouterr().out
