@@ -267,7 +267,7 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--backbone",
         default="resnet50",
-        help="torchvision's resnet*, swin_*, efficientnet_lite0, or timm/NAME; default: %(default)s",
+        help="torchvision's resnet*, swin_*, efficientnet_lite0, or timm/NAME",
     )
     group.add_argument("--weights", help="of the backbone: DEFAULT, or pretrained for timm")
     group.add_argument(
@@ -283,7 +283,18 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--convs",
         type=integer(0, MAX_CONVS),
-        help="in each tower (default: 0 with a DyHead, 4 without)",
+        help="in each tower (default, as published: 0 with a DyHead, 4 without and for retinanet)",
+    )
+    group.add_argument(
+        "--shared-tower",
+        action="store_true",
+        help="atss: one tower for classes and boxes (default: one for each)",
+    )
+    group.add_argument(
+        "--anchor-scale",
+        type=number(0.01, MAX_FACTOR),
+        metavar="STRIDES",
+        help="side of the smallest anchors (default, as published: 4 for retinanet, else 8)",
     )
     group.add_argument(
         "--levels",
