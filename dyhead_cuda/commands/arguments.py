@@ -298,7 +298,18 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--convs",
         type=integer(0, MAX_CONVS),
-        help="in each tower (default: 0 with a DyHead, 4 without)",
+        help="in each tower (default, as published: 0 with a DyHead, 4 without and for retinanet)",
+    )
+    group.add_argument(
+        "--shared-tower",
+        action="store_true",
+        help="atss: one tower for classes and boxes (default: one for each)",
+    )
+    group.add_argument(
+        "--anchor-scale",
+        type=number(0.01, MAX_FACTOR),
+        metavar="STRIDES",
+        help="side of the smallest anchors (default, as published: 4 for retinanet, else 8)",
     )
     group.add_argument(
         "--levels",

@@ -67,6 +67,8 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
         channels=chosen(arguments, "channels"),
         blocks=chosen(arguments, "blocks"),
         convs=arguments.convs,
+        shared_tower=arguments.shared_tower,
+        anchor_scale=arguments.anchor_scale,
         attentions=arguments.attentions,
         high_offset=arguments.high_offset,
         init=arguments.init,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,6 +71,23 @@ class PyramidAnchors(AnchorGenerator):
 
     def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
         return [torch.cat(self.levels(feature_maps))] * len(image_list.image_sizes)
+
+
+def check_anchor_scale(scale: float | None) -> None:
+    """Raise ValueError unless ``scale`` can be the side of an anchor in strides, or is None."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(
+            "expected anchor_scale as a positive number of strides, or None for the published "
+            f"one, got {scale!r}"
+        )
+
+
+def anchor_side(scale: float | None, published: float) -> float:
+    """The side of an anchor in strides: ``scale`` after its check, or if it is None, published."""
+    check_anchor_scale(scale)
+    return published if scale is None else scale
 
 
 def _widened(values: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead_cuda import backend, checks
+from dyhead_cuda.detection.models.adapters import check_anchor_scale
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.backbones import Pyramid, check_levels
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
@@ -41,8 +43,12 @@ class ModelConfig(Settings):
         backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset, init:
             see :class:`Pyramid`; 0 blocks are the plain head. Two-stage detectors are published
             with levels 2 to 6.
-        convs: convolutions in each tower before the predictors of a one-stage detector. None: 0
-            with a Dynamic Head, as published, and 4 without.
+        convs: convolutions in each tower before the predictors of a one-stage detector. None: as
+            published, 4 without a Dynamic Head, and with one 4 for RetinaNet and 0 for ATSS, which
+            FCOS follows here.
+        shared_tower: ATSS alone: one tower for classes and boxes, see :class:`ATSS`.
+        anchor_scale: of all but FCOS, which has no anchors: the side of the (smallest) anchors, in
+            strides. None: as published, 4 for RetinaNet and 8 for the others.
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
             or its longer side ``max_size`` if that makes it smaller.
         keypoints: of each object; 0 for none. Two-stage detectors only.
@@ -78,6 +84,8 @@ class ModelConfig(Settings):
     max_size: int = 1333
     keypoints: int = 0
     frozen_stages: int = 0
+    anchor_scale: float | None = None
+    shared_tower: bool = False
 
     def __post_init__(self) -> None:
         checks.one_of("detector", self.detector, DETECTORS)
@@ -115,11 +123,50 @@ class ModelConfig(Settings):
                 f"expected convs None or 0 for {self.detector}, whose predictors have no towers, "
                 f"got {self.convs}"
             )
+        self._check_anchors_and_tower()
         if self.detector == "faster_rcnn_task" and not self.blocks:
             raise ValueError(
                 "expected at least 1 block for faster_rcnn_task, got 0; the plain detector is "
                 '"faster_rcnn" with 0 blocks'
             )
+
+        if self.detector == "retinanet" and self.blocks and self.convs is None:
+            # Filled in at once, as None means something else in older files; see from_dict.
+            object.__setattr__(self, "convs", 4)
+
+    def _check_anchors_and_tower(self) -> None:
+        check_anchor_scale(self.anchor_scale)
+        if self.detector == "fcos" and self.anchor_scale is not None:
+            raise ValueError(
+                "expected anchor_scale None for fcos, which has no anchors, got "
+                f"{self.anchor_scale!r}"
+            )
+        if not isinstance(self.shared_tower, bool):
+            raise ValueError(f"expected shared_tower as True or False, got {self.shared_tower!r}")
+        if self.shared_tower and self.detector != "atss":
+            raise ValueError(
+                f"expected shared_tower False for {self.detector}, got True; only atss has it"
+            )
+        if self.shared_tower and not self.tower_convs:
+            raise ValueError(
+                "expected convs of at least 1 for shared_tower, got "
+                f"{self.convs}, with {self.blocks} blocks: there is no tower to share"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The settings that :meth:`to_dict` gave, of this or an older version.
+
+        Older versions had no convolutions after a Dynamic Head in RetinaNet either, and wrote None
+        as ``convs`` of it.
+
+        Raises:
+            ValueError: unknown or missing names, or values that the class refuses.
+        """
+        older = values.get("detector") == "retinanet" and values.get("convs", 4) is None
+        if older and values.get("blocks", cls.blocks):
+            values = {**values, "convs": 0}
+        return super().from_dict(values)
 
     @property
     def tower_convs(self) -> int:
@@ -193,13 +240,23 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
     )
     sizes = {"min_size": config.min_size, "max_size": config.max_size}
     if config.detector in ONE_STAGE:
-        detector = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS}[config.detector]
-        return detector(pyramid, config.num_classes, convs=config.tower_convs, **sizes)
+        options: dict[str, Any] = {"convs": config.tower_convs, **sizes}
+        if config.detector == "fcos":
+            return FCOS(pyramid, config.num_classes, **options)
+        options["anchor_scale"] = config.anchor_scale
+        if config.detector == "retinanet":
+            return RetinaNet(pyramid, config.num_classes, **options)
+        return ATSS(pyramid, config.num_classes, shared_tower=config.shared_tower, **options)
     box_head: BoxHead = "mlp"
     if task_head:
         box_head = "task" if "task" in config.attentions else "linear"
     return FasterRCNN(
-        pyramid, config.num_classes, box_head=box_head, keypoints=config.keypoints, **sizes
+        pyramid,
+        config.num_classes,
+        box_head=box_head,
+        keypoints=config.keypoints,
+        anchor_scale=config.anchor_scale,
+        **sizes,
     )
 
 

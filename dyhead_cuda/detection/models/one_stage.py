@@ -21,11 +21,13 @@ from dyhead_cuda.detection.models.adapters import (
     CheckedDetector,
     PyramidAnchors,
     Target,
+    anchor_side,
     pixels_of,
     widen,
 )
 
-ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # in strides
+ANCHOR_SCALE = 4  # side of the smallest anchor in strides
+OCTAVES = tuple(2 ** (octave / 3) for octave in range(3))
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 SCORE_THRESHOLD = 0.05
 DETECTIONS = 100
@@ -46,7 +48,7 @@ class _LabelsFromOne(CheckedDetector):
 
 
 class RetinaNet(_LabelsFromOne, detection.RetinaNet):
-    """RetinaNet: nine anchors at each position, of 4 to 6.3 strides and three ratios.
+    """RetinaNet: nine anchors at each position, of three sizes within an octave and three ratios.
 
     The interface is torchvision's, with labels from 1; at most 100 detections with scores above
     0.05 are returned for an image.
@@ -60,9 +62,11 @@ class RetinaNet(_LabelsFromOne, detection.RetinaNet):
         min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
             one would exceed ``max_size``.
         convs: 3x3 convolutions with ReLU before each predictor.
+        anchor_scale: side of the smallest anchors, in strides, of which the others have 1.26 and
+            1.59 times; None for the published 4.
 
     Raises:
-        ValueError: ``num_classes`` below 1.
+        ValueError: ``num_classes`` below 1, an ``anchor_scale`` that is not positive.
 
     Source: arXiv 1708.02002; torchvision ``RetinaNet``.
 
@@ -88,11 +92,14 @@ class RetinaNet(_LabelsFromOne, detection.RetinaNet):
         min_size: int = 800,
         max_size: int = 1333,
         convs: int = 4,
+        anchor_scale: float | None = None,
     ) -> None:
         checks.positive(num_classes=num_classes)
         pyramid: Any = backbone
-        anchors = PyramidAnchors(pyramid.strides, ANCHOR_SCALES, ANCHOR_RATIOS)
-        channels, per_position = pyramid.out_channels, len(ANCHOR_SCALES) * len(ANCHOR_RATIOS)
+        side = anchor_side(anchor_scale, ANCHOR_SCALE)
+        sides = [side * octave for octave in OCTAVES]
+        anchors = PyramidAnchors(pyramid.strides, sides, ANCHOR_RATIOS)
+        channels, per_position = pyramid.out_channels, len(OCTAVES) * len(ANCHOR_RATIOS)
         head = RetinaNetHead(channels, per_position, num_classes)
         for branch in (head.classification_head, head.regression_head):
             branch.conv = _plain_tower(channels, convs)
