@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         atss_from_mmdet,
         build,
     )
+    from dyhead_cuda.detection.statistics import positives_per_level
     from dyhead_cuda.detection.training import TrainConfig, load_model, train
 
 __getattr__ = attribute_of(
@@ -84,6 +85,7 @@ __getattr__ = attribute_of(
             "atss_from_mmdet",
             "build",
         ),
+        "statistics": ("positives_per_level",),
         "training": (
             "TrainConfig",
             "load_model",
@@ -121,6 +123,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "open_dataset",
+    "positives_per_level",
     "score",
     "train",
     "write_coco",

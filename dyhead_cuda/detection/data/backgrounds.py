@@ -68,7 +68,7 @@ def part(
 
     Its saturation, brightness and balance of colours are drawn, too.
     """
-    picture = pictures[rng.integers(len(pictures))]
+    picture = pictures[int(rng.integers(len(pictures)))]
     height, width = size
     largest = min(picture.width / width, picture.height / height)
     scale = largest * math.exp(rng.uniform(math.log(_LEAST_PART), 0))

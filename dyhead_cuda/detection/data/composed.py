@@ -22,6 +22,9 @@ from dyhead_cuda.detection.names import SPLITS, Background, Split
 
 NUM_IMAGES = {"train": 2000, "val": 400}
 KEYPOINT_NAMES = ("top", "right", "bottom", "left")
+# Heights up to what fits. In scenes of 256 pixels an ATSS with anchors of 2 strides then has 0.25,
+# 0.33, 0.28 and 0.14 of its positive anchors on P3 to P6.
+ALL_SCALES = (16.0, 1000.0)
 
 _MIN_SIDE = 32
 
@@ -53,8 +56,8 @@ class ComposedScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         cache: keep scenes in memory (3 bytes per pixel) once they are drawn.
         glyphs: minimum and maximum of the objects tried per scene; those without a free place are
             left out.
-        heights: minimum and maximum height of an object in pixels; log-uniform between. None is
-            larger than 0.8 of the scene's side.
+        heights: minimum and maximum height of an object in pixels; log-uniform between. No object
+            is larger than 0.8 of the scene's side.
         clutter: maximum of things per scene that are no object.
         background: "paper" or "photographs".
         max_angle: degrees by which objects are turned to either side, at most 180.

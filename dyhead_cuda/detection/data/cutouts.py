@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.data.composed import ComposedScenes
+from dyhead_cuda.detection.data.composed import ALL_SCALES, ComposedScenes
 from dyhead_cuda.detection.data.objects import Cutout
 from dyhead_cuda.detection.names import SPLITS, Background, Split
 
@@ -32,8 +32,8 @@ class CutoutScenes(ComposedScenes):
         split: "train" or "val".
         num_images: how many scenes (default: 2000 for "train", 400 for "val").
         size: height and width of every scene in pixels.
-        heights: minimum and maximum height of an object in pixels; log-uniform between. None is
-            larger than 0.8 of the scene's side.
+        heights: minimum and maximum height of an object in pixels; log-uniform between. No object
+            is larger than 0.8 of the scene's side.
         background: "paper" or "photographs".
         max_angle: degrees by which objects are turned to either side, at most 180.
         options: the others of :class:`ComposedScenes`.
@@ -68,7 +68,7 @@ class CutoutScenes(ComposedScenes):
         num_images: int | None = None,
         *,
         size: tuple[int, int] = (256, 256),
-        heights: tuple[float, float] = (12, 1000),
+        heights: tuple[float, float] = ALL_SCALES,
         background: Background = "photographs",
         max_angle: float = 30,
         **options: Any,

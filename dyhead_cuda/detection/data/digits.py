@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.data.composed import ComposedScenes
+from dyhead_cuda.detection.data.composed import ALL_SCALES, ComposedScenes
 from dyhead_cuda.detection.data.objects import Glyph
 from dyhead_cuda.detection.names import SPLITS, Background, Split
 
 _VAL_SHARE = 4  # one scan in four is kept for val
 _MAX_ANGLE = 45  # degrees; between a six and a nine there are 180
-_HEIGHTS: dict[Background, tuple[float, float]] = {"paper": (10, 100), "photographs": (12, 1000)}
+_HEIGHTS: dict[Background, tuple[float, float]] = {"paper": (10, 100), "photographs": ALL_SCALES}
 
 
 class DigitScenes(ComposedScenes):
@@ -34,7 +34,7 @@ class DigitScenes(ComposedScenes):
         num_images: how many scenes (default: 2000 for "train", 400 for "val").
         size: height and width of every scene in pixels.
         heights: minimum and maximum height of a digit in pixels; log-uniform between (default: 10
-            to 100 on paper; on photographs from 12 to 0.8 of the scene's side).
+            to 100 on paper; on photographs from 16 to 0.8 of the scene's side).
         background: "paper" or "photographs".
         max_angle: degrees by which digits are turned to either side, at most 45.
         options: the others of :class:`ComposedScenes`.

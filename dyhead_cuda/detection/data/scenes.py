@@ -97,7 +97,7 @@ def compose(
     owner = np.zeros(size, np.int16)  # 1 + index of the object on top
     for _ in range(rng.integers(style.glyphs[0], style.glyphs[1], endpoint=True)):
         label = int(rng.integers(len(objects)))
-        source = objects[label][rng.integers(len(objects[label]))]
+        source = objects[label][int(rng.integers(len(objects[label])))]
         drawing = draw(rng, source, size, style)
         box = _free_place(rng, drawing.size, size, boxes)
         if box is None:
@@ -228,7 +228,7 @@ def _piece(rng: np.random.Generator, objects: Sequence[Sequence[Source]]) -> Gly
     """Half or a quarter of an object's mask, with some ink."""
     while True:
         of_class = objects[int(rng.integers(len(objects)))]
-        mask = of_class[rng.integers(len(of_class))].mask
+        mask = of_class[int(rng.integers(len(of_class)))].mask
         height, width = mask.shape
         top, left = int(rng.integers(2)) * (height // 2), int(rng.integers(2)) * (width // 2)
         cut = rng.integers(3)
