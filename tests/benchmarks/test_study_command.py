@@ -68,7 +68,9 @@ def test_what_is_not_finished_in_time_goes_on_later(
     assert runner._train_one(job(tmp_path, 1.5), trial) is None
     monkeypatch.undo()
     assert not (tmp_path / "results").exists()
-    (step,) = RunFolder(tmp_path / "runs" / trial.path).records()
+    (folder,) = (tmp_path / "runs" / "runs").iterdir()
+    assert folder.name.startswith("plain-seed-0-")
+    (step,) = RunFolder(folder).records()
     assert step["step"] == 1
     assert runner._train_one(job(tmp_path), trial) is not None
     (path,) = (tmp_path / "results" / "runs").iterdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -18,10 +17,7 @@ import torch
 from PIL import Image
 
 from dyhead_cuda import __main__ as command_line
-from dyhead_cuda.commands import arguments as options
-from dyhead_cuda.commands import train_settings
 from dyhead_cuda.detection.data import DigitScenes, write_coco
-from dyhead_cuda.detection.names import DETECTORS
 from dyhead_cuda.detection.training import progress, runs
 from dyhead_cuda.detection.training.trainer import load_model
 
@@ -167,7 +163,7 @@ def test_another_configuration_and_restart(
     assert command("train", *options) == 0
     assert command("train", *options, "--lr", "0.5") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "training.lr is 0.0002, got 0.5" in said
+    assert "training.lr is 0.002, got 0.5" in said
     assert "--restart" in said
     assert command("train", *options, "--lr", "0.5", "--restart") == 0
 
@@ -252,15 +248,25 @@ def test_a_checkpoint_that_is_not_there(
     assert "expected a checkpoint, but" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_levels_are_the_published_ones_unless_given(detector: str) -> None:
-    parser = argparse.ArgumentParser()
-    options.train(parser)
-    expected = (2, 6) if detector.startswith("faster_rcnn") else (3, 7)
-    for given, levels in (([], expected), (["--levels", "4-5"], (4, 5))):
-        arguments = parser.parse_args(["--model", detector, *given])
-        config = train_settings.model_config(arguments, DigitScenes("val", 1))
-        assert (config.first_level, config.last_level) == levels
+def test_a_start_that_fails_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*QUICK, *DATA, "--weights", "BEST", "--out", tmp_path / "runs" / "run"]
+    assert command("train", *options) == 2
+    assert "got 'BEST'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_gets_more_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*QUICK, *DATA, "--ema", "0.9", "--body-lr", "0.5", "--out", tmp_path]
+    assert command("train", *options, "--steps", "1") == 0
+    assert command("train", *options, "--steps", "2", "--pictures", "1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a run of 1 steps gets 2; from step 1 on the learning rate is that of a run of 2" in said
+    assert json.loads((tmp_path / "metrics.json").read_text())["last"]["step"] == 2
+    assert command("train", *options, "--steps", "1") == 2
+    assert "training.steps is 2, got 1" in " ".join(capsys.readouterr().err.split())
+    assert command("eval", tmp_path, "--device", "cpu") == 0
 
 
 def test_a_missing_package_is_one_line(

@@ -111,7 +111,7 @@ class RunFolder:
         path = self.path / CONFIG
         if not path.exists():
             raise RunError(f"{self.path} holds {LAST} but no {CONFIG}; restart, or another folder")
-        before = _completed(read_json(path), config)
+        before = completed(read_json(path), config)
         differing = differences(before, config)
         if differing:
             raise RunError(
@@ -223,7 +223,7 @@ def _grows(old: Any, new: Any) -> bool:
     return isinstance(old, int) and isinstance(new, int) and old < new
 
 
-def _completed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def completed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """A description that lacks settings of ``now``, which came later, with their defaults."""
     completed = dict(before)
     for section, kind in _SECTIONS.items():

@@ -70,6 +70,17 @@ def test_a_step_is_that_of_the_joint_batch(results: list[dict[str, Any]], tmp_pa
     assert all(torch.equal(results[0]["one step"][n], results[1]["one step"][n]) for n in alone)
 
 
+def test_all_have_the_same_average(results: list[dict[str, Any]], folder: Path) -> None:
+    """Statistics of batch normalisation among it, though each has seen other images."""
+    saved = runs.read_checkpoint(folder / "average" / runs.LAST)
+    for result in results:
+        assert result["average"].keys() == saved["model"].keys()
+        for name, value in saved["model"].items():
+            assert torch.equal(result["average"][name], value), name
+    differing = {n for n, x in saved["unaveraged"].items() if not torch.equal(x, saved["model"][n])}
+    assert {"box.weight", "norm.running_var"} <= differing
+
+
 def test_only_the_first_writes_the_log(folder: Path) -> None:
     records = curve(folder / "whole")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))

@@ -13,7 +13,13 @@ from torch import nn
 from dyhead_cuda import DyHead
 from dyhead_cuda.detection.data import DataConfig, HorizontalFlip
 from dyhead_cuda.detection.training.config import TrainConfig
-from dyhead_cuda.detection.training.recipe import Stream, batches, learning_rate, make_optimizer
+from dyhead_cuda.detection.training.recipe import (
+    Stream,
+    batches,
+    evaluation_due,
+    learning_rate,
+    make_optimizer,
+)
 from tests.helpers.detection.trainees import IMAGES, Detector, Pictures
 
 
@@ -78,6 +84,44 @@ def test_offsets_learn_slower(name: Any) -> None:
     assert len(optimizer.param_groups) == 4
 
 
+def test_the_body_learns_at_a_rate_of_its_own() -> None:
+    model = nn.Module()
+    model.backbone = nn.Module()
+    model.backbone.body = nn.Sequential(nn.Conv2d(4, 4, 3), DyHead(4, 4, 1, num_groups=2))
+    model.backbone.dyhead = DyHead(4, 4, 1, num_groups=2)
+    config = TrainConfig(1, offset_lr=0.5, body_lr=0.25)
+    factors = {
+        id(p): g["lr_factor"]
+        for g in make_optimizer(config, model).param_groups
+        for p in g["params"]
+    }
+    for name, parameter in model.named_parameters():
+        expected = (0.5 if ".offset_conv." in name else 1) * (0.25 if ".body." in name else 1)
+        assert factors[id(parameter)] == expected, name
+    with pytest.raises(
+        ValueError, match=r"model with backbone\.body for body_lr 0\.25, got Linear"
+    ):
+        make_optimizer(config, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [
+        (1000, 333, [333, 666, 1000]),  # not after 999 too
+        (1000, 600, [600, 1000]),
+        (1000, 700, [1000]),
+        (12, 4, [4, 8, 12]),
+        (6, 4, [4, 6]),  # half of it before the end is enough
+        (5, 4, [5]),
+        (3, None, [3]),
+        (3, 1, [1, 2, 3]),
+    ],
+)
+def test_when_a_model_is_evaluated(steps: int, every: int | None, expected: list[int]) -> None:
+    config = TrainConfig(steps, eval_every=every)
+    assert [step for step in range(steps + 1) if evaluation_due(config, step)] == expected
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -85,6 +129,10 @@ def test_offsets_learn_slower(name: Any) -> None:
         {"batch_size": 0},
         {"lr": 0},
         {"offset_lr": -0.1},
+        {"body_lr": -0.1},
+        {"ema": 1.0},
+        {"ema": -0.1},
+        {"ema": math.nan},
         {"lr": math.nan},
         {"clip_norm": -1},
         {"amp": "half"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,18 +18,9 @@ from dyhead_cuda.detection.training import runs, trainer
 from dyhead_cuda.detection.training.parallel import join
 from tests.helpers.detection import trainees
 from tests.helpers.detection.runs import assert_same_run, curve
+from tests.helpers.detection.stops import stop_at
 from tests.helpers.detection.trainees import IMAGES, Detector, make_trainer, recipe, run
 from tests.helpers.paths import ROOT
-
-
-def stop_at(step: int) -> trainer.Listener:
-    """A listener that interrupts the process in that step."""
-
-    def listen(record: dict[str, Any]) -> None:
-        if record["step"] == step and "loss" in record:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return listen
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +136,15 @@ def test_another_configuration_is_refused(whole: Path) -> None:
         assert text in str(error.value)
     assert "steps" not in str(error.value)
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
-    run(whole, recipe(checkpoint_every=7))  # says how often, not what
+    run(whole, recipe(checkpoint_every=7, eval_every=5))  # says how often, not what
 
 
 def test_restart_deletes_the_run(tmp_path: Path) -> None:
     run(tmp_path, recipe(4))
     folder = runs.RunFolder(tmp_path)
     assert folder.begin({"training": recipe(5).to_dict()}, restart=True) is None
+    assert (tmp_path / runs.LAST).exists(), "only once the first step is done"
+    folder.start({"training": recipe(5).to_dict()}, 0)
     assert folder.records() == []
     assert not (tmp_path / runs.LAST).exists()
     assert folder.best_ap() == -math.inf

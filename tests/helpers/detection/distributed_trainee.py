@@ -37,6 +37,15 @@ def one_step(folder: Path, processes: Processes, batch_size: int) -> dict[str, T
     return results
 
 
+def averaged(folder: Path, processes: Processes) -> dict[str, Tensor]:
+    """The averages of weights and statistics, after an evaluation."""
+    config = recipe(3, ema=0.5)
+    trainer = make_trainer(folder, config, processes)
+    trainer.run({"training": config.to_dict()})
+    state: dict[str, Tensor] = trainer.result.state_dict()
+    return state
+
+
 def interrupt(record: dict[str, Any]) -> None:
     """A listener, which only the first process has."""
     if record["step"] == 5:
@@ -70,12 +79,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with join("cpu") as processes:
         results: dict[str, Any] = {"one step": one_step(folder / "step", processes, 2)}
-        run(folder / "whole", recipe())
+        results["average"] = averaged(folder / "average", processes)
+        run(folder / "whole", recipe(ema=0.5))
         results["interrupted"] = error_of(
-            Interrupted, folder / "stopped", config=recipe(), listeners=[interrupt]
+            Interrupted, folder / "stopped", config=recipe(ema=0.5), listeners=[interrupt]
         )
-        run(folder / "stopped", recipe())
-        results["differs"] = error_of(RunError, folder / "stopped", config=recipe(lr=0.5))
+        run(folder / "stopped", recipe(ema=0.5))
+        results["differs"] = error_of(RunError, folder / "stopped", config=recipe(ema=0.5, lr=0.5))
         results["nan"] = error_of(
             TrainingError, folder / "nan", config=recipe(), detector=BadInOne(0.1)
         )

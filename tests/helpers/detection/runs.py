@@ -20,8 +20,10 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path, name: str = runs.LAST) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = runs.read_checkpoint(folder / name)["model"]
-    return state
+    """Of the model, and where they are averaged those that the training goes on from, too."""
+    checkpoint = runs.read_checkpoint(folder / name)
+    kinds = [kind for kind in ("model", "unaveraged") if kind in checkpoint]
+    return {f"{kind}.{name}": x for kind in kinds for name, x in checkpoint[kind].items()}
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

@@ -103,14 +103,18 @@ def make_trainer(
 
 
 def run(
-    folder: Path, config: TrainConfig, listeners: Sequence[trainer.Listener] = (), **options: Any
+    folder: Path,
+    config: TrainConfig,
+    listeners: Sequence[trainer.Listener] = (),
+    restart: bool = False,
+    **options: Any,
 ) -> Metrics:
     """Trains a :class:`Detector` in ``folder``, or goes on with it."""
     with join(config.device) as processes, ExitStack() as stack:
         trainer = make_trainer(folder, config, processes, **options)
         processes.on_first(lambda: stack.enter_context(trainer.folder.lock()))
         description = {"training": config.to_dict()}
-        checkpoint = processes.on_first(lambda: trainer.folder.begin(description))
+        checkpoint = processes.on_first(lambda: trainer.folder.begin(description, restart))
         return trainer.run(description, checkpoint, listeners)
 
 
