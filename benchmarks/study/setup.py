@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 from benchmarks.study.variants import VARIANTS, Variant
@@ -126,7 +125,7 @@ class Setup(Settings):
 
     def model(self, variant: Variant) -> ModelConfig:
         """The detector of a variant."""
-        return ModelConfig.from_dict(_known(ModelConfig, self._model(variant)))
+        return ModelConfig.from_dict(self._model(variant))
 
     def data(self) -> DataConfig:
         """The scenes, the same for every training."""
@@ -170,11 +169,6 @@ class Setup(Settings):
             "train": {"num_images": self.images},
             "val": {"num_images": self.val_images},
         }
-
-
-def _known(kind: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-    # Leaves out without_task, which another branch adds: without this function once it is merged.
-    return {name: value for name, value in values.items() if name in signature(kind).parameters}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

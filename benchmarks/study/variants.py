@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dyhead_cuda.modules import ATTENTIONS, Attention, Init
+from dyhead_cuda.modules import ATTENTIONS, Attention, Init, WithoutTask
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
 
@@ -25,7 +25,7 @@ class Variant:
     convs: int | None = None
     shared_tower: bool = False
     attentions: tuple[Attention, ...] = ATTENTIONS
-    without_task: str = "identity"
+    without_task: WithoutTask = "identity"
     high_offset: HighOffset = "flat"
     init: Init = "mmdet"
 
@@ -47,7 +47,7 @@ class Table:
 SEEDS = 3  # of each row
 DEPTHS = (1, 2, 4, 6)
 # Initialisations beside the one that all other rows have.
-INITS: tuple[Init, ...] = ("microsoft",)
+INITS: tuple[Init, ...] = ("local", "microsoft")
 # Blocks of the variants that differ in something else than the number of blocks.
 _BLOCKS = 2
 _WHOLE = f"dyhead-{_BLOCKS}"

@@ -30,7 +30,7 @@ from dyhead_cuda.detection.names import (
     Schedule,
 )
 from dyhead_cuda.detection.training.config import TrainConfig
-from dyhead_cuda.modules import ATTENTIONS, Init
+from dyhead_cuda.modules import ATTENTIONS, Init, WithoutTask
 from dyhead_cuda.pyramid import HIGH_OFFSETS
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
@@ -323,6 +323,12 @@ def _add_model(group: Any) -> None:
         default=ATTENTIONS,
         metavar="LIST",
         help=f"some of {','.join(ATTENTIONS)}, or none",
+    )
+    group.add_argument(
+        "--without-task",
+        choices=get_args(WithoutTask),
+        default="identity",
+        help="in place of a task attention that is left out (default: %(default)s)",
     )
     group.add_argument("--high-offset", choices=HIGH_OFFSETS, default="flat")
     group.add_argument(

@@ -70,6 +70,7 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
         shared_tower=arguments.shared_tower,
         anchor_scale=arguments.anchor_scale,
         attentions=arguments.attentions,
+        without_task=arguments.without_task,
         high_offset=arguments.high_offset,
         init=arguments.init,
         min_size=size,

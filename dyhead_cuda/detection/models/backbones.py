@@ -20,7 +20,7 @@ from dyhead_cuda.detection.models.bodies import (
     select_levels,
 )
 from dyhead_cuda.detection.names import Extra
-from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init
+from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init, WithoutTask
 from dyhead_cuda.pyramid import HighOffset
 
 
@@ -38,8 +38,9 @@ class Pyramid(nn.Module):
             Levels that the backbone does not reach are made from the coarsest one that it does.
         channels: C of all levels.
         blocks: of the Dynamic Head; 0 for a plain pyramid.
-        attentions, high_offset, init: see :class:`dyhead_cuda.DyHead`. "mmdet" starts without
-            offsets and with plain ReLUs, from which random weights learn faster.
+        attentions, without_task, high_offset, init: see :class:`dyhead_cuda.DyHead`. "mmdet" starts
+            without offsets and with plain ReLUs, from which random weights learn faster than from
+            "microsoft"; "local" does, too, and many blocks learn fastest from it.
         extra: how a level beyond the backbone is made from the one before: "conv" (convolution of
             stride 2; mmdet's ``add_extra_convs="on_output"``), "conv_relu" (with a ReLU between
             two of them, as RetinaNet and FCOS) or "pool" (every second pixel, as Faster R-CNN).
@@ -94,6 +95,7 @@ class Pyramid(nn.Module):
         channels: int = 256,
         blocks: int = 6,
         attentions: Collection[Attention] = ATTENTIONS,
+        without_task: WithoutTask = "identity",
         high_offset: HighOffset = "flat",
         init: Init = "mmdet",
         extra: Extra = "conv",
@@ -124,6 +126,7 @@ class Pyramid(nn.Module):
                 channels,
                 blocks,
                 attentions=attentions,
+                without_task=without_task,
                 high_offset=high_offset,
                 init=init,
             )

@@ -18,7 +18,7 @@ from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
 from dyhead_cuda.detection.models.two_stage import FasterRCNN
 from dyhead_cuda.detection.names import DETECTORS, ONE_STAGE, TWO_STAGE, BoxHead, Extra
 from dyhead_cuda.detection.settings import Settings
-from dyhead_cuda.modules import ATTENTIONS, Attention, Init
+from dyhead_cuda.modules import ATTENTIONS, Attention, Init, WithoutTask
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
 # How each publication makes the levels beyond the backbone.
@@ -40,9 +40,9 @@ class ModelConfig(Settings):
             box head) or "faster_rcnn_task" (the paper's figure: the task attention is the box
             head).
         num_classes: without the background.
-        backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset, init:
-            see :class:`Pyramid`; 0 blocks are the plain head. Two-stage detectors are published
-            with levels 2 to 6.
+        backbone, weights, first_level, last_level, channels, blocks, attentions,
+            without_task, high_offset, init: see :class:`Pyramid`; 0 blocks are the plain head.
+            Two-stage detectors are published with levels 2 to 6.
         convs: convolutions in each tower before the predictors of a one-stage detector. None: as
             published, 4 without a Dynamic Head, and with one 4 for RetinaNet and 0 for ATSS, which
             FCOS follows here.
@@ -78,6 +78,7 @@ class ModelConfig(Settings):
     blocks: int = 6
     convs: int | None = None
     attentions: tuple[Attention, ...] = ATTENTIONS
+    without_task: WithoutTask = "identity"
     high_offset: HighOffset = "flat"
     init: Init = "mmdet"
     min_size: int = 800
@@ -111,6 +112,7 @@ class ModelConfig(Settings):
         object.__setattr__(self, "attentions", tuple(self.attentions))  # JSON has lists
         for attention in self.attentions:
             checks.one_of("attentions", attention, ATTENTIONS)
+        checks.one_of("without_task", self.without_task, get_args(WithoutTask))
         checks.one_of("high_offset", self.high_offset, HIGH_OFFSETS)
         checks.one_of("init", self.init, get_args(Init))
         if self.detector in ONE_STAGE and self.keypoints:
@@ -232,6 +234,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         blocks=config.blocks,
         # faster_rcnn_task applies the task attention after RoI pooling instead.
         attentions=[a for a in config.attentions if not (task_head and a == "task")],
+        without_task=config.without_task,
         high_offset=config.high_offset,
         init=config.init,
         extra=EXTRA_LEVELS[config.detector],
