@@ -291,6 +291,13 @@ def _add_model(group: Any) -> None:
         help="keep the first N stages of the backbone as they are (default: %(default)s)",
     )
     group.add_argument(
+        "--backbone-last-level",
+        type=integer(1),
+        metavar="LEVEL",
+        help="the coarsest level that the backbone makes; without its later stages a detector is "
+        "smaller (default: all that it has)",
+    )
+    group.add_argument(
         "--channels",
         type=integer(1, MAX_CHANNELS),
         help=f"of the pyramid ({train_defaults.stated('channels')})",

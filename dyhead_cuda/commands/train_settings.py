@@ -68,6 +68,7 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
         blocks=chosen(arguments, "blocks"),
         convs=arguments.convs,
         shared_tower=arguments.shared_tower,
+        backbone_last_level=arguments.backbone_last_level,
         anchor_scale=arguments.anchor_scale,
         attentions=arguments.attentions,
         without_task=arguments.without_task,

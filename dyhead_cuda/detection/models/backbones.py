@@ -36,6 +36,8 @@ class Pyramid(nn.Module):
             of pretrained networks is frozen.
         first_level, last_level: level l has stride 2 ** l; 2 <= first_level <= last_level <= 7.
             Levels that the backbone does not reach are made from the coarsest one that it does.
+        backbone_last_level: the coarsest level that the backbone makes; its stages beyond are left
+            out, which makes the detector smaller. None: all that it reaches.
         channels: C of all levels.
         blocks: of the Dynamic Head; 0 for a plain pyramid.
         attentions, without_task, high_offset, init: see :class:`dyhead_cuda.DyHead`. "mmdet" starts
@@ -92,6 +94,7 @@ class Pyramid(nn.Module):
         weights: str | None = None,
         first_level: int = 3,
         last_level: int = 7,
+        backbone_last_level: int | None = None,
         channels: int = 256,
         blocks: int = 6,
         attentions: Collection[Attention] = ATTENTIONS,
@@ -112,7 +115,13 @@ class Pyramid(nn.Module):
         self.levels = tuple(range(first_level, last_level + 1))
         self.strides = tuple(2**level for level in self.levels)
         self.num_levels = len(self.levels)
-        of_backbone = select_levels(backbone, first_level, last_level)
+        coarsest = last_level if backbone_last_level is None else backbone_last_level
+        if not isinstance(coarsest, int) or not first_level <= coarsest <= last_level:
+            raise ValueError(
+                f"expected backbone_last_level from {first_level} to {last_level}, or None, got "
+                f"{backbone_last_level!r}"
+            )
+        of_backbone = select_levels(backbone, first_level, coarsest)
         body = make_body(backbone, of_backbone, weights, load_weights)
         self.body, (self.image_mean, self.image_std) = body.module, body.pixels
         self._frozen = freeze(backbone, body, frozen_stages, of_backbone[-1])

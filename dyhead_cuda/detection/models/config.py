@@ -40,9 +40,9 @@ class ModelConfig(Settings):
             box head) or "faster_rcnn_task" (the paper's figure: the task attention is the box
             head).
         num_classes: without the background.
-        backbone, weights, first_level, last_level, channels, blocks, attentions,
-            without_task, high_offset, init: see :class:`Pyramid`; 0 blocks are the plain head.
-            Two-stage detectors are published with levels 2 to 6.
+        backbone, weights, first_level, last_level, channels, blocks, attentions, without_task,
+            high_offset, init, frozen_stages, backbone_last_level: see :class:`Pyramid`; 0 blocks
+            are the plain head. Two-stage detectors are published with levels 2 to 6.
         convs: convolutions in each tower before the predictors of a one-stage detector. None: as
             published, 4 without a Dynamic Head, and with one 4 for RetinaNet and 0 for ATSS, which
             FCOS follows here.
@@ -52,7 +52,6 @@ class ModelConfig(Settings):
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
             or its longer side ``max_size`` if that makes it smaller.
         keypoints: of each object; 0 for none. Two-stage detectors only.
-        frozen_stages: of the backbone, see :class:`Pyramid`.
 
     Raises:
         ValueError: values that no detector can be made of.
@@ -87,6 +86,7 @@ class ModelConfig(Settings):
     frozen_stages: int = 0
     anchor_scale: float | None = None
     shared_tower: bool = False
+    backbone_last_level: int | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("detector", self.detector, DETECTORS)
@@ -230,6 +230,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         weights=config.weights,
         first_level=config.first_level,
         last_level=config.last_level,
+        backbone_last_level=config.backbone_last_level,
         channels=config.channels,
         blocks=config.blocks,
         # faster_rcnn_task applies the task attention after RoI pooling instead.

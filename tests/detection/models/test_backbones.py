@@ -320,3 +320,23 @@ def test_package_with_weights_is_optional(monkeypatch: pytest.MonkeyPatch) -> No
 def test_unknown_extra_levels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"extra to be one of .*'pool'.*, got 'pooling'"):
         ExtraLevels(8, [6], "pooling")  # type: ignore[arg-type]
+
+
+def test_backbone_may_end_before_the_pyramid() -> None:
+    options: dict[str, Any] = {"channels": 16, "blocks": 0, "last_level": 6}
+    whole = Pyramid("timm/test_resnet.r160_in1k", **options)
+    cut = Pyramid("timm/test_resnet.r160_in1k", backbone_last_level=4, **options)
+    assert sum(p.numel() for p in cut.body.parameters()) < sum(
+        p.numel() for p in whole.body.parameters()
+    )
+    images = torch.rand(1, 3, 64, 64)
+    sizes = [[x.shape for x in pyramid(images).values()] for pyramid in (whole, cut)]
+    assert sizes[0] == sizes[1]
+    assert list(cut.fpn.extra_blocks.state_dict()) == [
+        f"p{level}.{name}" for level in (5, 6) for name in ("weight", "bias")
+    ]
+    for wrong in (2, 7):
+        with pytest.raises(
+            ValueError, match=f"backbone_last_level from 3 to 6, or None, got {wrong}"
+        ):
+            Pyramid("timm/test_resnet.r160_in1k", backbone_last_level=wrong, **options)

@@ -214,7 +214,7 @@ def test_configuration_round_trip() -> None:
 def test_older_files_of_retinanet_have_no_towers_after_the_head() -> None:
     now = small("retinanet")
     assert (now.convs, ModelConfig.from_dict(now.to_dict()).convs) == (4, 4)
-    later = ("frozen_stages", "anchor_scale", "shared_tower")
+    later = ("frozen_stages", "anchor_scale", "shared_tower", "backbone_last_level", "without_task")
     older = {name: value for name, value in now.to_dict().items() if name not in later}
     without = ModelConfig.from_dict({**older, "convs": None})
     assert without == small("retinanet", convs=0)
