@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from dataclasses import replace
+from typing import Any
 
-from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE, SCENE_SIZE
+from dyhead_cuda.commands.arguments import (
+    COCO_MAX_SIZE,
+    COCO_SIZE,
+    LARGE_SCENE_SIZE,
+    SCENE_SIZE,
+)
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
 from dyhead_cuda.detection.models.config import ModelConfig
 from dyhead_cuda.detection.names import TWO_STAGE
@@ -17,12 +24,15 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     """The data that the options ask for.
 
     Raises:
-        ValueError: options of digits with a folder, or of a folder with digits.
+        ValueError: options of scenes with a folder, or of a folder with scenes.
     """
     for_digits = {
         "--images": arguments.images,
         "--val-images": arguments.val_images,
         "--scene-size": arguments.scene_size,
+        "--objects": arguments.objects,
+        "--background": arguments.background,
+        "--max-angle": arguments.max_angle,
     }
     given = [name for name, value in for_digits.items() if value is not None]
     if arguments.data != "digits":
@@ -30,17 +40,38 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
             raise ValueError(f"{', '.join(given)}: only for --data digits, got {arguments.data}")
         folder = os.path.realpath(arguments.data)  # resolve() raises where links are a circle
         return DataConfig(folder, {"strict": arguments.strict}, flip=arguments.flip)
-    if arguments.flip:
-        raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER")
+    if arguments.flip and arguments.objects is None:
+        raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER, --objects")
     if arguments.strict:
-        raise ValueError("--strict: digits have no broken annotations; only for --data FOLDER")
-    side = arguments.scene_size or SCENE_SIZE
-    options = {"size": [side, side], "keypoints": arguments.keypoints, "cache": True}
+        raise ValueError("--strict: scenes have no broken annotations; only for --data FOLDER")
+    return replace(scenes_config(arguments, cache=True), flip=arguments.flip)
+
+
+def scenes_config(arguments: argparse.Namespace, **more: Any) -> DataConfig:
+    """The composed scenes that the options ask for.
+
+    Args:
+        arguments: the options.
+        more: options of both splits.
+    """
+    side = _scene_size(arguments)
+    options = {"size": [side, side], "keypoints": arguments.keypoints, **more}
+    for name in ("background", "max_angle"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
     train, val = (
         {} if count is None else {"num_images": count}
         for count in (arguments.images, arguments.val_images)
     )
-    return DataConfig("digits", options, train, val)
+    if arguments.objects is None:
+        return DataConfig("digits", options, train, val)
+    options["path"] = os.path.realpath(arguments.objects)
+    return DataConfig("cutouts", options, train, val)
+
+
+def _scene_size(arguments: argparse.Namespace) -> int:
+    plain = arguments.objects is None and arguments.background != "photographs"
+    return arguments.scene_size or (SCENE_SIZE if plain else LARGE_SCENE_SIZE)
 
 
 def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> ModelConfig:
@@ -54,7 +85,7 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
     size, max_size = arguments.size, arguments.max_size
     usual = (COCO_SIZE, COCO_MAX_SIZE)
     if arguments.data == "digits":
-        usual = (arguments.scene_size or SCENE_SIZE,) * 2
+        usual = (_scene_size(arguments),) * 2
     size = usual[0] if size is None else size
     max_size = max(size, usual[1]) if max_size is None else max_size
     published = (2, 6) if arguments.model in TWO_STAGE else (3, 7)

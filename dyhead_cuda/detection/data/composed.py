@@ -18,6 +18,7 @@ from dyhead_cuda import checks
 from dyhead_cuda.detection.data.backgrounds import photographs
 from dyhead_cuda.detection.data.objects import Source
 from dyhead_cuda.detection.data.scenes import Scene, SceneStyle, compose
+from dyhead_cuda.detection.files import make_folder, write_atomically, writing
 from dyhead_cuda.detection.names import SPLITS, Background, Split
 
 NUM_IMAGES = {"train": 2000, "val": 400}
@@ -217,7 +218,7 @@ def write_coco(dataset: ComposedScenes, folder: str | Path) -> Path:
         The path of the json.
 
     Raises:
-        OSError: the folder cannot be written to.
+        WriteError: the folder cannot be written to.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -230,11 +231,13 @@ def write_coco(dataset: ComposedScenes, folder: str | Path) -> Path:
     folder = Path(folder)
     images = folder / dataset.split
     annotations = folder / "annotations"
-    images.mkdir(parents=True, exist_ok=True)
-    annotations.mkdir(exist_ok=True)
+    make_folder(images)
+    make_folder(annotations)
     truth = dataset.coco
     for index, image in enumerate(truth["images"]):
-        Image.fromarray(dataset.scene(index).image).save(images / image["file_name"])
+        picture = images / image["file_name"]
+        with writing(picture):
+            Image.fromarray(dataset.scene(index).image).save(picture)
     path = annotations / f"instances_{dataset.split}.json"
-    path.write_text(json.dumps(truth), encoding="utf-8")
+    write_atomically(path, lambda file: file.write(json.dumps(truth).encode()))
     return path
