@@ -33,6 +33,8 @@ _MIN_SIDE = 32
 class ComposedScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Scenes of objects at many scales, angles and aspect ratios, with clutter that is no object.
 
+    What :class:`DigitScenes` and :class:`CutoutScenes` have in common.
+
     Item i is an image, float32 [3, H, W], RGB in 0..1, and its target: boxes float32 [n, 4] (x1,
     y1, x2, y2 in pixels, tight around what is at least half opaque), labels int64 [n] (1 + the
     class), image_id int64 [] (i + 1), area float32 [n] (of the boxes), iscrowd int64 [n], and with
@@ -66,6 +68,12 @@ class ComposedScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Raises:
         ValueError: unknown split or background, or options out of range.
         ModuleNotFoundError: photographs without scikit-image.
+
+    Example:
+        >>> from dyhead_cuda.detection import ComposedScenes, DigitScenes
+        >>> scenes = DigitScenes("val", num_images=2, size=(64, 64), background="photographs")
+        >>> isinstance(scenes, ComposedScenes), len(scenes.coco["images"])
+        (True, 2)
     """
 
     kind: ClassVar[str]  # of an object, for COCO's "supercategory"
