@@ -24,7 +24,9 @@ from dyhead_cuda.commands.options import (
 from dyhead_cuda.detection.names import (
     DETECTORS,
     DEVICES,
+    SPLITS,
     Amp,
+    Background,
     ExportFormat,
     Optimizer,
     Schedule,
@@ -105,6 +107,19 @@ def train(parser: argparse.ArgumentParser) -> None:
         help="draw N scenes of val at the end",
     )
     run.add_argument("--tensorboard", action="store_true", help="write events for it, too")
+
+
+def scenes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda scenes``."""
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="for train's --data FOLDER"
+    )
+    parser.add_argument(
+        "--split", nargs="+", choices=SPLITS, default=SPLITS, help="write these only"
+    )
+    _add_scenes(parser)
+    parser.add_argument("--keypoints", action="store_true", help="annotate each object's extremes")
+    parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
@@ -242,28 +257,55 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(group: Any) -> None:
     group.add_argument(
-        "--data", default="digits", metavar="digits|FOLDER", help="a folder is in COCO's format"
+        "--data",
+        default="digits",
+        metavar="digits|FOLDER",
+        help="composed scenes, or a folder in COCO's format",
     )
     group.add_argument("--strict", action="store_true", help="fail on any broken annotation")
     group.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    _add_scenes(group, "scenes: ")
+
+
+def _add_scenes(group: Any, only: str = "") -> None:
+    """Adds the options of composed scenes; ``only`` says when they can be used."""
     group.add_argument(
         "--images",
         type=integer(1, MAX_SCENES),
         metavar="N",
-        help=f"digits: scenes of train (default: {train_defaults.DIGITS['images']})",
+        help=f"{only}how many for training (default: {train_defaults.DIGITS['images']})",
     )
     group.add_argument(
         "--val-images",
         type=integer(1, MAX_SCENES),
         metavar="N",
-        help=f"digits: scenes of val (default: {train_defaults.DIGITS['val_images']})",
+        help=f"{only}how many to measure on (default: {train_defaults.DIGITS['val_images']})",
     )
     group.add_argument(
         "--scene-size",
         type=integer(32, MAX_SIDE),
         metavar="PIXELS",
-        help="digits: height and width of the scenes "
-        f"(default: {train_defaults.DIGITS['scene_size']})",
+        help=f"{only}height and width (default: {train_defaults.DIGITS['scene_size']}; "
+        f"{train_defaults.LARGE_SCENE_SIZE} with --objects or on photographs)",
+    )
+    group.add_argument(
+        "--objects",
+        metavar="FOLDER",
+        help=f"{only}instead of digits the transparent PNG or WebP pictures in FOLDER; each "
+        "sub-folder is a class, or else each file",
+    )
+    group.add_argument(
+        "--background",
+        choices=get_args(Background),
+        help=f"{only}what is behind the objects (default: paper; with --objects photographs, which "
+        "ship with scikit-image and scikit-learn)",
+    )
+    group.add_argument(
+        "--max-angle",
+        type=number(0, 180),
+        metavar="DEGREES",
+        help=f"{only}turn objects by up to so much (default: 15, at most 45; with --objects 30, at "
+        "most 180)",
     )
 
 

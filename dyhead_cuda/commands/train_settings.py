@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from dataclasses import replace
+from typing import Any
 
 from dyhead_cuda.commands import train_defaults
 from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE
@@ -18,12 +20,15 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     """The data that the options ask for.
 
     Raises:
-        ValueError: options of digits with a folder, or of a folder with digits.
+        ValueError: options of scenes with a folder, or of a folder with scenes.
     """
     for_digits = {
         "--images": arguments.images,
         "--val-images": arguments.val_images,
         "--scene-size": arguments.scene_size,
+        "--objects": arguments.objects,
+        "--background": arguments.background,
+        "--max-angle": arguments.max_angle,
     }
     given = [name for name, value in for_digits.items() if value is not None]
     if arguments.data != "digits":
@@ -31,14 +36,33 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
             raise ValueError(f"{', '.join(given)}: only for --data digits, got {arguments.data}")
         folder = os.path.realpath(arguments.data)  # resolve() raises where links are a circle
         return DataConfig(folder, {"strict": arguments.strict}, flip=arguments.flip)
-    if arguments.flip:
-        raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER")
+    if arguments.flip and arguments.objects is None:
+        raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER, --objects")
     if arguments.strict:
-        raise ValueError("--strict: digits have no broken annotations; only for --data FOLDER")
-    side = chosen(arguments, "scene_size")
-    options = {"size": [side, side], "keypoints": arguments.keypoints, "cache": True}
-    train, val = ({"num_images": chosen(arguments, name)} for name in ("images", "val_images"))
-    return DataConfig("digits", options, train, val)
+        raise ValueError("--strict: scenes have no broken annotations; only for --data FOLDER")
+    return replace(scenes_config(arguments, cache=True), flip=arguments.flip)
+
+
+def scenes_config(arguments: argparse.Namespace, **more: Any) -> DataConfig:
+    """The composed scenes that the options ask for.
+
+    Args:
+        arguments: the options.
+        more: options of both splits.
+    """
+    side = train_defaults.scene_size(arguments)
+    options = {"size": [side, side], "keypoints": arguments.keypoints, **more}
+    for name in ("background", "max_angle"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    train, val = (
+        {"num_images": getattr(arguments, name) or train_defaults.DIGITS[name]}
+        for name in ("images", "val_images")
+    )
+    if arguments.objects is None:
+        return DataConfig("digits", options, train, val)
+    options["path"] = os.path.realpath(arguments.objects)
+    return DataConfig("cutouts", options, train, val)
 
 
 def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> ModelConfig:
@@ -52,7 +76,7 @@ def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> Mo
     size, max_size = arguments.size, arguments.max_size
     usual = (COCO_SIZE, COCO_MAX_SIZE)
     if arguments.data == "digits":
-        usual = (chosen(arguments, "scene_size"),) * 2
+        usual = (train_defaults.scene_size(arguments),) * 2
     size = usual[0] if size is None else size
     max_size = max(size, usual[1]) if max_size is None else max_size
     first_level, last_level = train_defaults.levels(arguments)

@@ -18,6 +18,7 @@ from dyhead_cuda import checks
 from dyhead_cuda.detection.data.backgrounds import photographs
 from dyhead_cuda.detection.data.objects import Source
 from dyhead_cuda.detection.data.scenes import Scene, SceneStyle, compose
+from dyhead_cuda.detection.files import make_folder, write_atomically, writing
 from dyhead_cuda.detection.names import SPLITS, Background, Split
 
 NUM_IMAGES = {"train": 2000, "val": 400}
@@ -31,6 +32,8 @@ _MIN_SIDE = 32
 
 class ComposedScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Scenes of objects at many scales, angles and aspect ratios, with clutter that is no object.
+
+    What :class:`DigitScenes` and :class:`CutoutScenes` have in common.
 
     Item i is an image, float32 [3, H, W], RGB in 0..1, and its target: boxes float32 [n, 4] (x1,
     y1, x2, y2 in pixels, tight around what is at least half opaque), labels int64 [n] (1 + the
@@ -65,6 +68,12 @@ class ComposedScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Raises:
         ValueError: unknown split or background, or options out of range.
         ModuleNotFoundError: photographs without scikit-image.
+
+    Example:
+        >>> from dyhead_cuda.detection import ComposedScenes, DigitScenes
+        >>> scenes = DigitScenes("val", num_images=2, size=(64, 64), background="photographs")
+        >>> isinstance(scenes, ComposedScenes), len(scenes.coco["images"])
+        (True, 2)
     """
 
     kind: ClassVar[str]  # of an object, for COCO's "supercategory"
@@ -217,7 +226,7 @@ def write_coco(dataset: ComposedScenes, folder: str | Path) -> Path:
         The path of the json.
 
     Raises:
-        OSError: the folder cannot be written to.
+        WriteError: the folder cannot be written to.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -230,11 +239,13 @@ def write_coco(dataset: ComposedScenes, folder: str | Path) -> Path:
     folder = Path(folder)
     images = folder / dataset.split
     annotations = folder / "annotations"
-    images.mkdir(parents=True, exist_ok=True)
-    annotations.mkdir(exist_ok=True)
+    make_folder(images)
+    make_folder(annotations)
     truth = dataset.coco
     for index, image in enumerate(truth["images"]):
-        Image.fromarray(dataset.scene(index).image).save(images / image["file_name"])
+        picture = images / image["file_name"]
+        with writing(picture):
+            Image.fromarray(dataset.scene(index).image).save(picture)
     path = annotations / f"instances_{dataset.split}.json"
-    path.write_text(json.dumps(truth), encoding="utf-8")
+    write_atomically(path, lambda file: file.write(json.dumps(truth).encode()))
     return path
