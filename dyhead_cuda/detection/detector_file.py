@@ -1,4 +1,4 @@
-"""A trained detector as one safetensors file: its weights, and the configuration that they are of."""
+"""A trained detector as one safetensors file: its weights, and what they are of."""
 
 from __future__ import annotations
 
