@@ -5,16 +5,43 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from typing import Any
 
 from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE, SCENE_SIZE
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
+from dyhead_cuda.detection.models.backbone_weights import is_file
 from dyhead_cuda.detection.models.config import ModelConfig
+from dyhead_cuda.detection.models.starting import Start, continued, read_start
 from dyhead_cuda.detection.names import TWO_STAGE
 from dyhead_cuda.detection.training.config import TrainConfig
 
 
-def data_config(arguments: argparse.Namespace) -> DataConfig:
+def start(arguments: argparse.Namespace) -> Start | None:
+    """The detector that the options start from.
+
+    Raises:
+        ValueError, RunError: it cannot be read.
+    """
+    if arguments.start_from is None:
+        return None
+    if arguments.weights is not None:
+        raise ValueError(
+            f"--weights {arguments.weights}: the backbone's weights come from --start-from; leave "
+            "one of the two out"
+        )
+    source = os.path.realpath(arguments.start_from)
+    kept = None
+    if arguments.out is not None and not arguments.restart:
+        kept = continued(arguments.out, source)
+    return kept or read_start(source)
+
+
+def data_config(arguments: argparse.Namespace, base: ModelConfig | None = None) -> DataConfig:
     """The data that the options ask for.
+
+    Args:
+        arguments: the options.
+        base: the settings of the detector that the training starts from.
 
     Raises:
         ValueError: options of digits with a folder, or of a folder with digits.
@@ -24,12 +51,16 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
         "--val-images": arguments.val_images,
         "--scene-size": arguments.scene_size,
     }
+    sizes: dict[str, Any] = {"multi_scale": arguments.multi_scale}
+    if arguments.scale_jitter is not None:
+        side, _ = _sizes(arguments, base)
+        sizes |= {"scale_jitter": arguments.scale_jitter, "jitter_size": side}
     given = [name for name, value in for_digits.items() if value is not None]
     if arguments.data != "digits":
         if given:
             raise ValueError(f"{', '.join(given)}: only for --data digits, got {arguments.data}")
         folder = os.path.realpath(arguments.data)  # resolve() raises where links are a circle
-        return DataConfig(folder, {"strict": arguments.strict}, flip=arguments.flip)
+        return DataConfig(folder, {"strict": arguments.strict}, flip=arguments.flip, **sizes)
     if arguments.flip:
         raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER")
     if arguments.strict:
@@ -40,42 +71,63 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
         {} if count is None else {"num_images": count}
         for count in (arguments.images, arguments.val_images)
     )
-    return DataConfig("digits", options, train, val)
+    return DataConfig("digits", options, train, val, **sizes)
 
 
-def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> ModelConfig:
+# The options that are settings of the model by another name or their own.
+_MODEL_OPTIONS = {
+    "detector": "model",
+    **{
+        name: name
+        for name in (
+            *("backbone", "weights", "channels", "blocks", "convs"),
+            *("attentions", "high_offset", "init"),
+        )
+    },
+}
+
+
+def model_config(
+    arguments: argparse.Namespace, dataset: DetectionDataset, base: ModelConfig | None = None
+) -> ModelConfig:
     """The model that the options ask for, with the classes and keypoints of the data.
+
+    Args:
+        arguments: the options.
+        dataset: to train on.
+        base: the settings of the detector that the training starts from, for what is not given.
 
     Raises:
         ValueError: there is no such model, or the data have no keypoints.
     """
     if arguments.keypoints and not dataset.num_keypoints:
         raise ValueError(f"--keypoints: {arguments.data} has none")
-    size, max_size = arguments.size, arguments.max_size
+    settings: dict[str, Any] = {"detector": "atss"} if base is None else base.to_dict()
+    for name, option in _MODEL_OPTIONS.items():
+        value = getattr(arguments, option)
+        if value is not None:
+            settings[name] = value
+    if is_file(arguments.weights):
+        settings["weights"] = os.path.realpath(arguments.weights)
+    if arguments.levels is not None or base is None:
+        published = (2, 6) if settings["detector"] in TWO_STAGE else (3, 7)
+        settings["first_level"], settings["last_level"] = arguments.levels or published
+    settings["min_size"], settings["max_size"] = _sizes(arguments, base)
+    settings["num_classes"] = len(dataset.classes)
+    settings["keypoints"] = dataset.num_keypoints if arguments.keypoints else 0
+    return ModelConfig.from_dict(settings)
+
+
+def _sizes(arguments: argparse.Namespace, base: ModelConfig | None) -> tuple[int, int]:
+    """The shorter side in the model, and the longer one at most, in pixels."""
     usual = (COCO_SIZE, COCO_MAX_SIZE)
-    if arguments.data == "digits":
+    if base is not None:
+        usual = base.min_size, base.max_size
+    elif arguments.data == "digits":
         usual = (arguments.scene_size or SCENE_SIZE,) * 2
-    size = usual[0] if size is None else size
-    max_size = max(size, usual[1]) if max_size is None else max_size
-    published = (2, 6) if arguments.model in TWO_STAGE else (3, 7)
-    first_level, last_level = arguments.levels or published
-    return ModelConfig(
-        detector=arguments.model,
-        num_classes=len(dataset.classes),
-        backbone=arguments.backbone,
-        weights=arguments.weights,
-        first_level=first_level,
-        last_level=last_level,
-        channels=arguments.channels,
-        blocks=arguments.blocks,
-        convs=arguments.convs,
-        attentions=arguments.attentions,
-        high_offset=arguments.high_offset,
-        init=arguments.init,
-        min_size=size,
-        max_size=max_size,
-        keypoints=dataset.num_keypoints if arguments.keypoints else 0,
-    )
+    size = usual[0] if arguments.size is None else arguments.size
+    most = max(size, usual[1]) if arguments.max_size is None else arguments.max_size
+    return size, most
 
 
 def train_config(arguments: argparse.Namespace, images: int) -> TrainConfig:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         DetectionDataset,
         DigitScenes,
         HorizontalFlip,
+        ScaleJitter,
         collate,
         open_dataset,
         write_coco,
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
         Pyramid,
         Recipe,
         RetinaNet,
+        Start,
         atss_from_microsoft,
         atss_from_mmdet,
         build,
+        read_start,
     )
     from dyhead_cuda.detection.training import TrainConfig, load_model, train
+    from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 __getattr__ = attribute_of(
     __name__,
@@ -54,6 +58,7 @@ __getattr__ = attribute_of(
             "DetectionDataset",
             "DigitScenes",
             "HorizontalFlip",
+            "ScaleJitter",
             "collate",
             "open_dataset",
             "write_coco",
@@ -76,10 +81,13 @@ __getattr__ = attribute_of(
             "Pyramid",
             "Recipe",
             "RetinaNet",
+            "Start",
             "atss_from_microsoft",
             "atss_from_mmdet",
             "build",
+            "read_start",
         ),
+        "tta": ("TestTimeAugmentation",),
         "training": (
             "TrainConfig",
             "load_model",
@@ -107,6 +115,9 @@ __all__ = [
     "Pyramid",
     "Recipe",
     "RetinaNet",
+    "ScaleJitter",
+    "Start",
+    "TestTimeAugmentation",
     "TrainConfig",
     "atss_from_microsoft",
     "atss_from_mmdet",
@@ -115,6 +126,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "open_dataset",
+    "read_start",
     "score",
     "train",
     "write_coco",

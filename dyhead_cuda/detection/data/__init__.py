@@ -1,5 +1,6 @@
 """Detection datasets: composed digits, and a user's own COCO-format folder."""
 
+from dyhead_cuda.detection.data.augment import ScaleJitter, draw_sizes
 from dyhead_cuda.detection.data.base import DetectionDataset, HorizontalFlip, Target, collate
 from dyhead_cuda.detection.data.coco import CocoFolder
 from dyhead_cuda.detection.data.config import DataConfig, open_dataset
@@ -11,8 +12,10 @@ __all__ = [
     "DetectionDataset",
     "DigitScenes",
     "HorizontalFlip",
+    "ScaleJitter",
     "Target",
     "collate",
+    "draw_sizes",
     "open_dataset",
     "write_coco",
 ]

@@ -15,6 +15,11 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dyhead_cuda import checks
+from dyhead_cuda.detection.models.backbone_weights import (
+    is_file,
+    timm_network,
+    torchvision_network,
+)
 from dyhead_cuda.detection.names import Extra
 from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init
 from dyhead_cuda.pyramid import HighOffset
@@ -30,8 +35,9 @@ class Pyramid(nn.Module):
     Args:
         backbone: a torchvision ResNet, ResNeXt, wide ResNet or Swin transformer ("resnet50",
             "swin_t"), or "timm/NAME" for any timm model with features_only.
-        weights: None for random values, the name of torchvision weights ("DEFAULT"), or
-            "pretrained" for timm. Batch normalisation of pretrained networks is frozen.
+        weights: None for random values, the name of torchvision weights ("DEFAULT"),
+            "pretrained" for timm, or a file (.pth, .pt, .safetensors) with the state dict of the
+            torchvision or timm model. Batch normalisation of pretrained networks is frozen.
         first_level, last_level: level l has stride 2 ** l; 2 <= first_level <= last_level <= 7.
             Levels that the backbone does not reach are made from the coarsest one that it does.
         channels: C of all levels.
@@ -54,8 +60,10 @@ class Pyramid(nn.Module):
         dyhead: the :class:`dyhead_cuda.DyHead`; None without blocks.
 
     Raises:
-        ValueError: an unknown name, or levels that the backbone does not have.
+        ValueError: an unknown name, levels that the backbone does not have, or a file of weights
+            that does not fit it.
         ImportError: a timm backbone without timm.
+        ConnectionError: weights that cannot be downloaded.
 
     Source: arXiv 1612.03144 (feature pyramid), arXiv 2106.08322 (Dynamic Head).
 
@@ -219,17 +227,17 @@ def _make_body(
             f"got {name!r}"
         )
     _check_torchvision_weights(name, weights)
-    options: dict[str, Any] = {"weights": weights if load_weights else None}
+    loaded = weights if load_weights else None
     levels = _select_levels(name, range(2, 6), first_level, last_level)
     if name.startswith("swin"):
-        network = models.get_model(name, **options)
+        network: Any = torchvision_network(name, loaded)
         channels = [network.head.in_features >> (5 - level) for level in levels]
         # Patch embedding, then stage, patch merging, stage, ...
         stages = {str(2 * level - 3): str(level) for level in levels}
         return SwinBody(IntermediateLayerGetter(network.features, stages), channels), channels
     # A detector's batch is too small to update pretrained statistics.
     norm = FrozenBatchNorm2d if weights else nn.BatchNorm2d
-    network = models.get_model(name, norm_layer=norm, **options)
+    network = torchvision_network(name, loaded, norm_layer=norm)
     channels = [network.fc.in_features >> (5 - level) for level in levels]
     stages = {f"layer{level - 1}": str(level) for level in levels}
     return IntermediateLayerGetter(network, stages), channels
@@ -237,9 +245,10 @@ def _make_body(
 
 def _check_torchvision_weights(name: str, weights: str | None) -> None:
     known = ["DEFAULT", *(str(w.name) for w in models.get_model_weights(name))]
-    if weights is not None and weights not in known:
+    if weights is not None and weights not in known and not is_file(weights):
         raise ValueError(
-            f"expected weights of {name} to be None or one of {known}, got {weights!r}"
+            f"expected weights of {name} to be a file (.pth, .pt, .safetensors), None or one of "
+            f"{known}, got {weights!r}"
         )
 
 
@@ -252,8 +261,11 @@ def _make_timm(
         raise ImportError(
             f"expected timm for the backbone {name!r}, but it is not installed: pip install timm"
         ) from error
-    if weights not in (None, "pretrained"):
-        raise ValueError(f'expected weights of {name} to be None or "pretrained", got {weights!r}')
+    if weights not in (None, "pretrained") and not is_file(weights):
+        raise ValueError(
+            f"expected weights of {name} to be a file (.pth, .pt, .safetensors), None or "
+            f'"pretrained", got {weights!r}'
+        )
     model = name.removeprefix(TIMM)
     if not timm.is_model(model):
         raise ValueError(
@@ -270,9 +282,8 @@ def _make_timm(
     available = [level for level in range(FIRST_LEVEL, LAST_LEVEL + 1) if 2**level in by_stride]
     levels = _select_levels(name, available, first_level, last_level)
     indices = [by_stride[2**level] for level in levels]
-    network = timm.create_model(
-        model, pretrained=bool(weights) and load_weights, out_indices=indices, **options
-    )
+    loaded = weights if load_weights else None
+    network: Any = timm_network(model, loaded, out_indices=indices, **options)
     if weights:
         network = timm.layers.freeze_batch_norm_2d(network)
     return _TimmBody(network), [info.channels()[i] for i in indices]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from dyhead_cuda import backend, checks
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.backbones import Pyramid, check_levels
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
+from dyhead_cuda.detection.models.recipes import RECIPES, halve_in_first_convolutions
 from dyhead_cuda.detection.models.two_stage import FasterRCNN
 from dyhead_cuda.detection.names import DETECTORS, ONE_STAGE, TWO_STAGE, BoxHead, Extra
 from dyhead_cuda.detection.settings import Settings
@@ -46,6 +47,8 @@ class ModelConfig(Settings):
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
             or its longer side ``max_size`` if that makes it smaller.
         keypoints: of each object; 0 for none. Two-stage detectors only.
+        recipe: of a published checkpoint that an ATSS has started from, such as "mmdet_r50": what
+            :class:`Recipe` has, other than sizes. None: this package's own.
 
     Raises:
         ValueError: values that no detector can be made of.
@@ -76,6 +79,7 @@ class ModelConfig(Settings):
     min_size: int = 800
     max_size: int = 1333
     keypoints: int = 0
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("detector", self.detector, DETECTORS)
@@ -113,6 +117,13 @@ class ModelConfig(Settings):
                 f"expected convs None or 0 for {self.detector}, whose predictors have no towers, "
                 f"got {self.convs}"
             )
+        if self.recipe is not None:
+            checks.one_of("recipe", self.recipe, tuple(RECIPES))
+            if self.detector != "atss":
+                raise ValueError(
+                    f"expected atss for the recipe {self.recipe}, got {self.detector}: published "
+                    "checkpoints are read of ATSS only"
+                )
         if self.detector == "faster_rcnn_task" and not self.blocks:
             raise ValueError(
                 "expected at least 1 block for faster_rcnn_task, got 0; the plain detector is "
@@ -174,6 +185,7 @@ def build_empty(config: ModelConfig) -> nn.Module:
 
 def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
     task_head = config.detector == "faster_rcnn_task"
+    source, recipe = RECIPES[config.recipe] if config.recipe else (None, None)
     pyramid = Pyramid(
         config.backbone,
         weights=config.weights,
@@ -185,18 +197,22 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         attentions=[a for a in config.attentions if not (task_head and a == "task")],
         high_offset=config.high_offset,
         init=config.init,
-        extra=EXTRA_LEVELS[config.detector],
+        extra=source.extra if source else EXTRA_LEVELS[config.detector],
         load_weights=load_weights,
     )
-    sizes = {"min_size": config.min_size, "max_size": config.max_size}
+    settings: dict[str, Any] = {"min_size": config.min_size, "max_size": config.max_size}
+    if source and recipe:
+        settings |= {"postprocess": source.postprocess, **recipe.detector_settings()}
+        if recipe.stride_in_1x1:
+            halve_in_first_convolutions(pyramid)
     if config.detector in ONE_STAGE:
         detector = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS}[config.detector]
-        return detector(pyramid, config.num_classes, convs=config.tower_convs, **sizes)
+        return detector(pyramid, config.num_classes, convs=config.tower_convs, **settings)
     box_head: BoxHead = "mlp"
     if task_head:
         box_head = "task" if "task" in config.attentions else "linear"
     return FasterRCNN(
-        pyramid, config.num_classes, box_head=box_head, keypoints=config.keypoints, **sizes
+        pyramid, config.num_classes, box_head=box_head, keypoints=config.keypoints, **settings
     )
 
 
