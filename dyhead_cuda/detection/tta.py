@@ -66,10 +66,11 @@ class TestTimeAugmentation(nn.Module):
             raise ValueError(f"expected one or more positive scales, got {tuple(scales)}")
         if not 0 <= nms_threshold <= 1:
             raise ValueError(f"expected nms_threshold from 0 to 1, got {nms_threshold}")
-        if flip and getattr(detector, "num_keypoints", 0):
+        keypoints: Any = getattr(detector, "num_keypoints", None)
+        if flip and keypoints:
             raise ValueError(
                 "expected a detector without keypoints to flip images (mirrored, a left elbow is a "
-                f"right one), got one of {detector.num_keypoints}; turn flipping off"
+                f"right one), got one of {keypoints}; turn flipping off"
             )
         self.detector = detector
         self.scales, self.flip = tuple(scales), flip

@@ -140,7 +140,7 @@ def timm_network(name: str, weights: str | None, **options: Any) -> nn.Module:
                 raise
             _no_download(f"timm/{name}", "pretrained", _timm_address(name), error)
     with torch.device("meta"):
-        whole = timm.create_model(name)
+        whole: Any = timm.create_model(name)
     classifier = whole.pretrained_cfg.get("classifier") or ()
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     state = _fitting(f"timm/{name}", weights, whole, classifiers)
@@ -167,7 +167,7 @@ def _fitting(
 def _timm_address(name: str) -> str:
     import timm
 
-    source = timm.get_pretrained_cfg(name)
+    source: Any = timm.get_pretrained_cfg(name)
     if source is not None and source.hf_hub_id:
         return f"https://huggingface.co/{source.hf_hub_id}"
     return (source and source.url) or "the model's page"

@@ -100,8 +100,8 @@ class Start:
             ]
             known = f"{', '.join(differing)}: leave these options out" if differing else known
         raise ValueError(
-            f"expected the tensors of {self.source} to fit the detector to be trained, {len(wrong)} "
-            f"do not: {shortened(wrong)}; use what they are of: {known}"
+            f"expected the tensors of {self.source} to fit the detector to be trained, "
+            f"{len(wrong)} do not: {shortened(wrong)}; use what they are of: {known}"
         )
 
     def load_into(self, network: nn.Module, classes: Sequence[str]) -> None:
@@ -239,7 +239,7 @@ def read_start(path: str | Path) -> Start:
 
 
 def continued(folder: Path, source: str) -> Start | None:
-    """What the run in ``folder`` has started from, if that is ``source`` and it needs it no more."""
+    """The start of the run in ``folder``, if it is from ``source`` and has a checkpoint by now."""
     if not ((folder / LAST).exists() and (folder / CONFIG).exists()):
         return None
     config = read_json(folder / CONFIG)

@@ -105,7 +105,8 @@ def train(
         WriteError: a file could not be written, for example as the disk is full; what was written
             before is whole, and the run goes on from its last checkpoint.
         RankError: another of several processes has ended.
-        ValueError: the data or what it starts from do not fit the model, or there is no such device.
+        ValueError: the data or what it starts from do not fit the model, or there is no such
+            device.
 
     Example:
         >>> from tempfile import TemporaryDirectory
