@@ -42,8 +42,8 @@ class Pyramid(nn.Module):
             Levels that the backbone does not reach are made from the coarsest one that it does.
         channels: C of all levels.
         blocks: of the Dynamic Head; 0 for a plain pyramid.
-        attentions, high_offset, init: see :class:`dyhead_cuda.DyHead`. "mmdet" starts without
-            offsets and with plain ReLUs, from which random weights learn faster.
+        attentions, high_offset, init, deform_bias: see :class:`dyhead_cuda.DyHead`. "mmdet" starts
+            without offsets and with plain ReLUs, from which random weights learn faster.
         extra: how a level beyond the backbone is made from the one before: "conv" (convolution of
             stride 2; mmdet's ``add_extra_convs="on_output"``), "conv_relu" (with a ReLU between
             two of them, as RetinaNet and FCOS) or "pool" (every second pixel, as Faster R-CNN).
@@ -89,6 +89,7 @@ class Pyramid(nn.Module):
         attentions: Collection[Attention] = ATTENTIONS,
         high_offset: HighOffset = "flat",
         init: Init = "mmdet",
+        deform_bias: bool = True,
         extra: Extra = "conv",
         load_weights: bool = True,
     ) -> None:
@@ -117,6 +118,7 @@ class Pyramid(nn.Module):
                 attentions=attentions,
                 high_offset=high_offset,
                 init=init,
+                deform_bias=deform_bias,
             )
             if blocks
             else None

@@ -197,6 +197,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         attentions=[a for a in config.attentions if not (task_head and a == "task")],
         high_offset=config.high_offset,
         init=config.init,
+        deform_bias=source.blocks.deform_bias if source else True,
         extra=source.extra if source else EXTRA_LEVELS[config.detector],
         load_weights=load_weights,
     )
