@@ -136,17 +136,18 @@ def test_bad_sizes(
         status = int(ended.code or 0)
     assert status == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / runs.CONFIG).exists()
 
 
 def test_several_views(trained: Path, coco: Path, tmp_path: Path) -> None:
     found = []
-    for name, options in (
+    for name, given in (
         ("plain", []),
         ("same", ["--scales", "1"]),
         ("several", ["--scales", "1,1.5", "--flip"]),
     ):
         path = tmp_path / f"{name}.json"
-        assert command("eval", trained, "--device", "cpu", "--json", path, *options) == 0
+        assert command("eval", trained, "--device", "cpu", "--json", path, *given) == 0
         found.append(json.loads(path.read_text())["detections"])
     plain, same, several = found
     assert same == plain != several

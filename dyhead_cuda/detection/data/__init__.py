@@ -1,6 +1,6 @@
 """Detection datasets: composed digits, and a user's own COCO-format folder."""
 
-from dyhead_cuda.detection.data.augment import ScaleJitter, draw_sizes
+from dyhead_cuda.detection.data.augment import ScaleJitter, check_sizes, draw_sizes
 from dyhead_cuda.detection.data.base import DetectionDataset, HorizontalFlip, Target, collate
 from dyhead_cuda.detection.data.coco import CocoFolder
 from dyhead_cuda.detection.data.config import DataConfig, open_dataset
@@ -14,6 +14,7 @@ __all__ = [
     "HorizontalFlip",
     "ScaleJitter",
     "Target",
+    "check_sizes",
     "collate",
     "draw_sizes",
     "open_dataset",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,16 @@ def check_range(name: str, values: tuple[float, float]) -> None:
         raise ValueError(f"expected {name} as two positive numbers in order, got {values}")
 
 
+def check_sizes(usual: int, sizes: tuple[int, int]) -> None:
+    """Raise ValueError unless ``usual``, the detector's ``min_size``, is between ``sizes``."""
+    low, high = sizes
+    if not low <= usual <= high:
+        raise ValueError(
+            f"expected min_size of the model between the sizes of multi_scale, {low} and {high}, "
+            f"got {usual}; choose another --size or --multi-scale"
+        )
+
+
 def draw_sizes(detector: nn.Module, sizes: tuple[int, int]) -> None:
     """Makes a detector draw the shorter side of each image in training; evaluation stays as it is.
 
@@ -98,13 +109,8 @@ def draw_sizes(detector: nn.Module, sizes: tuple[int, int]) -> None:
     Source: torchvision's ``GeneralizedRCNNTransform``, which draws one of ``min_size`` in training
     and takes the last otherwise.
     """
-    transform = detector.transform
-    usual = transform.min_size[-1]  # type: ignore[union-attr, index]
+    transform: Any = detector.transform
+    usual = transform.min_size[-1]
+    check_sizes(usual, sizes)
     low, high = sizes
-    if not low <= usual <= high:
-        raise ValueError(
-            f"expected min_size of the model between the sizes of multi_scale, {low} and {high}, "
-            f"got {usual}; choose another --size or --multi-scale"
-        )
-    others = [size for size in range(low, high + 1) if size != usual]
-    transform.min_size = (*others, usual)  # type: ignore[union-attr]
+    transform.min_size = (*(size for size in range(low, high + 1) if size != usual), usual)

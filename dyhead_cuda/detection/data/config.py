@@ -84,6 +84,8 @@ class DataConfig(Settings):
             if values is not None:
                 object.__setattr__(self, name, tuple(values))  # JSON has lists
                 check_range(name, getattr(self, name))
+        if not all(isinstance(size, int) for size in self.multi_scale or ()):
+            raise ValueError(f"expected multi_scale in whole pixels, got {self.multi_scale}")
         if (self.scale_jitter is None) != (self.jitter_size is None):
             raise ValueError(
                 "expected both scale_jitter and jitter_size or none of them, got "

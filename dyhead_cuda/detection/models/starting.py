@@ -60,6 +60,18 @@ class Start:
             needs them no more.
         classes: the name of label i + 1; None where the file does not say.
         model: the detector's settings; None where the file does not say.
+
+    Example:
+        >>> from dyhead_cuda.detection import ModelConfig, Start, build
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5}
+        >>> before = ModelConfig("atss", 2, "timm/test_resnet.r160_in1k", **small)
+        >>> start = Start("runs/before", build(before).state_dict(), ("cat", "dog"), before)
+        >>> now = ModelConfig("atss", 3, "timm/test_resnet.r160_in1k", **small)
+        >>> start.check(now)
+        >>> detector = build(now)
+        >>> start.load_into(detector, ["dog", "cow", "fox"])  # the dog's values are taken
+        >>> bool((detector.head.classes.weight[0] == start.state["head.classes.weight"][1]).all())
+        True
     """
 
     source: str

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dyhead_cuda.detection.data import DataConfig, DetectionDataset, collate, draw_sizes
+from dyhead_cuda.detection.data import (
+    DataConfig,
+    DetectionDataset,
+    check_sizes,
+    collate,
+    draw_sizes,
+)
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models.config import ModelConfig, build, build_empty
 from dyhead_cuda.detection.training import parallel, random_state, signals
@@ -135,6 +141,8 @@ def train(
             "classes": list(training_set.classes),
             "processes": processes.count,
         }
+        if data.multi_scale is not None:
+            check_sizes(model.min_size, data.multi_scale)
         if start is not None:
             start.check(model)
             description["start"] = start.source

@@ -134,6 +134,7 @@ def test_settings() -> None:
         ({"jitter_size": 64}, "both scale_jitter and jitter_size"),
         ({"scale_jitter": (0, 2), "jitter_size": 64}, "scale_jitter as two positive numbers"),
         ({"multi_scale": (96, 48)}, "multi_scale as two positive numbers in order"),
+        ({"multi_scale": (48, 64.5)}, "multi_scale in whole pixels"),
         ({"multi_scale": "48"}, "multi_scale as two positive numbers"),
         (
             {"multi_scale": (48, 96), "scale_jitter": (0.1, 2), "jitter_size": 64},

@@ -71,7 +71,7 @@ def test_timm(classifier: bool, tmp_path: Path) -> None:
 
 def test_swin(tmp_path: Path) -> None:
     state = models.swin_t().state_dict()
-    found = pyramid("swin_t", saved(dict(state), tmp_path / "swin.pth"))
+    found: Any = pyramid("swin_t", saved(dict(state), tmp_path / "swin.pth"))
     key = "1.0.attn.qkv.weight"
     assert torch.equal(found.body.stages.state_dict()[key], state[f"features.{key}"])
 

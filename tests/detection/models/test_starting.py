@@ -191,6 +191,7 @@ PUBLISHED = [
 @pytest.mark.parametrize(("name", "kernel", "body"), PUBLISHED, ids=[each[0] for each in PUBLISHED])
 def test_published(name: str, kernel: int, body: Any, tmp_path: Path) -> None:
     recipe = RECIPES[name][1]
+    convert: Any
     if name.startswith("mmdet"):
         state, convert = published.mmdet_state(body(), 512, kernel), atss_from_mmdet
         checkpoint = {"state_dict": state, "meta": {"dataset_meta": {"classes": CLASSES}}}
