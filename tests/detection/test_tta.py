@@ -100,6 +100,13 @@ def test_one_plain_view_is_the_detector_s_own() -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_one_plain_view_is_not_merged() -> None:
+    image = dots()
+    image[:, 6, 5] = 0.85  # beside another of its class
+    (found,) = TestTimeAugmentation(Finder()).eval()([image])
+    assert len(found["boxes"]) == 5
+
+
 def test_scales_are_of_the_model_s_size_and_undone() -> None:
     finder = Finder()
     views = TestTimeAugmentation(finder, (0.5, 1.0, 1.25), flip=True).eval()

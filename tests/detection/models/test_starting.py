@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from dyhead_cuda.detection import DataConfig, TrainConfig, load_model, train
 from dyhead_cuda.detection.models import ModelConfig, build, build_empty
@@ -264,6 +265,24 @@ def test_a_run_starts_from_another_and_goes_on_without_it(tmp_path: Path) -> Non
     assert load_model(second)[1]["start"] == str(first)
     (second / LAST).unlink()
     assert continued(second, str(first)) is None
+
+
+def test_sizes_are_drawn_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    resize = GeneralizedRCNNTransform.resize
+
+    def watched(self: Any, image: Tensor, target: Any = None) -> Any:
+        resized = resize(self, image, target)
+        (seen if self.training else evaluated).add(int(resized[0].shape[1]))
+        return resized
+
+    evaluated: set[int] = set()
+    monkeypatch.setattr(GeneralizedRCNNTransform, "resize", watched)
+    one = {"num_images": 2}
+    data = DataConfig("digits", {"size": [64, 64]}, train=one, val=one, multi_scale=(40, 64))
+    train(TrainConfig(2, 4, device="cpu"), ModelConfig("atss", 10, **SMALL), data, tmp_path)
+    assert len(seen) > 3
+    assert evaluated == {64}
 
 
 def test_a_start_that_does_not_fit_leaves_no_run(tmp_path: Path) -> None:
