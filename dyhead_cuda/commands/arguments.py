@@ -20,6 +20,9 @@ from dyhead_cuda.commands.options import (
     levels,
     number,
     point,
+    scale_range,
+    scales,
+    side_range,
 )
 from dyhead_cuda.detection.names import (
     DETECTORS,
@@ -134,6 +137,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=integer(1, MAX_BATCH), default=8, help="default: %(default)s"
     )
     parser.add_argument("--workers", type=integer(0, MAX_WORKERS), default=0, help="load images")
+    _add_views(parser)
     _add_device(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write metrics and all detections there"
@@ -149,6 +153,7 @@ def predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
     )
+    _add_views(parser)
 
 
 def attend(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +247,19 @@ def _add_device(parser: Any) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of test-time augmentation."""
+    parser.add_argument(
+        "--scales",
+        type=scales,
+        default=(1.0,),
+        metavar="LIST",
+        help="see each image at these scales of the model's size and merge what is found, e.g. "
+        "0.8,1,1.25 (default: 1)",
+    )
+    parser.add_argument("--flip", action="store_true", help="see its mirror image, too")
+
+
 def _add_images(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that run a trained detector on image files."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
@@ -264,6 +282,20 @@ def _add_data(group: Any) -> None:
     )
     group.add_argument("--strict", action="store_true", help="fail on any broken annotation")
     group.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    sizes = group.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--multi-scale",
+        type=side_range,
+        metavar="LOW-HIGH",
+        help="draw the shorter side of each training image, in pixels, e.g. 480-800",
+    )
+    sizes.add_argument(
+        "--scale-jitter",
+        type=scale_range,
+        metavar="LOW-HIGH",
+        help="large-scale jitter: draw a scale for each training image, e.g. 0.1-2, then crop or "
+        "pad it to a square of --size",
+    )
     _add_scenes(group, "scenes: ")
 
 
@@ -310,7 +342,15 @@ def _add_scenes(group: Any, only: str = "") -> None:
 
 
 def _add_model(group: Any) -> None:
-    group.add_argument("--model", choices=DETECTORS, default="atss", help="default: %(default)s")
+    # No defaults here: what is not given comes from --start-from, or from ModelConfig.
+    group.add_argument(
+        "--start-from",
+        metavar="RUN|FILE",
+        help="a trained detector, also of other classes: a run of train, a checkpoint of ATSS of "
+        "mmdet or microsoft/DynamicHead, or a state dict; its settings are the defaults of these "
+        "options",
+    )
+    group.add_argument("--model", choices=DETECTORS, help="the kind of detector (default: atss)")
     group.add_argument(
         "--blocks",
         type=integer(0, MAX_BLOCKS),
@@ -323,14 +363,15 @@ def _add_model(group: Any) -> None:
     )
     group.add_argument(
         "--weights",
-        help="of the backbone, to download: DEFAULT, or pretrained for timm (default: random ones)",
+        metavar="NAME|FILE",
+        help="of the backbone: DEFAULT, pretrained for timm, or a .pth, .pt or .safetensors file "
+        "(default: random ones)",
     )
     group.add_argument(
         "--frozen-stages",
         type=integer(0, MAX_STAGES),
-        default=0,
         metavar="N",
-        help="keep the first N stages of the backbone as they are (default: %(default)s)",
+        help="keep the first N stages of the backbone as they are (default: 0)",
     )
     group.add_argument(
         "--backbone-last-level",
@@ -352,6 +393,7 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--shared-tower",
         action="store_true",
+        default=None,
         help="atss: one tower for classes and boxes (default: one for each)",
     )
     group.add_argument(
@@ -369,20 +411,16 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--attentions",
         type=attentions,
-        default=ATTENTIONS,
         metavar="LIST",
-        help=f"some of {','.join(ATTENTIONS)}, or none",
+        help=f"some of {','.join(ATTENTIONS)}, or none (default: all)",
     )
     group.add_argument(
         "--without-task",
         choices=get_args(WithoutTask),
-        default="identity",
-        help="in place of a task attention that is left out (default: %(default)s)",
+        help="in place of a task attention that is left out (default: identity)",
     )
-    group.add_argument("--high-offset", choices=HIGH_OFFSETS, default="flat")
-    group.add_argument(
-        "--init", choices=get_args(Init), default="mmdet", help="of the head (default: mmdet)"
-    )
+    group.add_argument("--high-offset", choices=HIGH_OFFSETS, help="default: flat")
+    group.add_argument("--init", choices=get_args(Init), help="of the head (default: mmdet)")
     group.add_argument(
         "--size",
         type=integer(1, MAX_SIDE),

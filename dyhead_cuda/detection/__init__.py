@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         DetectionDataset,
         DigitScenes,
         HorizontalFlip,
+        ScaleJitter,
         collate,
         open_dataset,
         write_coco,
@@ -41,12 +42,15 @@ if TYPE_CHECKING:
         Pyramid,
         Recipe,
         RetinaNet,
+        Start,
         atss_from_microsoft,
         atss_from_mmdet,
         build,
+        read_start,
     )
     from dyhead_cuda.detection.statistics import positives_per_level
     from dyhead_cuda.detection.training import TrainConfig, load_model, train
+    from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 __getattr__ = attribute_of(
     __name__,
@@ -59,6 +63,7 @@ __getattr__ = attribute_of(
             "DetectionDataset",
             "DigitScenes",
             "HorizontalFlip",
+            "ScaleJitter",
             "collate",
             "open_dataset",
             "write_coco",
@@ -81,11 +86,14 @@ __getattr__ = attribute_of(
             "Pyramid",
             "Recipe",
             "RetinaNet",
+            "Start",
             "atss_from_microsoft",
             "atss_from_mmdet",
             "build",
+            "read_start",
         ),
         "statistics": ("positives_per_level",),
+        "tta": ("TestTimeAugmentation",),
         "training": (
             "TrainConfig",
             "load_model",
@@ -115,6 +123,9 @@ __all__ = [
     "Pyramid",
     "Recipe",
     "RetinaNet",
+    "ScaleJitter",
+    "Start",
+    "TestTimeAugmentation",
     "TrainConfig",
     "atss_from_microsoft",
     "atss_from_mmdet",
@@ -124,6 +135,7 @@ __all__ = [
     "load_model",
     "open_dataset",
     "positives_per_level",
+    "read_start",
     "score",
     "train",
     "write_coco",

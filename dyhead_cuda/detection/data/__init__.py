@@ -1,5 +1,6 @@
 """Detection datasets: composed scenes, and a user's own COCO-format folder."""
 
+from dyhead_cuda.detection.data.augment import ScaleJitter, check_sizes, draw_sizes
 from dyhead_cuda.detection.data.base import DetectionDataset, HorizontalFlip, Target, collate
 from dyhead_cuda.detection.data.coco import CocoFolder
 from dyhead_cuda.detection.data.composed import ComposedScenes, write_coco
@@ -15,8 +16,11 @@ __all__ = [
     "DetectionDataset",
     "DigitScenes",
     "HorizontalFlip",
+    "ScaleJitter",
     "Target",
+    "check_sizes",
     "collate",
+    "draw_sizes",
     "open_dataset",
     "write_coco",
 ]

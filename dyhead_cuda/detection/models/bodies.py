@@ -15,6 +15,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from dyhead_cuda.detection.models.adapters import IMAGENET, Pixels
+from dyhead_cuda.detection.models.backbone_weights import (
+    is_file,
+    timm_network,
+    torchvision_network,
+)
 
 FIRST_LEVEL, LAST_LEVEL = 2, 7
 TIMM, LITE0 = "timm/", "efficientnet_lite0"
@@ -127,10 +132,10 @@ def make_body(name: str, levels: Sequence[int], weights: str | None, load_weight
         return _make_timm(name, levels, weights, load_weights)
     if name == LITE0:
         return _make_lite0(levels, weights, load_weights)
-    _check_weights(name, weights, *(str(w.name) for w in models.get_model_weights(name)))
-    options: dict[str, Any] = {"weights": weights if load_weights else None}
+    _check_weights(name, weights, "DEFAULT", *(str(w.name) for w in models.get_model_weights(name)))
+    loaded = weights if load_weights else None
     if name.startswith("swin"):
-        network = models.get_model(name, **options)
+        network: Any = torchvision_network(name, loaded)
         channels = [network.head.in_features >> (5 - level) for level in levels]
         # Patch embedding, then stage, patch merging, stage, ...
         ends = {str(2 * level - 3): str(level) for level in levels}
@@ -138,7 +143,7 @@ def make_body(name: str, levels: Sequence[int], weights: str | None, load_weight
         return Body(SwinBody(stages, channels), stages, channels)
     # A detector's batch is too small to update pretrained statistics.
     norm = FrozenBatchNorm2d if weights else nn.BatchNorm2d
-    network = models.get_model(name, norm_layer=norm, **options)
+    network = torchvision_network(name, loaded, norm_layer=norm)
     channels = [network.fc.in_features >> (5 - level) for level in levels]
     ends = {f"layer{level - 1}": str(level) for level in levels}
     stages = IntermediateLayerGetter(network, ends)
@@ -199,11 +204,11 @@ def _parameters_before(name: str, level: int) -> set[str]:
     return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
-def _check_weights(name: str, weights: str | None, *others: str) -> None:
-    known = ["DEFAULT", *others]
-    if weights is not None and weights not in known:
+def _check_weights(name: str, weights: str | None, *known: str) -> None:
+    if weights is not None and weights not in known and not is_file(weights):
         raise ValueError(
-            f"expected weights of {name} to be None or one of {known}, got {weights!r}"
+            f"expected weights of {name} to be a file (.pth, .pt, .safetensors), None or one of "
+            f"{list(known)}, got {weights!r}"
         )
 
 
@@ -243,13 +248,12 @@ def _timm_features(name: str) -> dict[int, tuple[int, int]]:
 
 def _make_timm(name: str, levels: Sequence[int], weights: str | None, load_weights: bool) -> Body:
     timm = _import_timm(name)
-    if weights not in (None, "pretrained"):
-        raise ValueError(f'expected weights of {name} to be None or "pretrained", got {weights!r}')
+    _check_weights(name, weights, "pretrained")
     model = name.removeprefix(TIMM)
     features = [_timm_features(name)[level] for level in levels]
-    network = timm.create_model(
+    network: Any = timm_network(
         model,
-        pretrained=bool(weights) and load_weights,
+        weights if load_weights else None,
         out_indices=[index for index, _ in features],
         **_timm_options(model),
     )
@@ -262,7 +266,12 @@ def _make_timm(name: str, levels: Sequence[int], weights: str | None, load_weigh
 def _make_lite0(levels: Sequence[int], weights: str | None, load_weights: bool) -> Body:
     """EfficientNet-Lite0, whose layers timm has and whose weights are in a package of their own."""
     timm = _import_timm(LITE0)
-    _check_weights(LITE0, weights)
+    if is_file(weights):
+        raise ValueError(
+            f'expected weights of {LITE0} to be None or "DEFAULT", which come with the package '
+            f"{_LITE0_WEIGHTS}, got the file {weights}"
+        )
+    _check_weights(LITE0, weights, "DEFAULT")
     indices = [level - 1 for level in levels]  # timm's first map has stride 2
     network = timm.create_model(_LITE0_IN_TIMM, features_only=True, out_indices=indices)
     if weights and load_weights:

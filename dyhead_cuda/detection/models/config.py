@@ -15,6 +15,7 @@ from dyhead_cuda.detection.models.adapters import check_anchor_scale
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.backbones import Pyramid, check_levels
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
+from dyhead_cuda.detection.models.recipes import RECIPES, halve_in_first_convolutions
 from dyhead_cuda.detection.models.two_stage import FasterRCNN
 from dyhead_cuda.detection.names import DETECTORS, ONE_STAGE, TWO_STAGE, BoxHead, Extra
 from dyhead_cuda.detection.settings import Settings
@@ -52,6 +53,8 @@ class ModelConfig(Settings):
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
             or its longer side ``max_size`` if that makes it smaller.
         keypoints: of each object; 0 for none. Two-stage detectors only.
+        recipe: of a published checkpoint that an ATSS has started from, such as "mmdet_r50": what
+            :class:`Recipe` has, other than sizes. None: this package's own.
 
     Raises:
         ValueError: values that no detector can be made of.
@@ -87,6 +90,7 @@ class ModelConfig(Settings):
     anchor_scale: float | None = None
     shared_tower: bool = False
     backbone_last_level: int | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("detector", self.detector, DETECTORS)
@@ -126,6 +130,13 @@ class ModelConfig(Settings):
                 f"got {self.convs}"
             )
         self._check_anchors_and_tower()
+        if self.recipe is not None:
+            checks.one_of("recipe", self.recipe, tuple(RECIPES))
+            if self.detector != "atss":
+                raise ValueError(
+                    f"expected atss for the recipe {self.recipe}, got {self.detector}: published "
+                    "checkpoints are read of ATSS only"
+                )
         if self.detector == "faster_rcnn_task" and not self.blocks:
             raise ValueError(
                 "expected at least 1 block for faster_rcnn_task, got 0; the plain detector is "
@@ -225,6 +236,7 @@ def build_empty(config: ModelConfig) -> nn.Module:
 
 def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
     task_head = config.detector == "faster_rcnn_task"
+    source, recipe = RECIPES[config.recipe] if config.recipe else (None, None)
     pyramid = Pyramid(
         config.backbone,
         weights=config.weights,
@@ -238,13 +250,18 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         without_task=config.without_task,
         high_offset=config.high_offset,
         init=config.init,
-        extra=EXTRA_LEVELS[config.detector],
+        deform_bias=source.blocks.deform_bias if source else True,
+        extra=source.extra if source else EXTRA_LEVELS[config.detector],
         frozen_stages=config.frozen_stages,
         load_weights=load_weights,
     )
-    sizes = {"min_size": config.min_size, "max_size": config.max_size}
+    settings: dict[str, Any] = {"min_size": config.min_size, "max_size": config.max_size}
+    if source and recipe:
+        settings |= {"postprocess": source.postprocess, **recipe.detector_settings()}
+        if recipe.stride_in_1x1:
+            halve_in_first_convolutions(pyramid)
     if config.detector in ONE_STAGE:
-        options: dict[str, Any] = {"convs": config.tower_convs, **sizes}
+        options: dict[str, Any] = {"convs": config.tower_convs, **settings}
         if config.detector == "fcos":
             return FCOS(pyramid, config.num_classes, **options)
         options["anchor_scale"] = config.anchor_scale
@@ -260,7 +277,7 @@ def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
         box_head=box_head,
         keypoints=config.keypoints,
         anchor_scale=config.anchor_scale,
-        **sizes,
+        **settings,
     )
 
 
