@@ -60,7 +60,7 @@ def test_start_from_a_run_with_other_classes(
     assert config["model"] == old["model"]
     assert config["classes"][2:5] == ["2", "three", "4"]
     new, was = weights(run), weights(before, "best.pt")
-    name = "roi_heads.box_predictor.cls_score.weight"
+    name = "model.roi_heads.box_predictor.cls_score.weight"
     rows = (new[name] - was[name]).abs().amax(1) > 1e-6
     assert rows.nonzero().flatten().tolist() == [4]  # the background is 0
 

@@ -147,7 +147,7 @@ def test_statistics_of_pretrained_networks_stay(
         ({"backbone": "vgg11"}, "got 'vgg11'"),
         ({"backbone": "timm/nothing_there"}, "timm model.*'nothing_there'"),
         ({"weights": "pretrained"}, r"None or one of \['DEFAULT', 'IMAGENET1K_V1'\]"),
-        ({"backbone": TIMM_RESNET, "weights": "DEFAULT"}, 'None or "pretrained"'),
+        ({"backbone": TIMM_RESNET, "weights": "DEFAULT"}, r"None or one of \['pretrained'\]"),
         ({"first_level": 1}, "first_level from 2"),
         ({"last_level": 8}, "last_level from 2 .* to 7"),
         ({"first_level": 5, "last_level": 4}, "would be empty"),
