@@ -38,11 +38,12 @@ def open_dataset(spec: str | Path, split: Split, **options: Any) -> DetectionDat
     """
     if spec == "digits":
         return DigitScenes(split, **options)
-    if spec == "cutouts":
+    if spec == "cutouts" and "path" in options:
         return CutoutScenes(split=split, **options)
     if not Path(spec).is_dir():
         raise ValueError(
-            f'expected "digits", "cutouts" or a folder in COCO\'s format, got {str(spec)!r}'
+            f'expected "digits", "cutouts" with the option path, or a folder in COCO\'s format, '
+            f"got {str(spec)!r}"
         )
     return CocoFolder(spec, split, **options)
 

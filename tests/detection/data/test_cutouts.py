@@ -99,6 +99,16 @@ def test_boxes_and_keypoints_are_tight_and_colours_are_kept(files: Path) -> None
     assert seen == {0, 1, 2}
 
 
+@pytest.mark.parametrize("height", [10, 60, 200])
+def test_objects_are_drawn_whole(height: int, files: Path) -> None:
+    """Smaller, larger and much larger than their pictures, which are 40 pixels high."""
+    options: dict[str, Any] = {**PLAIN, "glyphs": (1, 1), "heights": (height, height)}
+    dataset = CutoutScenes(files, "train", 6, **options)
+    for index in range(6):
+        (box,) = dataset.scene(index).boxes
+        assert abs(box[3] - box[1] - height) <= 2
+
+
 @pytest.mark.parametrize("angle", [0, 90])
 def test_objects_are_turned_as_far_as_is_said(angle: float, tmp_path: Path) -> None:
     """A bar four times as wide as high lies flat, unless it is turned."""
@@ -112,8 +122,8 @@ def test_objects_are_turned_as_far_as_is_said(angle: float, tmp_path: Path) -> N
 
 
 def test_objects_have_all_sizes(files: Path) -> None:
-    dataset = CutoutScenes(files, "train", 80)
-    boxes = np.concatenate([dataset.scene(index).boxes for index in range(80)])
+    dataset = CutoutScenes(files, "train", 50)
+    boxes = np.concatenate([dataset.scene(index).boxes for index in range(50)])
     height = boxes[:, 3] - boxes[:, 1]
     assert 14 <= height.min() < 20
     assert 170 < height.max() <= 0.8 * 256 + 1
@@ -177,3 +187,5 @@ def test_folders_that_cannot_be_used(kind: str, message: str, files: Path) -> No
 def test_there_must_be_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         CutoutScenes(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match=r'"cutouts" with the option path, .* got .cutouts.'):
+        open_dataset("cutouts", "train")
