@@ -1,6 +1,7 @@
 """The command line: ``python -m dyhead_cuda COMMAND``.
 
-The options of all commands are in :mod:`dyhead_cuda.commands.arguments`. A command is a module with
+The options of all commands are in :mod:`dyhead_cuda.commands.arguments` and
+:mod:`dyhead_cuda.commands.detector_arguments`. A command is a module with
 ``run(arguments) -> int``; only the one asked for is imported, so that the packages that one command
 needs do not hold up another.
 """
@@ -13,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dyhead_cuda.commands import arguments as options
-from dyhead_cuda.commands.parsing import load, parse
+from dyhead_cuda.commands import detector_arguments
+from dyhead_cuda.commands.parsing import HINTS, load, parse
 from dyhead_cuda.version import __version__
 
 
@@ -43,13 +45,17 @@ COMMANDS = {
     ),
     "eval": Command(options.evaluate, "detection", "COCO average precision of a trained detector"),
     "predict": Command(
-        options.predict, "detection", "detect on pictures: a drawing and a JSON file of each"
+        detector_arguments.predict,
+        "detection",
+        "detect on images and videos: a drawing and a JSON file of each",
     ),
     "attend": Command(
-        options.attend, "detection", "draw what the head of a trained detector attends to"
+        detector_arguments.attend,
+        "detection",
+        "draw what the head of a trained detector attends to",
     ),
     "export": Command(
-        options.export,
+        detector_arguments.export,
         "detection",
         "write a trained detector as ONNX, torch.export or AOTInductor file, and verify it",
     ),
@@ -69,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
         subparser.set_defaults(parser=subparser)
         command.add_arguments(subparser)
-    arguments = parse(parser, sys.argv[1:] if argv is None else argv)
+    arguments = parse(parser, sys.argv[1:] if argv is None else argv, HINTS)
     name = arguments.command
     module = load(f"dyhead_cuda.commands.{name}", COMMANDS[name].extra, arguments.parser)
     return int(module.run(arguments))

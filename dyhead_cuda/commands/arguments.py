@@ -1,4 +1,4 @@
-"""The options of every command.
+"""The options of the commands up to a trained detector; :mod:`detector_arguments` has the others.
 
 ``--help`` must work without the packages that a command needs, so nothing here imports them: names
 to choose from come from :mod:`dyhead_cuda.detection.names` and the layer.
@@ -13,18 +13,15 @@ from typing import Any, get_args
 from dyhead_cuda.commands.options import (
     MAX_SIDE,
     attentions,
-    blocks,
-    image_size,
     integer,
     levels,
     number,
-    point,
 )
 from dyhead_cuda.detection.names import (
     DETECTORS,
     DEVICES,
+    SPLITS,
     Amp,
-    ExportFormat,
     Optimizer,
     Schedule,
 )
@@ -34,11 +31,6 @@ from dyhead_cuda.pyramid import HIGH_OFFSETS
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
 MIN_SIZE, MAX_SIZE = 64, 4096  # longer side of its photograph in pixels
-DEFAULT_POINTS = 3  # that attend shows
-MIN_OPSET, OPSET = (
-    19,
-    21,
-)  # ONNX has DeformConv since 19, and normalises groups in one node since 21
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
 SCENE_SIZE = 128
 # Beyond these, options can only be mistakes: no memory or time is enough.
@@ -50,7 +42,7 @@ _USUAL = TrainConfig(1)  # for the defaults
 
 def info(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda info``."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
 
 def check(parser: argparse.ArgumentParser) -> None:
@@ -73,13 +65,26 @@ def demo(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         type=integer(1, MAX_BLOCKS),
         default=6,
-        help="of the head (default: %(default)s)",
+        help="of the head, one after the other (default: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    _add_device(parser)
-    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="of all weights")
     parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), help="directory (default: %(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type of weights and features (default: %(default)s)",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--seed",
+        type=integer(0, 2**63 - 1),
+        default=0,
+        help="of the random weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo_output"),
+        help="folder of the picture and the numbers (default: %(default)s)",
     )
 
 
@@ -93,17 +98,18 @@ def train(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="of the run; one that is there already is continued (default: runs/MODEL-DATA)",
+        help="folder of the run; one that is there already is continued (default: runs/MODEL-DATA)",
     )
-    run.add_argument("--restart", action="store_true", help="delete the run in that folder first")
+    run.add_argument("--restart", action="store_true", help="delete the run that is in --out first")
     run.add_argument(
         "--pictures",
         type=integer(0),
         default=0,
         metavar="N",
-        help="draw N scenes of val at the end",
+        help="draw the first N images of val at the end, with what is annotated and what is found "
+        "(default: %(default)s)",
     )
-    run.add_argument("--tensorboard", action="store_true", help="write events for it, too")
+    run.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard, too")
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
@@ -112,186 +118,181 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "run", type=Path, metavar="RUN", help="a folder that train wrote, or a checkpoint in it"
     )
     parser.add_argument(
-        "--data", metavar="FOLDER", help="in COCO's format, its val split (default: the run's)"
+        "--data",
+        metavar="FOLDER",
+        help="images and annotations in COCO's format (default: what the run was trained on)",
     )
     parser.add_argument(
-        "--batch-size", type=integer(1, MAX_BATCH), default=8, help="default: %(default)s"
-    )
-    parser.add_argument("--workers", type=integer(0, MAX_WORKERS), default=0, help="load images")
-    _add_device(parser)
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write metrics and all detections there"
-    )
-
-
-def predict(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda predict``."""
-    _add_images(parser)
-    parser.add_argument(
-        "--threshold", type=number(0, 1), default=0.3, help="on scores (default: %(default)s)"
+        "--split",
+        default="val",
+        metavar="NAME",
+        help="the part of the data to measure on: val, train, or any other name that the folder "
+        "has annotations of, such as test (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
-    )
-
-
-def attend(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda attend``."""
-    _add_images(parser)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--box",
-        nargs="+",
-        type=integer(0),
-        metavar="INDEX",
-        help="show the centres of these detections; 0 has the best score (default: the best "
-        f"{DEFAULT_POINTS} of different objects)",
-    )
-    where.add_argument(
-        "--points",
-        nargs="+",
-        type=point,
-        metavar="X,Y[,LEVEL]",
-        help="show these places, in pixels of the image, e.g. 120,80 or 120,80,P4; without a level "
-        "that of the smallest detection around it, or else the finest",
-    )
-    parser.add_argument(
-        "--blocks",
-        type=blocks,
-        default=None,
-        metavar="all|I,J,...",
-        help="the blocks to draw, from 1 (default: all)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("attention"), help="folder (default: %(default)s)"
-    )
-
-
-def export(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``python -m dyhead_cuda export``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EXPORTED
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN", help="a folder that train wrote, or a checkpoint"
-    )
-    parser.add_argument(
-        "--format",
-        choices=get_args(ExportFormat),
-        required=True,
-        help="onnx: standard ONNX, nothing of this package needed to run it (extra: export); pt2: "
-        "torch.export, needs PyTorch and this package's operators; aoti: the same compiled by "
-        "AOTInductor, which takes a C++ compiler and some minutes",
-    )
-    parser.add_argument(
-        "--size",
-        type=image_size,
-        required=True,
-        metavar="HxW|dynamic",
-        help="of the images that the file takes, in pixels, e.g. 800x1088; dynamic: any height and "
-        "width that the pyramid divides",
-    )
-    parser.add_argument(
-        "--raw",
-        action="store_true",
-        help="one-stage detectors: predictions before decoding and non-maximum suppression, for "
-        "any number of images",
-    )
-    parser.add_argument("--opset", type=integer(MIN_OPSET), help=f"of onnx (default: {OPSET})")
-    parser.add_argument(
-        "--image",
+        "--annotations",
         type=Path,
-        metavar="PHOTO",
-        help="compare file and detector on it (default: on random images)",
+        metavar="FILE",
+        help="annotations in COCO's format, where --data FOLDER keeps them under another name "
+        "than the usual (default: looked for in the folder)",
     )
-    _add_device(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx or .pt2")
-
-
-_EXPORTED = """\
-input:
-  images [1, 3, H, W] float32, RGB in 0..1. Normalisation, and for a fixed size padding, are inside
-  the file; resizing is not. With --raw [n, 3, H, W].
-outputs, for n detections, best first, after non-maximum suppression:
-  boxes [n, 4] float32    x1, y1, x2, y2 in pixels of the input
-  scores [n] float32
-  labels [n] int64        from 1; the names are in the file as "classes"
-outputs with --raw, for A anchors of all levels, finest first:
-  logits [n, A, classes], deltas [n, A, 4], centerness [n, A] (not retinanet), anchors [A, 4]
-
-The file is loaded and compared with the detector before it gets its name.
-"""
-
-
-def _add_device(parser: Any) -> None:
-    parser.add_argument("--device", choices=DEVICES, default="auto")
-
-
-def _add_images(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of commands that run a trained detector on image files."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument(
-        "--checkpoint",
+        "--images-folder",
         type=Path,
-        required=True,
-        metavar="RUN",
-        help="a folder that train wrote, or a checkpoint in it",
+        metavar="FOLDER",
+        help="that the file names in the annotations count from (default: looked for in --data)",
     )
-    _add_device(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=integer(1, MAX_BATCH),
+        default=8,
+        metavar="N",
+        help="images that go through the model at once (default: %(default)s)",
+    )
+    _add_workers(parser, 0)
+    add_device(parser)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write metrics and all detections to this file"
+    )
+
+
+def add_device(parser: Any) -> None:
+    """Adds ``--device``."""
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="where it runs; auto: on a GPU if there is one (default: %(default)s)",
+    )
+
+
+def _add_workers(parser: Any, default: int) -> None:
+    parser.add_argument(
+        "--workers",
+        type=integer(0, MAX_WORKERS),
+        default=default,
+        metavar="N",
+        help="processes that load images while the model computes; 0: none of their own "
+        "(default: %(default)s)",
+    )
 
 
 def _add_data(group: Any) -> None:
     group.add_argument(
-        "--data", default="digits", metavar="digits|FOLDER", help="a folder is in COCO's format"
+        "--data",
+        default="digits",
+        metavar="digits|FOLDER",
+        help="scenes of handwritten digits, made on the fly, or a folder in COCO's format "
+        "(default: %(default)s)",
     )
-    group.add_argument("--strict", action="store_true", help="fail on any broken annotation")
-    group.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    for split in SPLITS:
+        group.add_argument(
+            f"--{split}-annotations",
+            type=Path,
+            metavar="FILE",
+            help=f"FOLDER: the annotations of {split} (default: looked for in the folder)",
+        )
+        group.add_argument(
+            f"--{split}-images-folder",
+            type=Path,
+            metavar="FOLDER",
+            help=f"FOLDER: what the file names in the annotations of {split} count from (default: "
+            "looked for in the folder)",
+        )
     group.add_argument(
-        "--images", type=integer(1, MAX_SCENES), metavar="N", help="digits: scenes of train"
+        "--strict",
+        action="store_true",
+        help="fail on any broken image or annotation, which else is left out and named",
     )
     group.add_argument(
-        "--val-images", type=integer(1, MAX_SCENES), metavar="N", help="digits: scenes of val"
+        "--flip", action="store_true", help="mirror half of the training images, at random"
+    )
+    group.add_argument(
+        "--images",
+        type=integer(1, MAX_SCENES),
+        metavar="N",
+        help="digits: how many scenes to train on (default: 2000)",
+    )
+    group.add_argument(
+        "--val-images",
+        type=integer(1, MAX_SCENES),
+        metavar="N",
+        help="digits: how many scenes to measure on (default: 400)",
     )
     group.add_argument(
         "--scene-size",
         type=integer(32, MAX_SIDE),
         metavar="PIXELS",
-        help=f"digits: default {SCENE_SIZE}",
+        help=f"digits: side of the square scenes (default: {SCENE_SIZE})",
     )
 
 
 def _add_model(group: Any) -> None:
-    group.add_argument("--model", choices=DETECTORS, default="atss", help="default: %(default)s")
     group.add_argument(
-        "--blocks", type=integer(0, MAX_BLOCKS), default=6, help="of the head; 0: no DyHead"
+        "--model",
+        choices=DETECTORS,
+        default="atss",
+        help="the kind of detector (default: %(default)s)",
     )
     group.add_argument(
-        "--backbone", default="resnet50", help="torchvision's resnet*, swin_*, or timm/NAME"
+        "--blocks",
+        type=integer(0, MAX_BLOCKS),
+        default=6,
+        metavar="N",
+        help="blocks of the Dynamic Head; 0: a detector without it (default: %(default)s)",
     )
-    group.add_argument("--weights", help="of the backbone: DEFAULT, or pretrained for timm")
     group.add_argument(
-        "--channels", type=integer(1, MAX_CHANNELS), default=256, help="of the pyramid"
+        "--backbone",
+        default="resnet50",
+        metavar="NAME",
+        help="torchvision's resnet* or swin_*, or timm/NAME (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="of the backbone, to download: DEFAULT for torchvision's, pretrained for timm's "
+        "(default: random weights)",
+    )
+    group.add_argument(
+        "--channels",
+        type=integer(1, MAX_CHANNELS),
+        default=256,
+        metavar="N",
+        help="channels of the pyramid and the head (default: %(default)s)",
     )
     group.add_argument(
         "--convs",
         type=integer(0, MAX_CONVS),
-        help="in each tower (default: 0 with a DyHead, 4 without)",
+        metavar="N",
+        help="convolutions before each predictor (default: 0 with a Dynamic Head, 4 without)",
     )
     group.add_argument(
         "--levels",
         type=levels,
         metavar="FIRST-LAST",
-        help="of the pyramid (default, as published: 3-7; two-stage models: 2-6)",
+        help="levels of the pyramid; level L has stride 2^L (default, as published: 3-7; two-stage "
+        "models: 2-6)",
     )
     group.add_argument(
         "--attentions",
         type=attentions,
         default=ATTENTIONS,
         metavar="LIST",
-        help=f"some of {','.join(ATTENTIONS)}, or none",
+        help=f"which attentions the head has: some of {','.join(ATTENTIONS)}, or none (default: "
+        "all)",
     )
-    group.add_argument("--high-offset", choices=HIGH_OFFSETS, default="flat")
     group.add_argument(
-        "--init", choices=get_args(Init), default="mmdet", help="of the head (default: mmdet)"
+        "--high-offset",
+        choices=HIGH_OFFSETS,
+        default="flat",
+        help="how offsets are read for the coarser level; flat is as published (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--init",
+        choices=get_args(Init),
+        default="mmdet",
+        help="whose first weights the head has (default: %(default)s)",
     )
     group.add_argument(
         "--size",
@@ -305,14 +306,22 @@ def _add_model(group: Any) -> None:
         metavar="PIXELS",
         help=f"the longer side at most (default: {COCO_MAX_SIZE}; digits: the scene's size)",
     )
-    group.add_argument("--keypoints", action="store_true", help="two-stage models: predict them")
+    group.add_argument(
+        "--keypoints",
+        action="store_true",
+        help="two-stage models: predict the keypoints of the data, too",
+    )
 
 
 def _add_training(group: Any) -> None:
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=integer(1), help="of the optimizer (default: 1000)")
     length.add_argument(
-        "--epochs", type=number(0.001, MAX_EPOCHS), help="instead: passes over the images"
+        "--steps", type=integer(1), help="how many steps of the optimizer (default: 1000)"
+    )
+    length.add_argument(
+        "--epochs",
+        type=number(0.001, MAX_EPOCHS),
+        help="passes over the training images, instead of --steps",
     )
     group.add_argument(
         "--batch-size",
@@ -321,9 +330,17 @@ def _add_training(group: Any) -> None:
         metavar="N",
         help="images per process (default: %(default)s)",
     )
-    group.add_argument("--optimizer", choices=get_args(Optimizer), default=_USUAL.optimizer)
     group.add_argument(
-        "--lr", type=number(1e-12, MAX_RATE), default=_USUAL.lr, help="default: %(default)s"
+        "--optimizer",
+        choices=get_args(Optimizer),
+        default=_USUAL.optimizer,
+        help="adamw, or sgd with momentum (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr",
+        type=number(1e-12, MAX_RATE),
+        default=_USUAL.lr,
+        help="the highest learning rate (default: %(default)s)",
     )
     group.add_argument(
         "--offset-lr",
@@ -332,22 +349,58 @@ def _add_training(group: Any) -> None:
         metavar="FACTOR",
         help="part of it for what predicts sampling offsets (default: %(default)s)",
     )
-    group.add_argument("--schedule", choices=get_args(Schedule), default=_USUAL.schedule)
-    group.add_argument("--weight-decay", type=number(0, MAX_RATE), default=_USUAL.weight_decay)
-    group.add_argument("--warmup-steps", type=integer(0), default=_USUAL.warmup_steps, metavar="N")
     group.add_argument(
-        "--clip-norm", type=number(0), default=_USUAL.clip_norm, help="of gradients; 0: no limit"
-    )
-    group.add_argument("--amp", choices=get_args(Amp), default=_USUAL.amp)
-    group.add_argument("--seed", type=integer(0), default=_USUAL.seed)
-    group.add_argument(
-        "--eval-every", type=integer(1), metavar="STEPS", help="default: only at the end"
+        "--schedule",
+        choices=get_args(Schedule),
+        default=_USUAL.schedule,
+        help="of the learning rate after the warmup (default: %(default)s)",
     )
     group.add_argument(
-        "--checkpoint-every", type=integer(1), default=_USUAL.checkpoint_every, metavar="STEPS"
+        "--weight-decay",
+        type=number(0, MAX_RATE),
+        default=_USUAL.weight_decay,
+        help="of weights, not of biases and norms (default: %(default)s)",
     )
     group.add_argument(
-        "--workers", type=integer(0, MAX_WORKERS), default=_USUAL.workers, help="load images"
+        "--warmup-steps",
+        type=integer(0),
+        default=_USUAL.warmup_steps,
+        metavar="N",
+        help="steps in which the learning rate grows (default: %(default)s)",
     )
-    group.add_argument("--device", choices=DEVICES, default=_USUAL.device)
-    group.add_argument("--deterministic", action="store_true", help="refuse what varies on GPUs")
+    group.add_argument(
+        "--clip-norm",
+        type=number(0),
+        default=_USUAL.clip_norm,
+        help="largest norm of the gradients; 0: no limit (default: %(default)s)",
+    )
+    group.add_argument(
+        "--amp",
+        choices=get_args(Amp),
+        default=_USUAL.amp,
+        help="autocast to 16 bits, or off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=integer(0),
+        default=_USUAL.seed,
+        help="of weights and of the order of images (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=integer(1),
+        metavar="STEPS",
+        help="steps between evaluations (default: only at the end)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=integer(1),
+        default=_USUAL.checkpoint_every,
+        metavar="STEPS",
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    _add_workers(group, _USUAL.workers)
+    add_device(group)
+    group.add_argument(
+        "--deterministic", action="store_true", help="refuse operations that vary on GPUs"
+    )

@@ -9,8 +9,20 @@ import os
 from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE, SCENE_SIZE
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
 from dyhead_cuda.detection.models.config import ModelConfig
-from dyhead_cuda.detection.names import TWO_STAGE
+from dyhead_cuda.detection.names import SPLITS, TWO_STAGE
 from dyhead_cuda.detection.training.config import TrainConfig
+
+# Options of a folder's split, without its name, by the parameters of CocoFolder.
+PLACES = {"annotations": "annotations", "images": "images-folder"}
+
+
+def _places(arguments: argparse.Namespace, split: str) -> dict[str, str]:
+    """Where the options say that a folder keeps a split."""
+    given = {
+        name: getattr(arguments, f"{split}-{option}".replace("-", "_"))
+        for name, option in PLACES.items()
+    }
+    return {name: os.path.realpath(path) for name, path in given.items() if path is not None}
 
 
 def data_config(arguments: argparse.Namespace) -> DataConfig:
@@ -25,11 +37,16 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
         "--scene-size": arguments.scene_size,
     }
     given = [name for name, value in for_digits.items() if value is not None]
+    places = {split: _places(arguments, split) for split in SPLITS}
     if arguments.data != "digits":
         if given:
             raise ValueError(f"{', '.join(given)}: only for --data digits, got {arguments.data}")
         folder = os.path.realpath(arguments.data)  # resolve() raises where links are a circle
-        return DataConfig(folder, {"strict": arguments.strict}, flip=arguments.flip)
+        return DataConfig(folder, {"strict": arguments.strict}, **places, flip=arguments.flip)
+    for split, found in places.items():
+        if found:
+            names = ", ".join(f"--{split}-{PLACES[name]}" for name in found)
+            raise ValueError(f"{names}: digits have no files; only for --data FOLDER")
     if arguments.flip:
         raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER")
     if arguments.strict:
