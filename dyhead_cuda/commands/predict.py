@@ -175,16 +175,16 @@ def nothing(scores: Sequence[float], threshold: float) -> str:
     if not len(scores):
         return f" above {threshold:g}, and none with a lower score either"
     best = max(scores)
-    lower = rounded_down(best)
-    return f" above {threshold:g}; the best has {best:.2g}: try --threshold {lower:g}"
+    shown, lower = _rounded_down(best, 10), _rounded_down(best, 2)
+    return f" above {threshold:g}; the best has {shown:g}: try --threshold {lower:g}"
 
 
-def rounded_down(value: float) -> float:
-    """A number in 0..1 with one digit that is not 0, or 0."""
+def _rounded_down(value: float, parts: int) -> float:
+    """A number in 0..1 as its first digit that is not 0 and ``parts``-ths of its unit."""
     if value <= 0:
         return 0.0
-    digits = -math.floor(math.log10(value))
-    return math.floor(value * 10**digits) / 10**digits
+    unit = 10.0 ** math.ceil(-math.log10(value)) * parts
+    return math.floor(value * unit) / unit
 
 
 def _video(detector: Detector, video: ModuleType, path: Path) -> Exception | None:

@@ -81,8 +81,8 @@ def find_images(
     looked = ", ".join(str(place) for place in places)
     raise ValueError(
         f"expected the images of {annotations} (such as {shown(names[0])}), found none in {looked}"
-        "; name their folder with images=FOLDER (train: --train-images-folder, --val-images-folder; "
-        "eval: --images-folder)"
+        "; name their folder with images=FOLDER (train: --train-images-folder, "
+        "--val-images-folder; eval: --images-folder)"
     )
 
 
