@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -44,31 +45,36 @@ def test_no_more_than_the_best_are_drawn() -> None:
     assert drawing.counted(objects([[0, 0, 9, 9]], [1])) == "1 object"
 
 
-@pytest.mark.parametrize("box", [[0, 0, 20, 20], [440, 0, 480, 480], [450, 450, 480, 480]])
-def test_a_name_is_inside_the_picture(box: list[int]) -> None:
-    """At every border the name has all the pixels that it has in the middle."""
-    image = torch.zeros(3, 480, 480)
-    empty = [
-        drawing.draw(image, objects([each], [1]), ("",)) for each in (box, [200] * 2 + [240] * 2)
-    ]
-    named = [
-        drawing.draw(image, objects([each], [1]), ("cup",)) for each in (box, [200] * 2 + [240] * 2)
-    ]
-    grown = [int(coloured(b, 1).sum() - coloured(a, 1).sum()) for a, b in zip(empty, named)]
-    assert grown[0] > 0.8 * grown[1] > 200
+SIZE, FONT = (480, 360), drawing._font(1.0)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 20, 20), (470, 0, 480, 360), (450, 340, 480, 360)])
+def test_a_name_is_inside_the_picture(box: tuple[float, ...]) -> None:
+    left, top, right, bottom = drawing._place(SIZE, box, "spoon: 0.99", FONT, [])
+    assert 0 <= left < right <= 480
+    assert 0 <= top < bottom <= 360
+    assert right - left > FONT.getlength("spoon: 0.99")
 
 
 def test_names_of_one_place_are_beside_each_other() -> None:
-    image, box = torch.zeros(3, 480, 480), [100, 100, 300, 300]
-    alone = [drawing.draw(image, objects([box], [label]), NAMES) for label in (1, 2, 3)]
-    together = drawing.draw(image, objects([box] * 3, [1, 2, 3]), NAMES)
-    for label, picture in zip((1, 2, 3), alone, strict=True):
-        inside = slice(104, 297)  # without the lines of the boxes, of which one is on top
-        names = [coloured(each, label).clone() for each in (picture, together)]
-        for each in names:
-            each[97:304, 97:104] = each[97:304, 297:304] = False
-            each[97:104, 97:304] = each[297:304, 97:304] = False
-        assert names[1].sum() >= 0.9 * names[0].sum() > 300, inside
+    areas: list[drawing.Area] = []
+    for _ in range(4):
+        areas.append(drawing._place(SIZE, (100, 100, 400, 300), "spoon: 0.99", FONT, areas))
+    for one, other in itertools.combinations(areas, 2):
+        assert drawing._overlap(one, other) == 0
+
+
+def test_the_area_that_two_names_share() -> None:
+    assert drawing._overlap((0, 0, 4, 3), (1, 1, 9, 9)) == 6
+    assert drawing._overlap((0, 0, 4, 3), (4, 0, 9, 3)) == 0
+    assert drawing._overlap((0, 0, 4, 3), (9, 9, 12, 12)) == 0
+
+
+def test_names_are_drawn() -> None:
+    image, one = torch.zeros(3, 480, 480), objects([[100, 100, 300, 300]], [1])
+    box, named = (drawing.draw(image, one, names) for names in (("",), ("spoon",)))
+    assert coloured(named, 1).sum() > coloured(box, 1).sum() + 500
+    assert (named != box).any(0)[:100].any(), "above the box"
 
 
 def test_small_pictures_are_enlarged_and_large_ones_have_large_letters() -> None:
