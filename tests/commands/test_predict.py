@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,8 @@ def test_images_that_do_not_go_together_would_differ() -> None:
 def test_the_padded_size_is_that_of_what_the_backbone_gets(height: int) -> None:
     model = finders.make("atss")
     shapes: list[torch.Size] = []
-    model.backbone.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
+    backbone = model.get_submodule("backbone")
+    backbone.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
     detect(model, [torch.rand(3, height, 64)])
     assert padded_size(model, height, 64) == tuple(shapes[0][-2:])
 
