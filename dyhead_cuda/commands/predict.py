@@ -173,7 +173,10 @@ def nothing(scores: Sequence[float], threshold: float) -> str:
         threshold: above all of them.
     """
     if not len(scores):
-        return f" above {threshold:g}, and none with a lower score either"
+        return (
+            f" above {threshold:g}, and the model proposes none with a lower score either; if it "
+            "never does, train it for longer"
+        )
     best = max(scores)
     shown, lower = _rounded_down(best, 10), _rounded_down(best, 2)
     return f" above {threshold:g}; the best has {shown:g}: try --threshold {lower:g}"

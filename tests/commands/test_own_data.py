@@ -16,7 +16,10 @@ from tests.helpers.detection.coco_folders import content, save
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "own_data.md").read_text()
-LINES = [shlex.split(line) for line in re.findall(r"^    python -m dyhead_cuda (.*)$", PAGE, re.M)]
+LINES = [
+    shlex.split(line, comments=True)
+    for line in re.findall(r"^    python -m dyhead_cuda (.*)$", PAGE, re.M)
+]
 LAYOUTS = re.findall(r"^\| `my_data/(\S+)` \| `my_data/(\S+)` \|$", PAGE, re.M)
 FOR_GPUS = "--weights"  # downloads them, and goes on for hours
 
