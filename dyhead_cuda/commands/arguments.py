@@ -54,7 +54,9 @@ def check(parser: argparse.ArgumentParser) -> None:
 
 def demo(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda demo``."""
-    parser.add_argument("--image", type=Path, help="a photograph (default: one of scikit-image's)")
+    parser.add_argument(
+        "--image", type=Path, help="the photograph to run it on (default: one of scikit-image's)"
+    )
     parser.add_argument(
         "--size",
         type=integer(MIN_SIZE, MAX_SIZE),
