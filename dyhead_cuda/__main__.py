@@ -1,6 +1,8 @@
 """The command line: ``python -m dyhead_cuda COMMAND``.
 
-The options of all commands are in :mod:`dyhead_cuda.commands.arguments`. A command is a module with
+The options of all commands are in :mod:`dyhead_cuda.commands.arguments`,
+:mod:`dyhead_cuda.commands.train_arguments` and :mod:`dyhead_cuda.commands.detector_arguments`. A
+command is a module with
 ``run(arguments) -> int``; only the one asked for is imported, so that the packages that one command
 needs do not hold up another.
 """
@@ -13,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dyhead_cuda.commands import arguments as options
-from dyhead_cuda.commands.parsing import load, parse
+from dyhead_cuda.commands import detector_arguments, train_arguments
+from dyhead_cuda.commands.parsing import HINTS, load, parse
 from dyhead_cuda.version import __version__
 
 
@@ -39,22 +42,26 @@ COMMANDS = {
         "run the head on a photograph, compare with the reference, and draw what it attends to",
     ),
     "train": Command(
-        options.train, "detection", "train a detector with a Dynamic Head, or resume a run"
+        train_arguments.train, "detection", "train a detector with a Dynamic Head, or resume a run"
     ),
     "scenes": Command(
-        options.scenes,
+        train_arguments.scenes,
         "detection",
         "write composed scenes as images with COCO annotations, to look at and to train on",
     ),
     "eval": Command(options.evaluate, "detection", "COCO average precision of a trained detector"),
     "predict": Command(
-        options.predict, "detection", "detect on pictures: a drawing and a JSON file of each"
+        detector_arguments.predict,
+        "detection",
+        "detect on images and videos: a drawing and a JSON file of each",
     ),
     "attend": Command(
-        options.attend, "detection", "draw what the head of a trained detector attends to"
+        detector_arguments.attend,
+        "detection",
+        "draw what the head of a trained detector attends to",
     ),
     "export": Command(
-        options.export,
+        detector_arguments.export,
         "detection",
         "write a trained detector as ONNX, torch.export or AOTInductor file, and verify it",
     ),
@@ -74,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
         subparser.set_defaults(parser=subparser)
         command.add_arguments(subparser)
-    arguments = parse(parser, sys.argv[1:] if argv is None else argv)
+    arguments = parse(parser, sys.argv[1:] if argv is None else argv, HINTS)
     name = arguments.command
     module = load(f"dyhead_cuda.commands.{name}", COMMANDS[name].extra, arguments.parser)
     return int(module.run(arguments))

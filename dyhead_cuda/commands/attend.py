@@ -15,8 +15,8 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from dyhead_cuda.commands import images
-from dyhead_cuda.commands.arguments import DEFAULT_POINTS
 from dyhead_cuda.commands.common import check_names, fail, fail_for_memory
+from dyhead_cuda.commands.detector_arguments import DEFAULT_POINTS
 from dyhead_cuda.detection.figures import attention, attention_figure
 from dyhead_cuda.detection.figures.attention import Observation, Point
 from dyhead_cuda.detection.files import make_folder, plain, write_atomically
@@ -42,13 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
-    check_names(arguments.images)
+    paths, others = images.find(arguments.images)
+    check_names(paths)
     device = parallel.choose_device(arguments.device)
     model, config = trainer.load_model(arguments.checkpoint, device)
     attention.head_of(model)
     make_folder(arguments.out)
     classes = config["classes"]
-    for path in arguments.images:
+    for path in paths:
         image, name = images.load_photograph(path)
         observation, points = observe(model, image, classes, arguments.box, arguments.points)
         blocks = _shown(arguments.blocks, observation)
@@ -61,8 +62,12 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         numbers = {"image": str(path), "checkpoint": str(arguments.checkpoint)}
         numbers |= attention.to_dict(observation, points)
         _write_line(picture.with_suffix(".json"), numbers)
-        found = ", ".join(f"{p.text} on {observation.level_names[p.level]}" for p in points)
+        found = "; ".join(f"{p.text} on {observation.level_names[p.level]}" for p in points)
+        if arguments.points is None and all(point.box is None for point in points):
+            found = f"no object was detected, so these places are shown: {found}"
         console.print(f"{escape(str(picture))}: {escape(found)}", soft_wrap=True)
+    if others:
+        console.print(escape(images.skipped(others)), soft_wrap=True)
 
 
 def _write_line(path: Path, numbers: Mapping[str, Any]) -> None:

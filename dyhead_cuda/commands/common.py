@@ -43,6 +43,15 @@ def check_names(paths: Sequence[Path]) -> None:
         seen[path.stem] = path
 
 
+def check_outputs(paths: Sequence[Path], out: Path, suffixes: Sequence[str]) -> None:
+    """Raise ValueError if a file written to ``out`` would replace one of those that are read."""
+    for path in paths:
+        for suffix in suffixes:
+            written = out / f"{path.stem}{suffix}"
+            if written.exists() and path.exists() and written.samefile(path):
+                raise ValueError(f"expected --out as another folder than that of {path}")
+
+
 def is_first() -> bool:
     """Whether this is the one process that prints, of those that torchrun started."""
     return int(os.environ.get("RANK", 0)) == 0

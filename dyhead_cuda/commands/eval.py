@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from dyhead_cuda.commands.common import (
     print_metrics,
     warnings_shown,
 )
-from dyhead_cuda.detection.data import DataConfig, open_dataset
+from dyhead_cuda.detection.data import DataConfig, DetectionDataset, open_dataset
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.files import write_json
+from dyhead_cuda.detection.names import SPLITS
 from dyhead_cuda.detection.training import parallel
 from dyhead_cuda.detection.training.errors import RankError, RunError
 from dyhead_cuda.detection.training.trainer import load_model
@@ -67,13 +68,27 @@ def _own_data(config: dict[str, Any], run: Path) -> DataConfig:
         ) from None
 
 
+def _dataset(arguments: argparse.Namespace, config: dict[str, Any]) -> DetectionDataset:
+    """The data that the options ask for."""
+    given = {"annotations": arguments.annotations, "images": arguments.images_folder}
+    options = {name: path for name, path in given.items() if path is not None}
+    if arguments.data is not None:
+        if arguments.data == "digits" and options:
+            raise ValueError("--annotations, --images-folder: only for --data FOLDER")
+        return open_dataset(arguments.data, arguments.split, **options)
+    if options:
+        raise ValueError("--annotations, --images-folder: name the folder, too, with --data FOLDER")
+    own = _own_data(config, arguments.run)
+    if arguments.split in SPLITS:
+        plain = replace(own, flip=False, scale_jitter=None, jitter_size=None)
+        return plain.open(arguments.split)
+    return open_dataset(own.spec, arguments.split, **own.options)
+
+
 def _evaluate(arguments: argparse.Namespace) -> Metrics:
     with parallel.join(arguments.device) as processes:
         model, config = load_model(arguments.run, processes.device)
-        if arguments.data is None:
-            dataset = _own_data(config, arguments.run).open("val")
-        else:
-            dataset = open_dataset(arguments.data, "val")
+        dataset = _dataset(arguments, config)
         if list(dataset.classes) != config["classes"]:
             raise ValueError(
                 f"expected data of the classes that the model knows, {', '.join(config['classes'])}"

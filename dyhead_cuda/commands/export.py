@@ -18,8 +18,8 @@ from torchvision.transforms.functional import to_tensor
 
 from dyhead_cuda import library
 from dyhead_cuda.commands import images
-from dyhead_cuda.commands.arguments import OPSET
 from dyhead_cuda.commands.common import fail, fail_for_memory
+from dyhead_cuda.commands.detector_arguments import OPSET
 from dyhead_cuda.detection import export_checks as checks
 from dyhead_cuda.detection import export_files as files
 from dyhead_cuda.detection.export_files import ExportError, Size

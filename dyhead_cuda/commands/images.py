@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,67 @@ MAX_PIXELS = 100_000_000
 MAX_RATIO = 8
 PAD_MULTIPLE = 128  # the stride of P7: every level then has exactly half the size of the finer one
 
+_NAMED = 10  # files that are named in one line
+
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
 
 class ImageError(Exception):
     """A file that cannot serve as the photograph: what is wrong with it, in one line."""
+
+
+def find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files that are meant: a folder stands for the images in it, sorted by their names.
+
+    Args:
+        paths: files, which are taken as they are, and folders. Folders inside a folder are not
+            looked into.
+
+    Returns:
+        The files, and those files in folders that are left out because they are no images. An
+        image that is damaged counts as an image.
+
+    Raises:
+        ImageError: a folder without images, or one that cannot be read.
+    """
+    files, others = [], []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        try:
+            inside = sorted(entry for entry in path.iterdir() if entry.is_file())
+        except OSError as error:
+            raise ImageError(f"cannot read the folder {path}: {error.strerror}") from None
+        images = [entry for entry in inside if _is_image(entry)]
+        if not images:
+            raise ImageError(
+                f"expected images in {path}, found none among its {len(inside)} files (folders "
+                "inside it are not looked into)"
+            )
+        files += images
+        others += [entry for entry in inside if entry not in set(images)]
+    return files, others
+
+
+def skipped(others: Sequence[Path]) -> str:
+    """A line that names what :func:`find` leaves out, if it is not too much."""
+    names = ", ".join(path.name for path in others[:_NAMED])
+    more = len(others) - _NAMED
+    return f"left out, as they are no images: {names}" + (f" and {more} more" if more > 0 else "")
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever is to be said is said when it is loaded
+            with Image.open(path):
+                return True
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # damaged or unreadable, which is said when it is loaded
+        return True
 
 
 def load_photograph(path: str | Path) -> tuple[Image.Image, str]:

@@ -166,5 +166,11 @@ def _draw_pictures(folder: Path, validation_set: DetectionDataset, count: int, d
     for index in range(min(count, len(validation_set))):
         image, target = validation_set[index]
         found = predict(model, image, THRESHOLD)
-        pair = [drawing.draw(image, objects, config["classes"]) for objects in (target, found)]
+        pair = [
+            drawing.panel(drawing.draw(image, objects, config["classes"]), title)
+            for objects, title in (
+                (target, f"annotated: {drawing.counted(target)}"),
+                (found, f"predicted: {drawing.counted(found)} (scores above {THRESHOLD:g})"),
+            )
+        ]
         drawing.save(drawing.beside(*pair), folder / "pictures" / f"{index + 1:06d}.png")

@@ -9,13 +9,26 @@ from dataclasses import replace
 from typing import Any
 
 from dyhead_cuda.commands import train_defaults
-from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE
+from dyhead_cuda.commands.train_arguments import COCO_MAX_SIZE, COCO_SIZE
 from dyhead_cuda.commands.train_defaults import chosen
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
 from dyhead_cuda.detection.models.backbone_weights import is_file
 from dyhead_cuda.detection.models.config import ModelConfig
 from dyhead_cuda.detection.models.starting import Start, continued, read_start
+from dyhead_cuda.detection.names import SPLITS
 from dyhead_cuda.detection.training.config import TrainConfig
+
+# Options of a folder's split, without its name, by the parameters of CocoFolder.
+PLACES = {"annotations": "annotations", "images": "images-folder"}
+
+
+def _places(arguments: argparse.Namespace, split: str) -> dict[str, str]:
+    """Where the options say that a folder keeps a split."""
+    given = {
+        name: getattr(arguments, f"{split}-{option}".replace("-", "_"))
+        for name, option in PLACES.items()
+    }
+    return {name: os.path.realpath(path) for name, path in given.items() if path is not None}
 
 
 def start(arguments: argparse.Namespace) -> Start | None:
@@ -61,11 +74,16 @@ def data_config(arguments: argparse.Namespace, base: ModelConfig | None = None) 
         "--max-angle": arguments.max_angle,
     }
     given = [name for name, value in for_digits.items() if value is not None]
+    places: dict[str, Any] = {split: _places(arguments, split) for split in SPLITS}
     if arguments.data != "digits":
         if given:
             raise ValueError(f"{', '.join(given)}: only for --data digits, got {arguments.data}")
         folder = os.path.realpath(arguments.data)  # resolve() raises where links are a circle
-        return DataConfig(folder, {"strict": arguments.strict}, **augmented)
+        return DataConfig(folder, {"strict": arguments.strict}, **places, **augmented)
+    for split, found in places.items():
+        if found:
+            names = ", ".join(f"--{split}-{PLACES[name]}" for name in found)
+            raise ValueError(f"{names}: scenes have no files; only for --data FOLDER")
     if arguments.flip and arguments.objects is None:
         raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER, --objects")
     if arguments.strict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from PIL import Image
 
 from dyhead_cuda import __main__ as command_line
 from dyhead_cuda.detection.data import DigitScenes, write_coco
+from dyhead_cuda.detection.figures import drawing
+from dyhead_cuda.detection.names import SPLITS
 from dyhead_cuda.detection.training import progress, runs
 from dyhead_cuda.detection.training.trainer import load_model
 
@@ -59,7 +62,8 @@ def test_what_training_leaves(trained: Path) -> None:
     pictures = sorted((trained / "pictures").iterdir())
     assert [path.name for path in pictures] == ["000001.png", "000002.png"]
     with Image.open(pictures[0]) as pair:
-        assert pair.size == (2 * 7 * 64 + 8, 7 * 64)
+        side = 8 * 64  # the least multiple of 480 or more
+        assert pair.size == (2 * side + 8, side + drawing.strip_height(side, side))
     (events,) = (trained / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes()
     config = runs.read_json(trained / "config.json")
@@ -90,6 +94,49 @@ def test_eval_on_other_data(trained: Path, coco: Path, tmp_path: Path) -> None:
     assert command("eval", trained, "--data", coco, *options) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert {each["image_id"] for each in found["detections"]} <= {1, 2, 3}
+
+
+def test_annotations_and_images_of_any_names(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder whose layout is none of the usual ones."""
+    for split in SPLITS:
+        source = coco / "annotations" / f"instances_{split}.json"
+        (tmp_path / f"my {split} boxes.json").write_bytes(source.read_bytes())
+        (tmp_path / "pictures" / split / "all").parent.mkdir(parents=True)
+        (tmp_path / "pictures" / split / "all").symlink_to(coco / split)
+    options = ["--data", tmp_path, *QUICK, "--steps=1", "--size=48", "--max-size=64"]
+    options += ["--model=faster_rcnn"]  # which finds something from the first step on
+    run = ["--out", tmp_path / "run"]
+    named = [f"--{split}-annotations={tmp_path}/my {split} boxes.json" for split in SPLITS]
+    places = [f"--{split}-images-folder={tmp_path}/pictures/{split}/all" for split in SPLITS]
+    assert command("train", *options, *run) == 2
+    assert "--train-annotations" in capsys.readouterr().err
+    assert command("train", *options, *run, *named) == 2
+    assert "--train-images-folder" in capsys.readouterr().err
+    assert command("train", *options, *run, *named, *places) == 0
+    data = runs.read_json(tmp_path / "run" / "config.json")["data"]
+    assert data["val"]["annotations"] == str(tmp_path / "my val boxes.json")
+
+    def found(*more: object) -> list[Any]:
+        out = tmp_path / "found.json"
+        assert command("eval", tmp_path / "run", "--device=cpu", "--json", out, *more) == 0
+        detections: list[Any] = json.loads(out.read_text())["detections"]
+        return detections
+
+    own = found()
+    where = ["--annotations", tmp_path / "my val boxes.json"]
+    images = ["--images-folder", tmp_path / "pictures" / "val" / "all"]
+    assert found("--data", tmp_path, *where, *images) == own
+    assert found("--split", "train") != own
+    shutil.copytree(coco / "val", tmp_path / "test")
+    shutil.copy(coco / "annotations" / "instances_val.json", tmp_path / "test.json")
+    assert found("--split", "test") == own
+    assert found("--split", "test", "--data", tmp_path) == own
+    assert command("eval", tmp_path / "run", *where) == 2
+    assert "with --data FOLDER" in capsys.readouterr().err
+    assert command("eval", tmp_path / "run", "--data", "digits", *where) == 2
+    assert "only for --data FOLDER" in capsys.readouterr().err
 
 
 def test_eval_refuses_other_classes(
@@ -129,7 +176,7 @@ def test_predict(trained: Path, coco: Path, tmp_path: Path) -> None:
         assert each["class"] == str(each["label"] - 1)
         assert np.array(each["keypoints"]).shape == (4, 3)
     with Image.open(tmp_path / "000002.png") as drawn:
-        assert drawn.size == (7 * 64, 7 * 48)
+        assert drawn.size == (8 * 64, 8 * 48)
         plain = image.convert("RGB").resize(drawn.size, Image.Resampling.NEAREST)
         differing = (np.asarray(drawn.convert("RGB")) != np.asarray(plain)).any(axis=2)
     assert 0.005 < differing.mean() < 0.9
@@ -234,6 +281,8 @@ def test_a_loss_that_is_not_finite_is_an_error(
         (["--data", "/no/such/folder"], "/no/such/folder"),
         (["--strict"], "only for --data FOLDER"),
         (["--flip"], "only for --data FOLDER"),
+        (["--val-annotations", "a.json"], "--val-annotations: digits have no files"),
+        (["--train-images-folder", "a"], "--train-images-folder: digits have no files"),
         (["--keypoints"], "keypoints 0 for the one-stage detector"),
         (["--scene-size", "8"], "expected an integer from 32 to 8192"),
     ],

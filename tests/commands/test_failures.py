@@ -319,7 +319,7 @@ def test_no_memory_is_one_line(
     def allocate(*_: Any, **__: Any) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("dyhead_cuda.commands.predict.predict", allocate)
+    monkeypatch.setattr("dyhead_cuda.commands.predict.detect", allocate)
     assert command(*commands_with(good, good, tmp_path)["predict"]) == 2
     line = error_line(capsys)
     assert "there is not enough memory" in line

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dyhead_cuda import __main__ as command_line
-from dyhead_cuda.commands import arguments as options
+from dyhead_cuda.commands import train_arguments as options
 from dyhead_cuda.commands import train_settings
 from dyhead_cuda.detection.data import CocoFolder, CutoutScenes, DataConfig, DigitScenes
 from dyhead_cuda.detection.names import SPLITS

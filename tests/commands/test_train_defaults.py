@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dyhead_cuda.commands import arguments as options
+from dyhead_cuda.commands import train_arguments as options
 from dyhead_cuda.commands import train_settings
 from dyhead_cuda.detection.data import DigitScenes
 from dyhead_cuda.detection.models.config import ModelConfig

@@ -52,6 +52,8 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
     Args:
         path: the folder.
         split: "train" or "val".
+        annotations: the json, where it is in none of these places.
+        images: the folder that the file names in the json count from, where it is none of these.
         strict: raise ValueError at the first look if anything at all is wrong, and when a damaged
             image is read.
 
@@ -73,9 +75,16 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
         (2, [3, 64, 64], 2, {})
     """
 
-    def __init__(self, path: str | Path, split: str, strict: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        strict: bool = False,
+        annotations: str | Path | None = None,
+        images: str | Path | None = None,
+    ) -> None:
         folder = Path(path)
-        self.annotations = find_json(folder, split)
+        self.annotations = find_json(folder, split) if annotations is None else Path(annotations)
         content = read_json(self.annotations)
         self._strict = strict
         self.problems = Problems()
@@ -84,9 +93,9 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
         self.category_ids: tuple[int, ...] = tuple(entry["id"] for entry in categories)
         self.num_keypoints = _num_keypoints(categories, self.annotations)
         names = [str(entry.get("file_name")) for entry in content["images"]]
-        place = find_images(folder, split, self.annotations, names)
+        place = find_images(folder, split, self.annotations, names, images)
         self._images, listed = check_images(content["images"], place, self.problems)
-        annotations = check_annotations(
+        objects = check_annotations(
             content["annotations"],
             self._images,
             listed,
@@ -105,11 +114,11 @@ class CocoFolder(Dataset[tuple[Tensor, Target]]):
                 {"id": at.id, "file_name": at.file_name, "height": at.height, "width": at.width}
                 for at in self._images
             ],
-            "annotations": annotations,
+            "annotations": objects,
             "categories": categories,
         }
         self._objects: dict[int, list[dict[str, Any]]] = {at.id: [] for at in self._images}
-        for annotation in annotations:
+        for annotation in objects:
             if not annotation["iscrowd"]:
                 self._objects[annotation["image_id"]].append(annotation)
 

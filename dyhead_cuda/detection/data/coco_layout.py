@@ -42,16 +42,26 @@ def find_json(folder: Path, split: str) -> Path:
         if found:
             return found[0]
     raise ValueError(
-        f'expected annotations of split "{split}" in {folder}, found none of {", ".join(patterns)}'
+        f'expected annotations of split "{split}" in {folder}, found none of '
+        f"{', '.join(patterns)}; "
+        "rename the file, or name it with annotations=FILE (train: --train-annotations, "
+        "--val-annotations; eval: --annotations)"
     )
 
 
-def find_images(folder: Path, split: str, annotations: Path, names: list[str]) -> Path:
+def find_images(
+    folder: Path,
+    split: str,
+    annotations: Path,
+    names: list[str],
+    given: str | Path | None = None,
+) -> Path:
     """The folder that the json's file names count from: the first that holds one of them.
 
     Tried are the json's own folder, ``<split>``, ``<split>2017``, ``images/<split>``,
     ``images/<split>2017``, ``images`` and the folder itself, with the split also as the json's
-    name spells it (instances_minival.json: ``minival``).
+    name spells it (instances_minival.json: ``minival``). A folder that is ``given`` is the only
+    one that is tried.
 
     Raises:
         ValueError: none of them, with what was looked for.
@@ -63,12 +73,16 @@ def find_images(folder: Path, split: str, annotations: Path, names: list[str]) -
         places += [folder / "images" / name, folder / "images" / f"{name}2017"]
     places = list(dict.fromkeys((*places, folder / "images", folder)))
     places.sort(key=lambda place: place == folder)  # it contains the others, so try it last
+    if given is not None:
+        places = [Path(given)]
     for place in places:
         if any(is_file(place / name) for name in names):
             return place
     looked = ", ".join(str(place) for place in places)
     raise ValueError(
         f"expected the images of {annotations} (such as {shown(names[0])}), found none in {looked}"
+        "; name their folder with images=FOLDER (train: --train-images-folder, "
+        "--val-images-folder; eval: --images-folder)"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from dyhead_cuda.detection.prediction import has_area, shown_name
 from dyhead_cuda.inspect import record
 from dyhead_cuda.inspect.record import BRANCHES
 from dyhead_cuda.modules import DyHead, DynamicReLU
@@ -87,6 +88,7 @@ class Observation:
         frame: Frame,
     ) -> None:
         order = detections["scores"].detach().argsort(descending=True, stable=True)
+        order = order[has_area(detections["boxes"])[order]]
         boxes, scores = detections["boxes"][order], detections["scores"][order]
         # A score of exactly 1 has no gradient; the corners of its box have.
         self._evidence = scores + boxes.sum(1)
@@ -132,12 +134,14 @@ class Observation:
         Raises:
             ValueError: no such detection.
         """
+        if not len(self.boxes):
+            raise ValueError(f"expected detection {index}, but no object was detected; show places")
         if not 0 <= index < len(self.boxes):
             raise ValueError(f"expected a detection from 0 to {len(self.boxes) - 1}, got {index}")
         left, top, right, bottom = self.boxes[index].tolist()
         label = int(self.labels[index])
-        name = classes[label - 1] if 0 < label <= len(classes) else f"class {label}"
-        text = f"{name} {float(self.scores[index]):.2f}"
+        name = classes[label - 1] if 0 < label <= len(classes) else str(label)
+        text = f"{shown_name(name)}, score {float(self.scores[index]):.2f}"
         box = (left, top, right, bottom)
         return Point((left + right) / 2, (top + bottom) / 2, self.level_of(index), text, box)
 
@@ -151,7 +155,7 @@ class Observation:
             around = (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
             area = torch.where(around, (right - left) * (bottom - top), torch.inf)
             level = self.level_of(int(area.argmin())) if around.any() else 0
-        return Point(x, y, level, f"{x:g}, {y:g}")
+        return Point(x, y, level, f"place {x:g},{y:g}")
 
     def samples(self, block: int, point: Point) -> dict[str, record.Samples]:
         """Where the branches of a block read for a point; see :func:`record.samples`."""

@@ -44,12 +44,12 @@ MIN_GATE = 0.5  # of relu and hsigmoid
 ENERGY_TEXT = (
     "Features: their energy at each level",
     "L2 norm over the channels, relative to its median in the image.\n"
-    "Top: what comes into the head. Below: what each block makes of it.\n"
-    "Boxes: the numbered detections, at the levels that made them.",
+    "Top: what comes into the head. Below: what each block makes of it.",
 )
+BOXES_TEXT = "\nBoxes: the numbered detections, at the levels that made them."
 SAMPLES_TEXT = (
     "Spatial attention: where one pixel reads",
-    "Cross: a pixel of the named level, which made the detection.\n"
+    "Cross: a pixel of the named level{made}.\n"
     "Marks: what it reads there and in the levels beside it.\n"
     "Lines: from the regular 3 x 3 grid. Area: modulation.",
 )
@@ -155,7 +155,9 @@ class _Picture:
         return axes.imshow(pixels, extent=(0, width, height, 0), **options)
 
     def energies(self) -> None:
-        left = self._group(ENERGY_TEXT, len(self.names))
+        head, text = ENERGY_TEXT
+        boxes = BOXES_TEXT if any(point.box is not None for point in self.points) else ""
+        left = self._group((head, text + boxes), len(self.names))
         first = [level.energy_input for level in self.observation.blocks[0]]
         rows = [("input", first)]
         for block in self.blocks:
@@ -179,7 +181,10 @@ class _Picture:
         figure.mark_energies(self.figure.colorbar(shown, cax=bar, extend="both"))
 
     def samples(self) -> None:
-        left = self._group(SAMPLES_TEXT, self.samples_width)
+        head, text = SAMPLES_TEXT
+        detected = all(point.box is not None for point in self.points)
+        made = ", which made the detection" if detected else ""
+        left = self._group((head, text.format(made=made)), self.samples_width)
         width = self.panel - BETWEEN
         self._photograph(left)
         grey = np.asarray(self.image.convert("L"), dtype=np.float64) / 255

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +321,7 @@ def test_attend_writes_a_picture_and_the_numbers(
     for point in numbers["points"]:
         left, top, right, bottom = point["box"]
         assert (point["x"], point["y"]) == ((left + right) / 2, (top + bottom) / 2)
-        assert point["text"].partition(" ")[0] in ("cup", "spoon", "plate")
+        assert re.fullmatch(r"(cup|spoon|plate), score 0\.\d\d", point["text"])
         assert f"{point['text']} on {point['level']}" in said
 
 
@@ -373,13 +374,59 @@ def test_attend_shows_what_is_asked_for(
 
 @pytest.mark.parametrize("loaded", [Blind], indirect=True)
 def test_attend_where_nothing_is_detected(
-    loaded: Detector, image_path: Path, tmp_path: Path, not_drawn: list[Any]
+    loaded: Detector,
+    image_path: Path,
+    tmp_path: Path,
+    not_drawn: list[Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run_attend(image_path, "--checkpoint", "run", "--out", tmp_path) == 0
+    options = [image_path, "--checkpoint", "run", "--out", tmp_path]
+    assert run_attend(*options) == 0
+    said = capsys.readouterr().out
+    assert "no object was detected, so these places are shown: place " in said
+    assert "score" not in said
     points = json.loads((tmp_path / "photo_attention.json").read_text())["points"]
     assert len({(point["x"], point["y"]) for point in points}) == 3
     assert all(point["box"] is None for point in points)
     assert len(not_drawn) == 1
+    assert run_attend(*options, "--points", "30,40") == 0
+    assert "no object" not in capsys.readouterr().out  # nobody asked for objects
+    assert run_attend(*options, "--box", "0") == 2
+    assert "no object was detected" in capsys.readouterr().err
+
+
+def texts_of(points: list[Point], observation: Observation, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The heads of the columns."""
+    texts: list[str] = []
+    monkeypatch.setattr(
+        attention_figure._Picture, "_write", lambda _, x, y, text, **options: texts.append(text)
+    )
+    attention_figure.draw(photograph(), observation, points, Path("/dev/null"), "a title")
+    return " ".join(texts)
+
+
+def test_a_picture_of_places_does_not_speak_of_detections(
+    observation: Observation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detected = texts_of([observation.detected(0)], observation, monkeypatch)
+    assert detected.count("detection") == 2
+    assert "detection" not in texts_of([observation.place(30, 40)], observation, monkeypatch)
+
+
+def test_boxes_without_area_are_no_detections() -> None:
+    class Flat(Detector):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            (found,) = super().forward(images)
+            best = int(found["scores"].argmax())
+            boxes = torch.cat((found["boxes"][:, :2], found["boxes"][:, :2]), 1)
+            chosen = (torch.arange(3) == best)[:, None]
+            return [{**found, "boxes": torch.where(chosen, boxes, found["boxes"])}]
+
+    torch.manual_seed(0)
+    model = Flat()
+    observation = attention.observe(model, pixels(photograph()))
+    scores = Detector.forward(model, [pixels(photograph())])[0]["scores"].tolist()
+    assert observation.scores.tolist() == pytest.approx(sorted(scores)[:2][::-1])
 
 
 def test_two_stages_with_the_task_attention_after_the_pooling(
