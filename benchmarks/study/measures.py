@@ -13,8 +13,8 @@ from dyhead_cuda.detection.evaluation import evaluate, score
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.atss_assigner import assign
 from dyhead_cuda.detection.models.backbones import Pyramid
+from dyhead_cuda.detection.trained import load_model
 from dyhead_cuda.detection.training.runs import LAST
-from dyhead_cuda.detection.training.trainer import load_model
 
 
 def measure(run: Path, dataset: DetectionDataset, batch_size: int, device: str) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from dyhead_cuda.commands import images
 from dyhead_cuda.commands.common import check_names, fail, fail_for_memory
 from dyhead_cuda.commands.detector_arguments import DEFAULT_POINTS
+from dyhead_cuda.detection import trained
 from dyhead_cuda.detection.figures import attention, attention_figure
 from dyhead_cuda.detection.figures.attention import Observation, Point
 from dyhead_cuda.detection.files import make_folder, plain, write_atomically
-from dyhead_cuda.detection.training import parallel, trainer
+from dyhead_cuda.detection.training import parallel
 from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.inspect import figure
 
@@ -45,7 +46,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     paths, others = images.find(arguments.images)
     check_names(paths)
     device = parallel.choose_device(arguments.device)
-    model, config = trainer.load_model(arguments.checkpoint, device)
+    model, config = trained.load_model(arguments.checkpoint, device)
     attention.head_of(model)
     make_folder(arguments.out)
     classes = config["classes"]

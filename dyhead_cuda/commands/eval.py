@@ -20,9 +20,9 @@ from dyhead_cuda.detection.data import DataConfig, DetectionDataset, open_datase
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.files import write_json
 from dyhead_cuda.detection.names import SPLITS
+from dyhead_cuda.detection.trained import load_model
 from dyhead_cuda.detection.training import parallel
 from dyhead_cuda.detection.training.errors import RankError, RunError
-from dyhead_cuda.detection.training.trainer import load_model
 from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 

@@ -25,10 +25,10 @@ from dyhead_cuda.detection import export_files as files
 from dyhead_cuda.detection.export_files import ExportError, Size
 from dyhead_cuda.detection.files import make_folder
 from dyhead_cuda.detection.names import ExportFormat
+from dyhead_cuda.detection.trained import load_model
 from dyhead_cuda.detection.training import parallel
 from dyhead_cuda.detection.training.checkpoint_file import one_line
 from dyhead_cuda.detection.training.errors import RunError
-from dyhead_cuda.detection.training.trainer import load_model
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

@@ -21,9 +21,9 @@ from dyhead_cuda.commands.parsing import load
 from dyhead_cuda.detection.figures import drawing
 from dyhead_cuda.detection.files import make_folder, write_json
 from dyhead_cuda.detection.prediction import above, describe, detect, padded_size
+from dyhead_cuda.detection.trained import load_model
 from dyhead_cuda.detection.training import parallel
 from dyhead_cuda.detection.training.errors import RunError
-from dyhead_cuda.detection.training.trainer import load_model
 from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")

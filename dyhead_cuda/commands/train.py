@@ -23,13 +23,14 @@ from dyhead_cuda.detection.figures import curves, drawing
 from dyhead_cuda.detection.files import WriteError, make_folder, write_json
 from dyhead_cuda.detection.models.config import ModelConfig
 from dyhead_cuda.detection.prediction import predict
+from dyhead_cuda.detection.trained import load_model
 from dyhead_cuda.detection.training import parallel, progress
 from dyhead_cuda.detection.training.checkpoint_file import read_checkpoint
 from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.detection.training.errors import RankError, RunError
 from dyhead_cuda.detection.training.parallel import Processes
 from dyhead_cuda.detection.training.runs import BEST, RunFolder
-from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, load_model, train
+from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, train
 
 THRESHOLD = 0.3  # on scores of detections in pictures
 

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
         read_start,
     )
     from dyhead_cuda.detection.statistics import positives_per_level
-    from dyhead_cuda.detection.training import TrainConfig, load_model, train
+    from dyhead_cuda.detection.trained import load_model, write_detector
+    from dyhead_cuda.detection.training import TrainConfig, train
     from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 __getattr__ = attribute_of(
@@ -94,9 +95,9 @@ __getattr__ = attribute_of(
         ),
         "statistics": ("positives_per_level",),
         "tta": ("TestTimeAugmentation",),
+        "trained": ("load_model", "write_detector"),
         "training": (
             "TrainConfig",
-            "load_model",
             "train",
         ),
     },
@@ -139,4 +140,5 @@ __all__ = [
     "score",
     "train",
     "write_coco",
+    "write_detector",
 ]

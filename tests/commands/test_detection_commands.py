@@ -21,8 +21,8 @@ from dyhead_cuda import __main__ as command_line
 from dyhead_cuda.detection.data import DigitScenes, write_coco
 from dyhead_cuda.detection.figures import drawing
 from dyhead_cuda.detection.names import SPLITS
+from dyhead_cuda.detection.trained import load_model
 from dyhead_cuda.detection.training import progress, runs
-from dyhead_cuda.detection.training.trainer import load_model
 
 MODEL = ["--backbone", "timm/test_resnet.r160_in1k", "--channels=16", "--blocks=1", "--levels=3-5"]
 DATA = ["--images", "5", "--val-images", "3", "--scene-size", "64"]

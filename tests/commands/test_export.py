@@ -19,7 +19,7 @@ from dyhead_cuda import __main__ as command_line
 from dyhead_cuda.detection import export_checks, export_files
 from dyhead_cuda.detection.export_files import Size
 from dyhead_cuda.detection.models import exportable
-from dyhead_cuda.detection.training.trainer import load_model
+from dyhead_cuda.detection.trained import load_model
 from tests.helpers.detection.finders import save_run
 
 

@@ -261,7 +261,7 @@ def continued(folder: Path, source: str) -> Start | None:
 
 
 def _of_run(path: Path) -> Start:
-    from dyhead_cuda.detection.training.trainer import load_model
+    from dyhead_cuda.detection.trained import load_model
 
     model, config = load_model(path)
     settings = ModelConfig.from_dict(config["model"])

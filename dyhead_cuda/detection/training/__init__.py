@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from dyhead_cuda.detection.training.config import TrainConfig
     from dyhead_cuda.detection.training.errors import RankError, RunError
     from dyhead_cuda.detection.training.runs import RunFolder
-    from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, load_model, train
+    from dyhead_cuda.detection.training.trainer import Interrupted, TrainingError, train
 
 __getattr__ = attribute_of(
     __name__,
@@ -22,7 +22,6 @@ __getattr__ = attribute_of(
         "trainer": (
             "Interrupted",
             "TrainingError",
-            "load_model",
             "train",
         ),
     },
@@ -35,6 +34,5 @@ __all__ = [
     "RunFolder",
     "TrainConfig",
     "TrainingError",
-    "load_model",
     "train",
 ]

@@ -230,7 +230,12 @@ def completed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, An
         old, new = before.get(section), now.get(section)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             later = {k: v for k, v in kind.defaults().items() if k in new and k not in old}
-            completed[section] = {**old, **later}
+            known = {**old, **later}
+            # The class knows where older files mean something else by a value.
+            with suppress(ValueError, TypeError):
+                read = kind.from_dict(known).to_dict()
+                known = {name: read[name] for name in known}
+            completed[section] = known
     return completed
 
 

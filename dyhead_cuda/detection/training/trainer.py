@@ -31,7 +31,7 @@ from dyhead_cuda.detection.data import (
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models.config import ModelConfig, build, build_empty
 from dyhead_cuda.detection.training import averaging, parallel, random_state, signals
-from dyhead_cuda.detection.training.checkpoint_file import one_line, read_checkpoint
+from dyhead_cuda.detection.training.checkpoint_file import one_line
 from dyhead_cuda.detection.training.config import TrainConfig
 from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.detection.training.parallel import Processes
@@ -42,7 +42,7 @@ from dyhead_cuda.detection.training.recipe import (
     learning_rate,
     make_optimizer,
 )
-from dyhead_cuda.detection.training.runs import BEST, LAST, RunFolder
+from dyhead_cuda.detection.training.runs import RunFolder
 
 if TYPE_CHECKING:
     from dyhead_cuda.detection.models.starting import Start
@@ -165,59 +165,6 @@ def train(
             draw_sizes(network, data.multi_scale)
         trainer = Trainer(config, network, training_set, validation_set, run, processes)
         return trainer.run(description, checkpoint, listeners)
-
-
-def load_model(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A trained detector, in evaluation mode.
-
-    Args:
-        path: a checkpoint, or a run folder, of which the best weights are taken; the last before
-            its first evaluation. Where training averages weights, these are the averaged ones.
-        device: where to put it.
-
-    Returns:
-        The model, and the run's configuration: "model", "data", "training", "classes" (the name of
-        label i + 1) and "processes".
-
-    Raises:
-        RunError: there is no such checkpoint, or it is damaged.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> from dyhead_cuda.detection import DataConfig, ModelConfig, TrainConfig
-        >>> from dyhead_cuda.detection import load_model, train
-        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
-        >>> model = ModelConfig("atss", 10, "timm/test_resnet.r160_in1k", **small)
-        >>> one = {"num_images": 1}
-        >>> data = DataConfig("digits", {"size": [64, 64]}, train=one, val=one)
-        >>> with TemporaryDirectory() as folder:
-        ...     metrics = train(TrainConfig(steps=1, batch_size=1), model, data, folder)
-        ...     detector, config = load_model(folder)
-        >>> type(detector).__name__, config["classes"][:3]
-        ('ATSS', ['0', '1', '2'])
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / (BEST if (path / BEST).exists() else LAST)
-    checkpoint = read_checkpoint(path)
-    config = checkpoint["config"]
-    try:
-        settings = ModelConfig.from_dict(config["model"])
-        _check_classes(config["classes"], settings.num_classes)
-        model = build_empty(settings)
-        model.load_state_dict(checkpoint["model"])
-    except Exception as error:  # whatever the settings of somebody's file lead to
-        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-        raise RunError(f"cannot make a model from the checkpoint {path}: {what}") from error
-    return model.to(device).eval(), config
-
-
-def _check_classes(classes: Any, count: int) -> None:
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not named or len(classes) != count:
-        raise ValueError(f"expected the names of {count} classes, got {str(classes)[:100]}")
 
 
 class Trainer:

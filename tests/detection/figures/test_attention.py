@@ -18,10 +18,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from dyhead_cuda import __main__ as command_line
 from dyhead_cuda import backend
 from dyhead_cuda.commands import attend
+from dyhead_cuda.detection import trained
 from dyhead_cuda.detection.figures import attention, attention_figure
 from dyhead_cuda.detection.figures.attention import Frame, Observation, Point
 from dyhead_cuda.detection.models.config import ModelConfig, build
-from dyhead_cuda.detection.training import trainer
 from dyhead_cuda.inspect.record import blocks_of
 from dyhead_cuda.modules import ATTENTIONS, DyHead
 from dyhead_cuda.pyramid import HIGH_OFFSETS
@@ -337,7 +337,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> D
     torch.manual_seed(0)
     model = getattr(request, "param", Detector)()
     description = {"model": {"detector": "small"}, "classes": ["cup", "spoon", "plate"]}
-    monkeypatch.setattr(attend.trainer, "load_model", lambda *_: (model, description))
+    monkeypatch.setattr(attend.trained, "load_model", lambda *_: (model, description))
     return model
 
 
@@ -433,7 +433,7 @@ def test_two_stages_with_the_task_attention_after_the_pooling(
     image_path: Path, tmp_path: Path
 ) -> None:
     folder = save(tmp_path, config("faster_rcnn_task"))
-    model, _ = trainer.load_model(folder)
+    model, _ = trained.load_model(folder)
     observation, points = attend.observe(model, photograph(120, 90), ["cup", "spoon", "plate"])
     assert observation.attentions == ("scale", "spatial")
     assert observation.task_elsewhere

@@ -1,4 +1,4 @@
-"""A trained detector as one safetensors file: its weights, and what they are of."""
+"""Trained detectors: from a run, from a checkpoint, or from one file that can be passed on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_cuda.detection.files import plain, write_atomically
+from dyhead_cuda.detection.models.config import ModelConfig, build_empty
+from dyhead_cuda.detection.training.checkpoint_file import one_line, read_checkpoint
 from dyhead_cuda.detection.training.errors import RunError
+from dyhead_cuda.detection.training.runs import BEST, LAST
 
 SUFFIX = ".safetensors"
 _CONFIG = "dyhead_cuda"  # where the metadata has the configuration
@@ -20,13 +23,71 @@ _CONFIG = "dyhead_cuda"  # where the metadata has the configuration
 SHIPPED = {"digits": Path(__file__).parent / "shipped" / f"digits{SUFFIX}"}
 
 
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained detector, in evaluation mode.
+
+    Args:
+        path: "digits", the detector of handwritten digits that comes with the package; a file of
+            :func:`write_detector`; a checkpoint of a run; or a run folder, of which the best
+            weights are taken, the last before its first evaluation. Where training averages
+            weights, these are the averaged ones. Nothing in a file is executed.
+        device: where to put it.
+
+    Returns:
+        The model, and its configuration: "model" and "classes" (the name of label i + 1), and of a
+        run also "data", "training" and "processes".
+
+    Raises:
+        RunError: there is no such checkpoint, or it is damaged.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from dyhead_cuda.detection import DataConfig, ModelConfig, TrainConfig
+        >>> from dyhead_cuda.detection import load_model, train
+        >>> small = {"channels": 16, "blocks": 1, "last_level": 5, "min_size": 64, "max_size": 64}
+        >>> model = ModelConfig("atss", 10, "timm/test_resnet.r160_in1k", **small)
+        >>> one = {"num_images": 1}
+        >>> data = DataConfig("digits", {"size": [64, 64]}, train=one, val=one)
+        >>> with TemporaryDirectory() as folder:
+        ...     metrics = train(TrainConfig(steps=1, batch_size=1), model, data, folder)
+        ...     detector, config = load_model(folder)
+        >>> type(detector).__name__, config["classes"][:3]
+        ('ATSS', ['0', '1', '2'])
+    """
+    path = SHIPPED.get(str(path), Path(path))
+    if path.is_dir():
+        path = path / (BEST if (path / BEST).exists() else LAST)
+    if path.suffix == SUFFIX:
+        state, config = _read(path)
+    else:
+        checkpoint = read_checkpoint(path)
+        state, config = checkpoint["model"], checkpoint["config"]
+    try:
+        settings = ModelConfig.from_dict(config["model"])
+        _check_classes(config["classes"], settings.num_classes)
+        model = build_empty(settings)
+        model.load_state_dict(state)
+    except Exception as error:  # whatever the settings of somebody's file lead to
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise RunError(f"cannot make a model from {path}: {what}") from error
+    return model.to(device).eval(), config
+
+
+def _check_classes(classes: Any, count: int) -> None:
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or len(classes) != count:
+        raise ValueError(f"expected the names of {count} classes, got {str(classes)[:100]}")
+
+
 def write_detector(
     path: str | Path,
     model: nn.Module,
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a detector that :func:`~dyhead_cuda.detection.load_model` reads.
+    """Writes a detector that :func:`load_model` reads.
 
     Args:
         path: of the file, which ends in ".safetensors".
@@ -68,7 +129,7 @@ def write_detector(
     write_atomically(path, lambda file: file.write(data))
 
 
-def read_detector(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of :func:`write_detector`, in float32, and its configuration.
 
     Nothing in the file is executed.
