@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dyhead_cuda.commands.options import integer, scales
-from dyhead_cuda.detection.names import DEVICES
+from dyhead_cuda.detection.names import DEVICES, SHIPPED, SUFFIX
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
 MIN_SIZE, MAX_SIZE = 64, 4096  # longer side of its photograph in pixels
@@ -73,7 +73,11 @@ def demo(parser: argparse.ArgumentParser) -> None:
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda eval``."""
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a folder that train wrote, or a checkpoint in it"
+        "run",
+        type=Path,
+        metavar="RUN",
+        help=f"a folder that train wrote, a checkpoint in it, a {SUFFIX} file, or {SHIPPED}, the "
+        "detector that comes with the package",
     )
     parser.add_argument(
         "--data",

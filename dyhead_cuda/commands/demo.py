@@ -25,7 +25,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from dyhead_cuda import backends, info, library
-from dyhead_cuda.commands import images
+from dyhead_cuda.commands import demo_detector, images
 from dyhead_cuda.inspect import figure, record
 from dyhead_cuda.modules import DyHead
 
@@ -177,7 +177,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     _print_times(console, best, fast.seconds, slow.seconds)
     agree = _print_verdict(console, best, worst, arguments.dtype)
     console.print(f"Picture: [bold]{escape(str(path))}[/]", soft_wrap=True)
-    return 0 if agree else 1
+    same = demo_detector.show(console, directory, device, best)
+    return 0 if agree and same else 1
 
 
 def _compare(
@@ -253,7 +254,7 @@ def _print_setting(
     table.add_row("head", f"DyHead, {arguments.blocks} blocks, {arguments.dtype}")
     table.add_row(
         "weights",
-        f"random (seed {arguments.seed}): none are bundled. Offset, gate and slope layers are "
+        f"random (seed {arguments.seed}): offset, gate and slope layers are "
         "enlarged so that their effect is seen",
     )
     table.add_row("device", f"{_machine(device)}; torch {torch.__version__}")

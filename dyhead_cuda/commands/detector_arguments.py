@@ -8,7 +8,7 @@ from typing import get_args
 
 from dyhead_cuda.commands.arguments import MAX_BATCH, add_device, add_views
 from dyhead_cuda.commands.options import blocks, image_size, integer, number, point
-from dyhead_cuda.detection.names import ExportFormat
+from dyhead_cuda.detection.names import SHIPPED, SUFFIX, ExportFormat
 
 DEFAULT_POINTS = 3  # that attend shows
 # ONNX has DeformConv since 19, and normalises groups in one node since 21.
@@ -92,7 +92,10 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXPORTED
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN", help="a folder that train wrote, or a checkpoint"
+        "checkpoint",
+        type=Path,
+        metavar="RUN",
+        help=f"a folder that train wrote, a checkpoint in it, a {SUFFIX} file, or {SHIPPED}",
     )
     parser.add_argument(
         "--format",
@@ -156,8 +159,9 @@ def _add_images(parser: argparse.ArgumentParser, kinds: str) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        required=True,
+        default=Path(SHIPPED),
         metavar="RUN",
-        help="a folder that train wrote, or a checkpoint in it",
+        help=f"a folder that train wrote, a checkpoint in it, a {SUFFIX} file, or {SHIPPED}, the "
+        "detector of handwritten digits that comes with the package (default: %(default)s)",
     )
     add_device(parser)

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
                 write_json(arguments.json, asdict(metrics))
     except RankError as error:
         return fail(error, 1)
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, ValueError, OSError, ImportError) as error:
         return fail(error) if is_first() else 2
     except (MemoryError, RuntimeError) as error:
         return fail_for_memory(error, "lower --batch-size or --workers")

@@ -27,3 +27,6 @@ Schedule = Literal["cosine", "step"]
 Amp = Literal["off", "bf16", "fp16"]
 
 DEVICES = ("auto", "cpu", "cuda")
+
+SUFFIX = ".safetensors"  # of a detector in a file of its own
+SHIPPED = "digits"  # stands for the detector that comes with the package

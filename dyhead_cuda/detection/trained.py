@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from dyhead_cuda.detection.files import plain, write_atomically
 from dyhead_cuda.detection.models.config import ModelConfig, build_empty
+from dyhead_cuda.detection.names import SHIPPED, SUFFIX
 from dyhead_cuda.detection.training.checkpoint_file import one_line, read_checkpoint
 from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.detection.training.runs import BEST, LAST
 
-SUFFIX = ".safetensors"
 _CONFIG = "dyhead_cuda"  # where the metadata has the configuration
-
-# Detectors that come with the package, by the names that stand for their files.
-SHIPPED = {"digits": Path(__file__).parent / "shipped" / f"digits{SUFFIX}"}
+SHIPPED_FILE = Path(__file__).parent / "shipped" / f"{SHIPPED}{SUFFIX}"
 
 
 def load_model(
@@ -56,7 +54,7 @@ def load_model(
         >>> type(detector).__name__, config["classes"][:3]
         ('ATSS', ['0', '1', '2'])
     """
-    path = SHIPPED.get(str(path), Path(path))
+    path = SHIPPED_FILE if str(path) == SHIPPED else Path(path)
     if path.is_dir():
         path = path / (BEST if (path / BEST).exists() else LAST)
     if path.suffix == SUFFIX:
