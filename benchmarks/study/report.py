@@ -84,7 +84,7 @@ def _setup(study: Study) -> str:
         f"ATSS on {setup.backbone} ({start}; its learning rate is "
         f"{setup.body_lr:g} of the others'), {setup.channels} channels, levels "
         f"P{setup.first_level} to P{setup.last_level}. Every row is trained on {setup.images} "
-        f"scenes of {setup.size} pixels with objects of {smallest:g} to {largest:g} pixels before "
+        f"scenes of {setup.size} pixels with objects of {smallest:g} to {largest:g} pixels on "
         f"{setup.background}, in {setup.steps} steps of {setup.batch_size} images, and measured "
         f"on {setup.val_images} others: AP in percent, mean ± standard deviation over the seeds; "
         "differences are between runs of the same seed. *Agnostic AP* takes all classes as one. "

@@ -74,9 +74,9 @@ class Setup(Settings):
     first_level: int = 3
     last_level: int = 6
     channels: int = 64
-    anchor_scale: float | None = 4.0
+    anchor_scale: float | None = 3.0
     size: int = 256
-    heights: tuple[float, float] = (12, 230)
+    heights: tuple[float, float] = (12, 204)
     background: str = "photographs"
     max_angle: float = 15
     objects: str | None = None

@@ -13,11 +13,12 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.readme import STUDY, markers
-from benchmarks.study import runner
+from benchmarks.study import measures, runner
 from benchmarks.study.results import read
 from benchmarks.study.setup import QUICK, Trial
 from dyhead_cuda.detection.evaluation import BOX_SUMMARY
-from dyhead_cuda.detection.training.runs import RunFolder
+from dyhead_cuda.detection.training import trainer
+from dyhead_cuda.detection.training.runs import LAST, RunFolder
 from dyhead_cuda.detection.training.trainer import TrainingError
 from tests.helpers.study import FACTS, write_searches
 
@@ -72,7 +73,15 @@ def test_what_is_not_finished_in_time_goes_on_later(
     assert folder.name.startswith("plain-seed-0-")
     (step,) = RunFolder(folder).records()
     assert step["step"] == 1
+    read_from: list[str] = []
+
+    def load_model(path: Path, device: str) -> Any:
+        read_from.append(path.name)
+        return trainer.load_model(path, device)
+
+    monkeypatch.setattr(measures, "load_model", load_model)
     assert runner._train_one(job(tmp_path), trial) is not None
+    assert read_from == [LAST], "not the best of several evaluations, which would flatter"
     (path,) = (tmp_path / "results" / "runs").iterdir()
     resumed = json.loads(path.read_text())
     whole = tmp_path / "whole"
