@@ -54,9 +54,7 @@ class Suite:
 
     def build(self, bug: Bug) -> Kernels:
         kernel = None if bug.file.endswith(".cu") else bug.kernel or self.kernel
-        return mutate(
-            bug.file, bug.pattern, bug.replacement, kernel=kernel, optimize=self.optimize
-        )
+        return mutate(bug.file, bug.pattern, bug.replacement, kernel=kernel, optimize=self.optimize)
 
     def pytest_arguments(self, bug: Bug) -> tuple[str, ...]:
         select = bug.select or self.select
