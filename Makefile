@@ -97,7 +97,7 @@ test: export OMP_NUM_THREADS ?= 1
 test: PYTEST_SHARE := -n $(PYTEST_WORKERS) --dist worksteal
 endif
 test: build $(SECOND) ## run all tests
-	$(RUN) -m pytest $(PYTEST_SHARE) $(PYTEST_ARGS)
+	$(RUN) -m pytest $(PYTEST_SHARE) --durations=25 $(PYTEST_ARGS)
 
 test-old-torch: $(ENVIRONMENT) ## test builds for torch releases before 2.10, each in an environment of its own
 	$(RUN) -m tests.old_torch $(OLD_TORCHES)

@@ -100,6 +100,7 @@ NORMALISE = "  normalise(p, jobs, shared.norms);\n"
 BLOCK_COEFFICIENTS = Suite(
     tests="test_block_coefficients.py",
     kernel="block_coefficients_bwd",
+    optimize=False,
     select="test_orders_of_threads or test_corners or test_cases or test_only_what_is_wanted",
     bugs={
         "groups read before they are there": without(COEFFICIENTS_FORWARD, BARRIER_LINE, NORMALISE),
@@ -172,6 +173,7 @@ WAIT_LINE = f"  if (threadIdx.x == 0) {WAIT}\n"
 DYNAMIC_RELU = Suite(
     tests="test_dynamic_relu.py",
     kernel="dynamic_relu_fwd",
+    optimize=False,
     select="float32 and (test_sizes and hsigmoid or test_images or test_only_what_is_wanted)",
     bugs={
         "sums read before they are there": Bug(
@@ -213,6 +215,7 @@ NO_LONGER_READ = f"{BARRIER}  // the last patch's are no longer read"
 FUSE_BRANCHES = Suite(
     tests="test_fuse_branches.py",
     kernel="fuse_branches_bwd",
+    optimize=False,
     select="float32 and (test_tilings or test_cases or only_what_is_wanted) or small_gradients",
     bugs={
         "positions overwritten while they are read": without(

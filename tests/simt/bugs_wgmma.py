@@ -96,7 +96,7 @@ WGMMA_CONV = Suite(
 WGMMA_BACKWARD = Suite(
     tests="test_wgmma_backward.py",
     kernel="deform_conv_bwd_input_wgmma_bfloat16",
-    select="test_works and bfloat16 and (tiles or groups)",
+    select="(test_works or test_bits) and bfloat16 and (tiles or groups)",
     bugs={
         "operands that the products do not see yet": Bug(
             BACKWARD, "landed() { fence_proxy_async(); }", "landed() {}"

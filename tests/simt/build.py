@@ -78,17 +78,27 @@ class Kernels:
 
 
 def sanitized() -> Kernels:
-    """All kernels and the emulation under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """The kernels and the emulation under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    Those that compute in float16 are built without: they are those in bfloat16 but for conversions.
+    """
     build = BUILDS / "simt-sanitized"
-    _build(build, ["simt_runtime", "kernels"], SIMT_MODULE="OFF", SIMT_SANITIZE="ON")
+    targets = [f"kernels_{name}" for name in ("bfloat16", "tf32", "float32", "float64")]
+    _build(build, ["simt_runtime", *targets], SIMT_MODULE="OFF", SIMT_SANITIZE="ON")
     _link_others(build / "lib", _build_module())
     return Kernels(build / "lib", sanitized=True)
 
 
-def counted(*kernels: str) -> Kernels:
-    """All kernels, those named (.cu files without their ending; default all) built for counting."""
+def counted(*kernels: str, arithmetic: str = "") -> Kernels:
+    """All kernels, some of them built for counting.
+
+    Args:
+        kernels: those, as .cu files without their ending; by default all.
+        arithmetic: instead, what calls in ``"bfloat16"``, ``"tf32"`` or another arithmetic launch.
+    """
     build = BUILDS / "simt-counted"
-    targets = [f"simt_{name}" for name in kernels] or ["kernels"]
+    every = f"kernels_{arithmetic}" if arithmetic else "kernels"
+    targets = [f"simt_{name}" for name in kernels] or [every]
     _build(build, ["simt_runtime", *targets], SIMT_MODULE="OFF", SIMT_COUNT="ON")
     _link_others(build / "lib", _build_module())
     return Kernels(build / "lib", sanitized=False)
@@ -102,6 +112,7 @@ def mutate(
     kernel: str | None = None,
     sanitize: bool = False,
     count: bool = False,
+    optimize: bool = True,
 ) -> Kernels:
     """Kernels with one textual change, for tests that show that tests notice it.
 
@@ -113,6 +124,7 @@ def mutate(
         kernel: the .cu file, without its ending, to build with the change where `file` is a header.
         sanitize: build with sanitizers.
         count: build for counting.
+        optimize: whether to compile as the unchanged kernel is, or in less time for longer runs.
 
     Raises:
         ValueError: `pattern` does not occur exactly once, or `file` is a header and `kernel` is
@@ -132,15 +144,18 @@ def mutate(
         unchanged = sanitized().directory
     else:
         unchanged = counted(kernel).directory if count else _build_module()
-    change = repr((file, pattern, replacement, kernel, sanitize, count))
+    change = repr((file, pattern, replacement, kernel, sanitize, count, optimize))
     build = BUILDS / "simt-mutants" / hashlib.sha256(change.encode()).hexdigest()[:16]
     build.mkdir(parents=True, exist_ok=True)
     with _locked(build / "lock"):
-        _build_mutant(build, unchanged, kernel, file, text.replace(pattern, replacement))
+        changed = text.replace(pattern, replacement)
+        _build_mutant(build, unchanged, kernel, file, changed, optimize)
     return Kernels(build / "lib", sanitized=sanitize)
 
 
-def _build_mutant(build: Path, unchanged: Path, kernel: str, file: str, changed: str) -> None:
+def _build_mutant(
+    build: Path, unchanged: Path, kernel: str, file: str, changed: str, optimize: bool
+) -> None:
     """Builds one library as in the build of the folder `unchanged`, but with `changed` in `file`.
 
     CMake takes longer to configure a folder than most kernels take to compile: its command is used.
@@ -151,6 +166,8 @@ def _build_mutant(build: Path, unchanged: Path, kernel: str, file: str, changed:
     tree = build / "tree"
     words = [word.replace(f"{ROOT}/csrc", f"{tree}/csrc") for word in shlex.split(command)]
     words = [word.replace(f"{SOURCE}/kernels", f"{tree}/kernels") for word in words]
+    if not optimize:
+        words[words.index("-O2")] = "-O0"
     # A planted bug may leave things unused.
     compiled = str(build / "kernel.o")
     words[words.index("-o") :] = ["-Wno-error", "-c", words[-1], "-o", compiled]

@@ -41,6 +41,8 @@ class Suite:
         select: the tests that run, an expression for pytest's -k; all where it is empty.
         bugs: by what is wrong.
         harmless: a change under which the tests must pass.
+        optimize: whether the bugs are compiled as the unchanged kernels are. Without it a kernel
+            compiles in a third of the time, and runs longer: what is less for few and small tests.
     """
 
     tests: str
@@ -48,10 +50,11 @@ class Suite:
     select: str
     bugs: dict[str, Bug]
     harmless: Bug
+    optimize: bool = True
 
     def build(self, bug: Bug) -> Kernels:
         kernel = None if bug.file.endswith(".cu") else bug.kernel or self.kernel
-        return mutate(bug.file, bug.pattern, bug.replacement, kernel=kernel)
+        return mutate(bug.file, bug.pattern, bug.replacement, kernel=kernel, optimize=self.optimize)
 
     def pytest_arguments(self, bug: Bug) -> tuple[str, ...]:
         select = bug.select or self.select

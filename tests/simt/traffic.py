@@ -27,6 +27,7 @@ from tests.helpers.inputs import (
 
 from . import counting
 from .arrays import flat_array, to_array
+from .build import Kernels, counted
 from .emulated import Emulated
 
 BOUNDS = Path(__file__).with_suffix(".json")
@@ -173,9 +174,15 @@ def run_others(simt: Any, step: Step, pixels: int = 256, channels: int = CHANNEL
     step("dynamic_relu bwd")
 
 
-def count_steps(code: str, **options: Any) -> dict[str, counting.Counts]:
-    """The steps of code that calls ``traffic.run_block(simt, step, ...)`` or others of here."""
-    steps = counting.count_steps(f"from tests.simt import traffic\n{code}", **options)
+def count_steps(
+    code: str, kernels: Kernels | None = None, **options: Any
+) -> dict[str, counting.Counts]:
+    """The steps of code that calls ``traffic.run_block(simt, step, ...)`` or others of here.
+
+    All of that is in bfloat16, so by default no other kernels are built for counting.
+    """
+    code = f"from tests.simt import traffic\n{code}"
+    steps = counting.count_steps(code, kernels or counted(arithmetic="bfloat16"), **options)
     return {name: counts for name, counts in steps.items() if counts.records}
 
 
