@@ -70,26 +70,26 @@ class Setup(Settings):
 
     backbone: str = "efficientnet_lite0"
     weights: str | None = "DEFAULT"
-    frozen_stages: int = 1
+    frozen_stages: int = 2
     first_level: int = 3
     last_level: int = 6
     channels: int = 64
-    anchor_scale: float | None = 3.0
+    anchor_scale: float | None = 2.0
     size: int = 256
-    heights: tuple[float, float] = (12, 204)
+    heights: tuple[float, float] = (16, 204)
     background: str = "photographs"
     max_angle: float = 15
     objects: str | None = None
     num_classes: int = 10
     images: int = 4000
-    val_images: int = 500
-    steps: int = 3000
+    val_images: int = 300
+    steps: int = 1000
     batch_size: int = 8
     body_lr: float = 0.1
     ema: float = 0.998
-    evaluations: int = 5
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    search_steps: int = 1000
+    evaluations: int = 4
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    search_steps: int = 300
 
     def __post_init__(self) -> None:
         for name in ("heights", "rates"):

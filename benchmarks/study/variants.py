@@ -76,14 +76,18 @@ def _with(*attentions: Attention) -> Variant:
     return Variant(label, _BLOCKS, attentions=attentions, without_task="relu")
 
 
-def _init(blocks: int, init: Init) -> Variant:
-    return Variant(f'{_dyhead(blocks).label}, init="{init}"', blocks, init=init)
+def _inits(init: Init) -> dict[str, Variant]:
+    return {
+        f"dyhead-{n}-{init}": Variant(f'{_dyhead(n).label}, init="{init}"', n, init=init)
+        for n in (2, 6, 4, 1)
+    }
 
 
 # In the order of the runs: what carries the conclusion comes first.
 VARIANTS: dict[str, Variant] = {
     "plain": _plain(4),
     **{f"dyhead-{blocks}": _dyhead(blocks) for blocks in (4, 2, 6, 1)},
+    **_inits("local"),
     "shared-8": _shared(8),
     "shared-4": _shared(4),
     "dyhead-2-towers-2": _towers(2),
@@ -92,7 +96,7 @@ VARIANTS: dict[str, Variant] = {
     "task": _with("task"),
     "scale": _with("scale"),
     "scale-spatial": _with("scale", "spatial"),
-    **{f"dyhead-{n}-{init}": _init(n, init) for init in INITS for n in DEPTHS},
+    **_inits("microsoft"),
     "plain-2": _plain(2),
     "plain-6": _plain(6),
     "dyhead-2-towers-1": _towers(1),

@@ -194,7 +194,7 @@ def _parameters_before(name: str, level: int) -> set[str]:
 
     Autograd knows them for a network of any shape; on the meta device nothing is computed.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), torch.enable_grad():
         probe = make_body(name, [level], None, load_weights=False).stages
         size: Sequence[int] = getattr(probe, "default_cfg", {}).get("input_size", (3, 224, 224))
         maps = probe(torch.empty(1, *size))
