@@ -16,8 +16,8 @@ from benchmarks.readme import STUDY, markers
 from benchmarks.study import measures, runner
 from benchmarks.study.results import read
 from benchmarks.study.setup import QUICK, Trial
+from dyhead_cuda.detection import trained
 from dyhead_cuda.detection.evaluation import BOX_SUMMARY
-from dyhead_cuda.detection.training import trainer
 from dyhead_cuda.detection.training.runs import LAST, RunFolder
 from dyhead_cuda.detection.training.trainer import TrainingError
 from tests.helpers.study import FACTS, write_searches
@@ -77,7 +77,7 @@ def test_what_is_not_finished_in_time_goes_on_later(
 
     def load_model(path: Path, device: str) -> Any:
         read_from.append(path.name)
-        return trainer.load_model(path, device)
+        return trained.load_model(path, device)
 
     monkeypatch.setattr(measures, "load_model", load_model)
     assert runner._train_one(job(tmp_path), trial) is not None
