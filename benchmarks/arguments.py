@@ -12,7 +12,7 @@ from benchmarks.cases.problems import DIRECTIONS, FAMILIES
 from benchmarks.cases.shapes import SHAPE_SETS
 from benchmarks.measuring.timing import COLD, WARM
 from benchmarks.model.devices import DEVICES as GPUS
-from benchmarks.study.variants import TABLES
+from benchmarks.study.variants import SEEDS, VARIANTS
 from dyhead_cuda.commands.options import integer, number
 from dyhead_cuda.detection.names import DEVICES
 
@@ -104,23 +104,38 @@ def study(parser: argparse.ArgumentParser) -> None:
         "--folder",
         type=Path,
         default=Path("runs/study"),
-        help="of the runs; finished ones are kept, others resumed (default: %(default)s)",
+        help="of the trainings; those that were stopped go on (default: %(default)s)",
     )
     parser.add_argument(
-        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default: all"
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results/study"),
+        help="folder of the results, one file for each training (default: %(default)s)",
     )
-    parser.add_argument("--seeds", type=integer(1), default=3, help="runs of each (default: 3)")
     parser.add_argument(
-        "--jobs", type=integer(1), default=1, help="runs at a time (default: %(default)s)"
+        "--only", nargs="+", choices=list(VARIANTS), default=[], help="rows (default: all)"
+    )
+    parser.add_argument(
+        "--seeds", type=integer(1), default=SEEDS, help="runs of each row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=integer(1), default=1, help="trainings at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=number(0), help="stop after that long; the same command goes on"
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument(
-        "--json", type=Path, help="results, with plots beside it (default: FOLDER/study.json)"
-    )
     _add_write(parser, readme.STUDY)
     parser.add_argument("--quick", action="store_true", help="two steps each: to try the command")
-    parser.add_argument(
-        "--report", action="store_true", help="train nothing: tables and plots of --json as it is"
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--tune", action="store_true", help="choose the learning rate of each row, which is first"
+    )
+    instead.add_argument(
+        "--costs", action="store_true", help="measure what the rows cost, in place of what was"
+    )
+    instead.add_argument(
+        "--report", action="store_true", help="train nothing: tables and plots of what is there"
     )
 
 

@@ -41,6 +41,11 @@ COMMANDS = {
     "train": Command(
         options.train, "detection", "train a detector with a Dynamic Head, or resume a run"
     ),
+    "scenes": Command(
+        options.scenes,
+        "detection",
+        "write composed scenes as images with COCO annotations, to look at and to train on",
+    ),
     "eval": Command(options.evaluate, "detection", "COCO average precision of a trained detector"),
     "predict": Command(
         options.predict, "detection", "detect on pictures: a drawing and a JSON file of each"

@@ -4,10 +4,13 @@ python examples/finetune.py
 """
 
 import dataclasses
+import logging
+import tempfile
+from pathlib import Path
 
 import torch
 
-from dyhead_cuda.detection import DigitScenes, ModelConfig, build
+from dyhead_cuda.detection import DigitScenes, ModelConfig, build, read_start
 
 SIZE = 96
 CONFIG = ModelConfig(
@@ -20,18 +23,21 @@ CONFIG = ModelConfig(
     min_size=SIZE,
     max_size=SIZE,
 )
+logging.basicConfig(format="%(message)s")
 torch.manual_seed(0)
 
-# What was trained before, on 80 classes. For a released checkpoint of mmdet or microsoft see
-# dyhead_cuda.detection.atss_from_mmdet; for a run of this package, load_model("runs/atss").
-trained = build(CONFIG).state_dict()
+# What was trained before, on 80 classes: here a state dict, usually a run such as "runs/atss" or a
+# released checkpoint of mmdet or microsoft. `train --start-from` does all of this.
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "trained.pt"
+    torch.save(build(CONFIG).state_dict(), file)
+    start = read_start(file)
 
-detector = build(dataclasses.replace(CONFIG, num_classes=10)).train()
-own = detector.state_dict()
-fitting = {name: x for name, x in trained.items() if x.shape == own[name].shape}
-left_out = sorted(set(own) - set(fitting))
-detector.load_state_dict(fitting, strict=False)
-print("starts anew, as the classes are others:", left_out)
+scenes = DigitScenes("train", num_images=4, size=(SIZE, SIZE))
+config = dataclasses.replace(CONFIG, num_classes=len(scenes.classes))
+start.check(config)  # an error lists what does not fit
+detector = build(config).train()
+start.load_into(detector, scenes.classes)  # the log says which classes start anew
 
 # The backbone rests; the Dynamic Head, which predicts offsets, takes a tenth of the rate.
 parameters: dict[str, list[torch.nn.Parameter]] = {"offsets": [], "others": []}
@@ -43,7 +49,6 @@ for name, parameter in detector.named_parameters():
 optimizer = torch.optim.AdamW(
     [{"params": parameters["offsets"], "lr": 1e-4}, {"params": parameters["others"], "lr": 1e-3}]
 )
-scenes = DigitScenes("train", num_images=4, size=(SIZE, SIZE))
 images, targets = zip(*(scenes[i] for i in range(len(scenes))), strict=True)
 for step in range(8):
     losses = detector(list(images), list(targets))

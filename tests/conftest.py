@@ -25,9 +25,10 @@ hypothesis.settings.load_profile("dyhead")
 
 # On a machine that is lent as it is, make gpu-check runs what can run.
 _NEEDS = {
-    ("detection", "commands/test_detection_commands.py", "benchmarks/test_study.py"): (
-        *("pycocotools", "sklearn", "torchvision"),
-    ),
+    (
+        *("detection", "commands/test_detection_commands.py", "commands/test_starting_commands.py"),
+        *("benchmarks/test_study.py", "benchmarks/test_study_command.py"),
+    ): ("pycocotools", "sklearn", "torchvision"),
     ("onnx",): ("onnx", "onnxscript", "onnxruntime"),
 }
 _MISSING = {

@@ -98,6 +98,20 @@ def test_without_scale_attention_the_gates_are_one() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("how", ["reference", "cpu", "called"])
+@pytest.mark.parametrize("attentions", [(), ("scale", "spatial")], ids=str)
+def test_a_relu_in_place_of_the_task_attention(attentions: tuple[Attention, ...], how: str) -> None:
+    identity, levels = block_with(attentions), features()
+    relu = block_with(attentions, without_task="relu")
+    relu.load_state_dict(identity.state_dict())
+    if how == "called":
+        relu.low.register_forward_hook(lambda *_: None)
+    with backend("reference" if how == "reference" else "cpu"):
+        for ours, theirs in zip(relu(levels), identity(levels), strict=True):
+            assert_close(ours, F.relu(theirs))
+    assert "without_task='relu'" in repr(relu)
+
+
 @pytest.mark.parametrize("absent", ATTENTIONS)
 def test_an_absent_attention_has_no_parameters_and_no_gradients(absent: Attention) -> None:
     head = DyHead(4, 8, 2, num_groups=2, attentions=[a for a in ATTENTIONS if a != absent])
@@ -138,6 +152,10 @@ def test_copies_types_and_containers() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attentions.*'scale', 'spatial', 'task'.*'channel'"):
         DyHead(attentions=("scale", "channel"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"without_task.*'identity', 'relu'.*'gelu'"):
+        DyHead(attentions=("scale",), without_task="gelu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"attentions without \"task\" for without_task='relu'"):
+        DyHead(without_task="relu")
     head = DyHead(64, 64, 1, attentions=("scale", "spatial"))
     with pytest.raises(ValueError, match=r"attentions.*block 0.*cannot run this head"):
         compat.to_microsoft(head)

@@ -87,6 +87,33 @@ def test_published_initialisation(init: Any) -> None:
             assert (p[f"dynamic_relu.{layer}.bias"] == 0).all()
 
 
+def test_local_initialisation_starts_from_each_levels_own_values() -> None:
+    torch.manual_seed(0)
+    block = DyHeadBlock(64, 64, init="local")
+    p = dict(block.named_parameters())
+    for name in ("offset_conv.weight", "offset_conv.bias", "dynamic_relu.fc2.bias"):
+        assert (p[name] == 0).all()
+    for branch, weight in (("low", 1), ("mid", 5), ("high", 1)):
+        assert (p[f"{branch}.norm.weight"] == weight).all()
+    identity = torch.nn.init.dirac_(torch.empty(64, 64, 3, 3))
+    assert_uniform((p["mid.weight"] - identity) / 0.3, 1 / math.sqrt(9 * 64))
+    assert_uniform(p["low.weight"], 1 / math.sqrt(9 * 64))
+
+
+@pytest.mark.parametrize(("init", "least", "most"), [("mmdet", 0.0, 0.3), ("local", 0.9, 1.0)])
+def test_what_a_pixel_after_six_blocks_comes_from(init: Any, least: float, most: float) -> None:
+    """The share of its gradient in the 5 x 5 pixels around it on its own level."""
+    torch.manual_seed(0)
+    head = DyHead(32, 32, 6, init=init, num_groups=8)
+    levels = [torch.randn(2, 32, side, side, requires_grad=True) for side in (24, 12, 6, 3)]
+    finest = head(levels)[0]
+    assert isinstance(finest, Tensor)
+    seen = torch.autograd.grad((finest[:, :, 12, 12] * torch.randn(32)).sum(), levels)
+    energy = [g.square().sum((0, 1)) for g in seen]
+    share = energy[0][10:15, 10:15].sum() / torch.stack([e.sum() for e in energy]).sum()
+    assert least < float(share) < most
+
+
 def test_deformable_weights_follow_their_input_channels() -> None:
     block = DyHeadBlock(64, 128)
     assert_uniform(block.mid.weight, 1 / math.sqrt(9 * 64))

@@ -10,18 +10,19 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.machine import one_line
 from benchmarks.reports.plots import COLOURS, STYLE
 from benchmarks.study.results import Study, mean_and_spread, values
-from benchmarks.study.variants import TABLES
+from benchmarks.study.variants import TABLES, VARIANTS
 
 PLOTS = {"cost": "AP against cost", "curves": "learning curves", "tables": "AP of every run"}
+_MARKERS = "os^Dv"
 
 
-def draw_all(study: Study, stem: Path) -> list[Path]:
-    """Writes ``STEM-NAME.png`` for each of :data:`PLOTS`; returns what was written."""
-    facts = study["environment"]
-    caption = f"{one_line(facts)}; commit {facts['commit'] or 'unknown'}, {facts['date'][:10]}"
+def draw_all(study: Study, folder: Path) -> list[Path]:
+    """Writes ``NAME.png`` into a folder for each of :data:`PLOTS` that has something to show.
+
+    Returns what was written.
+    """
     written = []
     for name in PLOTS:
         with mpl.rc_context(STYLE):
@@ -29,54 +30,58 @@ def draw_all(study: Study, stem: Path) -> list[Path]:
             FigureCanvasAgg(figure)
             if not _DRAW[name](study, figure):
                 continue
-            figure.supxlabel(caption, fontsize=7, color="0.35")
-            written.append(stem.with_name(f"{stem.name}-{name}.png"))
+            written.append(folder / f"{name}.png")
             figure.savefig(written[-1], format="png")
     return written
 
 
-def _depths(study: Study) -> list[str]:
-    return list(TABLES["depth"].variants) if "depth" in study["tables"] else []
+def _heads(study: Study) -> list[tuple[str, str, str]]:
+    """The rows of the first table that have runs, each with its colour and marker."""
+    styles = [(colour, marker) for marker in _MARKERS for colour in COLOURS]
+    pairs = zip(TABLES["heads"].variants, styles, strict=False)
+    return [(name, *style) for name, style in pairs if study.runs[name]]
+
+
+def _percents(study: Study, name: str) -> list[float]:
+    return [100 * value for value in values(study, name).values()]
 
 
 def _cost(study: Study, figure: Figure) -> bool:
-    names = _depths(study)
-    if not names:
+    heads = [head for head in _heads(study) if head[0] in study.costs]
+    if not heads:
         return False
-    figure.set_size_inches(9, 3.6)
+    figure.set_size_inches(9, 4.4)
     panels = figure.subplots(1, 2, sharey=True)
     measures = (("gflops", "GFLOPs of one image"), ("step_ms", "training step, ms"))
     for axes, (measure, title) in zip(panels, measures, strict=True):
-        for name, colour in zip(names, COLOURS, strict=False):
-            facts = study["variants"][name]
-            mean, spread = mean_and_spread([100 * v for v in values(study, name)])
+        for name, colour, marker in heads:
+            mean, spread = mean_and_spread(_percents(study, name))
             axes.errorbar(
-                facts[measure],
+                study.costs[name][measure],
                 mean,
                 0 if np.isnan(spread) else spread,
-                fmt="s" if name == "plain" else "o",
+                fmt=marker,
                 color=colour,
                 capsize=3,
-                label=facts["label"],
+                label=VARIANTS[name].label,
             )
         axes.set_xlabel(title)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("AP")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    panels[0].set_ylabel("AP, mean and spread of the seeds")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return True
 
 
 def _curves(study: Study, figure: Figure) -> bool:
-    names = _depths(study)
-    if not names:
+    heads = _heads(study)
+    if not heads:
         return False
-    figure.set_size_inches(6, 4)
+    figure.set_size_inches(7, 5)
     axes = figure.subplots()
-    for name, colour in zip(names, COLOURS, strict=False):
-        facts = study["variants"][name]
-        curves = np.array([run["curve"] for run in facts["runs"]], float)  # [seeds, n, 2]
+    for name, colour, marker in heads:
+        curves = np.array([run["curve"] for run in study.runs[name]], float)  # [seeds, n, 2]
         steps, ap = curves[0, :, 0], 100 * curves[:, :, 1]
-        axes.plot(steps, ap.mean(0), "o-", color=colour, ms=3, label=facts["label"])
+        axes.plot(steps, ap.mean(0), f"{marker}-", color=colour, ms=4, label=VARIANTS[name].label)
         axes.fill_between(steps, ap.min(0), ap.max(0), color=colour, alpha=0.15, lw=0)
     axes.set_xlabel("step")
     axes.set_ylabel("AP; band: least to most of the seeds")
@@ -86,19 +91,19 @@ def _curves(study: Study, figure: Figure) -> bool:
 
 
 def _tables(study: Study, figure: Figure) -> bool:
-    tables = study["tables"]
-    sizes = [len(TABLES[table].variants) for table in tables]
-    figure.set_size_inches(6, 1 + 0.4 * sum(sizes))
-    panels = figure.subplots(len(tables), 1, sharex=True, squeeze=False, height_ratios=sizes)
-    for axes, table in zip(panels[:, 0], tables, strict=True):
-        names = TABLES[table].variants
-        for row, name in enumerate(names):
-            numbers = [100 * v for v in values(study, name)]
+    if not any(study.runs.values()):
+        return False
+    sizes = [len(table.variants) for table in TABLES.values()]
+    figure.set_size_inches(7, 1 + 0.36 * sum(sizes))
+    panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=sizes)
+    for axes, table in zip(panels[:, 0], TABLES.values(), strict=True):
+        for row, name in enumerate(table.variants):
+            numbers = _percents(study, name)
             axes.plot(numbers, [row] * len(numbers), "o", color=COLOURS[0], alpha=0.5)
-            axes.plot(np.mean(numbers), row, "|", color="black", ms=14)
-        axes.set_yticks(range(len(names)), [study["variants"][name]["label"] for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_title(TABLES[table].title, loc="left")
+            axes.plot(mean_and_spread(numbers)[0], row, "|", color="black", ms=14)
+        axes.set_yticks(range(len(table.variants)), [VARIANTS[n].label for n in table.variants])
+        axes.set_ylim(len(table.variants) - 0.5, -0.5)
+        axes.set_title(table.title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1, 0].set_xlabel("AP of each seed; line: mean")
     return True

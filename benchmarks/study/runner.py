@@ -1,155 +1,165 @@
-"""Trains what the study compares, several at a time, and measures what each detector costs."""
+"""Trains what the study compares, several at a time, and writes the results of each."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
-import statistics
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.study.setup import Setup
+from benchmarks.study import measures, results
+from benchmarks.study.setup import Setup, Trial, fingerprint
 from benchmarks.study.variants import VARIANTS
-from dyhead_cuda.detection import data
-from dyhead_cuda.detection.models import build, count_parameters, gflops
+from dyhead_cuda.detection.data import DetectionDataset
 from dyhead_cuda.detection.training.runs import RunFolder
-from dyhead_cuda.detection.training.trainer import train
+from dyhead_cuda.detection.training.trainer import (
+    Interrupted,
+    Listener,
+    Record,
+    TrainingError,
+    train,
+)
 
 Tell = Callable[[str], None]
 
 
-def run_folder(folder: Path, name: str, seed: int) -> Path:
-    """Where the run of a variant and a seed is kept."""
-    return folder / name / f"seed-{seed}"
+@dataclass(frozen=True)
+class Job:
+    """How to train, whatever is trained.
+
+    Attributes:
+        setup: the detector, the data and the training.
+        folder: of the trainings, with their checkpoints.
+        results: folder of the results.
+        device: "cpu" or "cuda".
+        facts: "machine", "commit" and "date", for the results.
+        deadline: in seconds of ``time.time()``: what is not finished then is saved, to go on later.
+    """
+
+    setup: Setup
+    folder: Path
+    results: Path
+    device: str
+    facts: dict[str, Any]
+    deadline: float
 
 
-def train_all(
-    setup: Setup,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    jobs: int,
-    device: str,
-    tell: Tell,
-) -> None:
-    """Trains every variant with every seed; finished runs in ``folder`` are kept, others resumed.
-
-    Seeds come first, so that a study that is stopped early has compared all variants.
+def train_all(job: Job, trials: Sequence[Trial], processes: int, tell: Tell) -> int:
+    """Runs trainings in their order, and goes on with those that were stopped.
 
     Args:
-        setup: the detector, the data and the training.
-        names: of :data:`VARIANTS`.
-        seeds: one run each.
-        folder: of all runs.
-        jobs: processes; each gets its share of the processor's threads.
-        device: see :class:`~dyhead_cuda.detection.TrainConfig`.
-        tell: called with a line when a run ends.
+        job: how.
+        trials: what.
+        processes: trainings at a time; each gets its share of the processor's threads.
+        tell: called with a line when one ends.
+
+    Returns:
+        How many were finished before the deadline.
 
     Raises:
-        dyhead_cuda.detection.training.runs.RunError: a folder holds a run of another setup.
-        dyhead_cuda.detection.training.trainer.TrainingError: a loss is not finite.
+        dyhead_cuda.detection.training.runs.RunError: another process has the same training, or its
+            files are damaged.
+        dyhead_cuda.detection.training.trainer.TrainingError: a loss is not finite in a training
+            that is not of a search.
+        dyhead_cuda.detection.training.trainer.Interrupted: a signal came.
     """
-    runs = [(name, seed) for seed in seeds for name in names]
-    threads = max(1, torch.get_num_threads() // jobs)
+    if not trials:
+        return 0
+    processes = min(processes, len(trials))
+    threads = max(1, torch.get_num_threads() // processes)
     # Spawn, because torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    begin = time.monotonic()
+    begin, done = time.monotonic(), 0
     with ProcessPoolExecutor(
-        min(jobs, len(runs)), context, initializer=torch.set_num_threads, initargs=(threads,)
+        processes, context, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
-        futures = {
-            pool.submit(_train_one, setup, name, seed, folder, device): (name, seed)
-            for name, seed in runs
-        }
+        futures = {pool.submit(_train_one, job, trial): trial for trial in trials}
         try:
-            for done, future in enumerate(as_completed(futures), 1):
-                name, seed = futures[future]
-                left = (time.monotonic() - begin) / done * (len(runs) - done)
+            for future in as_completed(futures):
+                said = future.result()
+                if said is None:
+                    continue
+                done += 1
+                left = (time.monotonic() - begin) / done * (len(trials) - done)
                 tell(
-                    f"[{done}/{len(runs)}] {VARIANTS[name].label}, seed {seed}: "
-                    f"AP {future.result():.1%}; about {left / 60:.0f} min left"
+                    f"[{done}/{len(trials)}] {futures[future].title}: {said}; "
+                    f"about {left / 60:.0f} min left"
                 )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return done
 
 
-def _train_one(setup: Setup, name: str, seed: int, folder: Path, device: str) -> float:
-    target = run_folder(folder, name, seed)
-    config, model = setup.training(seed, device), setup.model(VARIANTS[name])
-    return train(config, model, setup.data(), target).summary["AP"]
+def _train_one(job: Job, trial: Trial) -> str | None:
+    """What came out, in a word or two; None if there was no time for it."""
+    settings = job.setup.settings(trial)
+    mark = fingerprint(settings)
+    folder = job.folder / f"{trial.path}-{mark}"  # a training never goes on with other settings
+    if time.time() >= job.deadline:
+        return None
+    record: Record = {
+        "setup": mark,
+        "name": trial.name,
+        "seed": trial.seed,
+        "lr": trial.lr,
+        **job.facts,
+        "settings": settings,
+    }
+    try:
+        record |= _trained(job, trial, folder)
+        said = f"AP {record['summary']['AP']:.1%}"
+    except Interrupted:
+        if time.time() >= job.deadline:
+            return None
+        raise
+    except TrainingError as error:
+        if not trial.search:
+            raise
+        record["failed"] = said = str(error)  # as a rate may that is too high
+    results.write(job.results, f"{trial.path}.json", record)
+    return said
 
 
-def read_runs(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Any]]:
-    """What each finished run has logged: its seed, last metrics, and AP at each evaluation."""
-    found: dict[str, list[Any]] = {}
-    for name in names:
-        found[name] = []
-        for seed in seeds:
-            records = RunFolder(run_folder(folder, name, seed)).records()
-            evaluations = [record for record in records if "evaluation" in record]
-            last = evaluations[-1]["evaluation"]
-            found[name].append(
-                {
-                    "seed": seed,
-                    "summary": last["summary"],
-                    "per_class": last["per_class"],
-                    "curve": [[r["step"], r["evaluation"]["summary"]["AP"]] for r in evaluations],
-                }
-            )
-    return found
+def _trained(job: Job, trial: Trial, folder: Path) -> Record:
+    setup = job.setup
+    sets = _sets(setup)
+    train(
+        setup.training(trial, job.device),
+        setup.model(VARIANTS[trial.name]),
+        setup.data(),
+        folder,
+        sets=sets,
+        listeners=[_stop_at(job.deadline)],
+    )
+    found = measures.measure(folder, sets[1], setup.batch_size, job.device)
+    evaluations = [each for each in RunFolder(folder).records() if "evaluation" in each]
+    curve = [[each["step"], each["evaluation"]["summary"]["AP"]] for each in evaluations]
+    return {**found, "curve": curve}
 
 
-def costs(setup: Setup, names: Sequence[str], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Parameters, GFLOPs of one image, and milliseconds of a training step and of a prediction.
-
-    All variants take turns, ``rounds`` times, so that a slow phase of the machine affects all.
-    Times are medians for one batch of the setup's size.
-    """
-    batch = data.collate([setup.data().open("val")[i] for i in range(setup.batch_size)])
-    images = [image.to(device) for image in batch[0]]
-    targets = [{key: value.to(device) for key, value in target.items()} for target in batch[1]]
-    detectors: dict[str, nn.Module] = {}
-    found: dict[str, Any] = {}
-    for name in names:
-        torch.manual_seed(0)
-        model = build(setup.model(VARIANTS[name]))
-        found[name] = {
-            "parameters": count_parameters(model),
-            "gflops": gflops(model, setup.size, setup.size),
-        }
-        detectors[name] = model.to(device)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for _ in range(rounds + 1):
-        for name, model in detectors.items():
-            times[name].append((_step(model, images, targets), _prediction(model, images)))
-    for name in names:
-        steps, predictions = zip(*times[name][1:], strict=True)  # the first round warms up
-        found[name]["step_ms"] = 1e3 * statistics.median(steps)
-        found[name]["prediction_ms"] = 1e3 * statistics.median(predictions)
-    return found
+@functools.cache
+def _sets(setup: Setup) -> tuple[DetectionDataset, DetectionDataset]:
+    """The scenes, drawn once for all trainings of a process."""
+    data = setup.data()
+    return data.open("train"), data.open("val")
 
 
-def _step(model: nn.Module, images: list[Any], targets: list[Any]) -> float:
-    model.train()
-    return _seconds(lambda: torch.stack([*model(images, targets).values()]).sum().backward(), model)
+def _stop_at(deadline: float) -> Listener:
+    """Has a training stop after the step that it is at, as Ctrl-C does, when time is up."""
+    asked = False
 
+    def listen(_: Record) -> None:
+        nonlocal asked
+        if not asked and time.time() >= deadline:
+            asked = True  # a second signal would end the process at once
+            signal.raise_signal(signal.SIGINT)
 
-def _prediction(model: nn.Module, images: list[Any]) -> float:
-    model.eval()
-    with torch.inference_mode():
-        return _seconds(lambda: model(images), model)
-
-
-def _seconds(action: Callable[[], object], model: nn.Module) -> float:
-    device = next(model.parameters()).device
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return listen

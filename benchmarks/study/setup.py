@@ -1,81 +1,193 @@
-"""The detector, data and training that all variants of the study share."""
+"""The detector, data and training that all variants of the study share, and its trainings."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from benchmarks.study.variants import Variant
+from benchmarks.study.variants import VARIANTS, Variant
 from dyhead_cuda.detection.data import DataConfig
 from dyhead_cuda.detection.models import ModelConfig
 from dyhead_cuda.detection.settings import Settings
 from dyhead_cuda.detection.training import TrainConfig
 
+RUNS, SEARCH = "runs", "search"  # folders
+SEARCH_SEED = 100  # none of the study's own, so that no row is tuned to a seed that it is judged by
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: of the study, or of the search for the learning rate of a row.
+
+    Attributes:
+        name: of :data:`~benchmarks.study.variants.VARIANTS`.
+        seed: draws the weights and the order of the images.
+        lr: the highest learning rate.
+        steps: of the training.
+        search: whether it belongs to the search.
+    """
+
+    name: str
+    seed: int
+    lr: float
+    steps: int
+    search: bool = False
+
+    @property
+    def path(self) -> str:
+        """Of its files, in the folder of results and in that of trainings."""
+        if self.search:
+            return f"{SEARCH}/{self.name}-lr-{self.lr:g}"
+        return f"{RUNS}/{self.name}-seed-{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        what = f"lr {self.lr:g}, {self.steps} steps" if self.search else f"seed {self.seed}"
+        return f"{VARIANTS[self.name].label}, {what}"
+
 
 @dataclass(frozen=True)
 class Setup(Settings):
-    """The training that every variant gets; JSON-able.
+    """What every variant gets; JSON-able.
 
     Attributes:
-        detector, backbone, channels, first_level, last_level: of all detectors.
-        size, min_height: of the scenes and of the digits in them, pixels.
-        images, val_images: scenes to train on and to measure AP on.
-        steps, batch_size, lr, evaluations: of the training.
+        backbone, weights, frozen_stages, first_level, last_level, channels, anchor_scale:
+            of all detectors, see :class:`~dyhead_cuda.detection.ModelConfig`.
+        size, heights: of the scenes and of the objects in them, pixels.
+        background, max_angle: of the scenes, see :class:`~dyhead_cuda.detection.DigitScenes`.
+        objects: the folder of :class:`~dyhead_cuda.detection.CutoutScenes`; None: digits.
+        num_classes: of the objects.
+        images, val_images: scenes to train on and to measure on.
+        steps, batch_size, body_lr, ema, evaluations: of the training, see
+            :class:`~dyhead_cuda.detection.TrainConfig`.
+        rates, search_steps: what each row's learning rate is chosen from, and the length of the
+            trainings that choose it.
     """
 
-    detector: str = "atss"
-    backbone: str = "timm/test_resnet.r160_in1k"
-    channels: int = 64
+    backbone: str = "efficientnet_lite0"
+    weights: str | None = "DEFAULT"
+    frozen_stages: int = 1
     first_level: int = 3
     last_level: int = 6
-    size: int = 128
-    min_height: int = 16
-    images: int = 3000
-    val_images: int = 250
-    steps: int = 1000
+    channels: int = 64
+    anchor_scale: float | None = 4.0
+    size: int = 256
+    heights: tuple[float, float] = (12, 230)
+    background: str = "photographs"
+    max_angle: float = 15
+    objects: str | None = None
+    num_classes: int = 10
+    images: int = 4000
+    val_images: int = 500
+    steps: int = 3000
     batch_size: int = 8
-    lr: float = 2e-3
-    evaluations: int = 3
+    body_lr: float = 0.1
+    ema: float = 0.998
+    evaluations: int = 5
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    search_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("heights", "rates"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+
+    def search(self, names: Iterable[str]) -> list[Trial]:
+        """The trainings that choose the learning rate of some rows."""
+        return [
+            Trial(name, SEARCH_SEED, lr, self.search_steps, search=True)
+            for name in names
+            for lr in self.rates
+        ]
+
+    def run(self, name: str, seed: int, lr: float) -> Trial:
+        """A training of the study."""
+        return Trial(name, seed, lr, self.steps)
+
+    def settings(self, trial: Trial) -> dict[str, dict[str, Any]]:
+        """All that determines a training, by the configuration that it belongs to."""
+        return {
+            "model": self._model(VARIANTS[trial.name]),
+            "data": self._data(),
+            "training": {
+                "steps": trial.steps,
+                "batch_size": self.batch_size,
+                "lr": trial.lr,
+                "body_lr": self.body_lr,
+                "ema": self.ema,
+                "seed": trial.seed,
+                "eval_every": max(1, trial.steps // (1 if trial.search else self.evaluations)),
+            },
+        }
 
     def model(self, variant: Variant) -> ModelConfig:
         """The detector of a variant."""
-        return ModelConfig(
-            self.detector,
-            num_classes=10,
-            backbone=self.backbone,
-            first_level=self.first_level,
-            last_level=self.last_level,
-            channels=self.channels,
-            blocks=variant.blocks,
-            attentions=variant.attentions,
-            high_offset=variant.high_offset,
-            min_size=self.size,
-            max_size=self.size,
-        )
+        return ModelConfig.from_dict(self._model(variant))
 
     def data(self) -> DataConfig:
-        """The scenes, the same for every run."""
-        return DataConfig(
-            "digits",
-            {
+        """The scenes, the same for every training."""
+        return DataConfig.from_dict(self._data())
+
+    def training(self, trial: Trial, device: str) -> TrainConfig:
+        """The recipe of a training."""
+        return TrainConfig.from_dict({**self.settings(trial)["training"], "device": device})
+
+    def _model(self, variant: Variant) -> dict[str, Any]:
+        shared = (
+            "num_classes",
+            "backbone",
+            "weights",
+            "frozen_stages",
+            "first_level",
+            "last_level",
+            "channels",
+            "anchor_scale",
+        )
+        return {
+            "detector": "atss",
+            **{name: getattr(self, name) for name in shared},
+            "min_size": self.size,
+            "max_size": self.size,
+            **variant.settings(),
+        }
+
+    def _data(self) -> dict[str, Any]:
+        pictures = {} if self.objects is None else {"path": self.objects}
+        return {
+            "spec": "cutouts" if pictures else "digits",
+            "options": {
+                **pictures,
                 "size": [self.size, self.size],
-                "heights": [self.min_height, 0.8 * self.size],
+                "heights": list(self.heights),
+                "background": self.background,
+                "max_angle": self.max_angle,
                 "cache": True,
             },
-            {"num_images": self.images},
-            {"num_images": self.val_images},
-        )
-
-    def training(self, seed: int, device: str) -> TrainConfig:
-        """The recipe; ``seed`` draws the weights and the order of the images."""
-        return TrainConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            seed=seed,
-            device=device,
-            eval_every=max(1, self.steps // self.evaluations),
-            checkpoint_every=max(1, self.steps // self.evaluations),
-        )
+            "train": {"num_images": self.images},
+            "val": {"num_images": self.val_images},
+        }
 
 
-QUICK = Setup(channels=16, size=64, images=8, val_images=4, steps=2, batch_size=2, evaluations=1)
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """What tells whether results are of the same settings; they are JSON-able."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+QUICK = Setup(
+    backbone="timm/test_resnet.r160_in1k",
+    weights=None,
+    frozen_stages=0,
+    channels=16,
+    size=64,
+    heights=(12, 48),
+    background="paper",
+    images=8,
+    val_images=4,
+    steps=2,
+    batch_size=2,
+    evaluations=2,
+    search_steps=1,
+)

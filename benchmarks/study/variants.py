@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from dyhead_cuda.modules import ATTENTIONS, Attention
+from dyhead_cuda.modules import ATTENTIONS, Attention, Init, WithoutTask
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
 
@@ -15,14 +16,24 @@ class Variant:
 
     Attributes:
         label: in tables and plots.
-        blocks: of the Dynamic Head; 0 is the plain head, two towers of four convolutions.
-        attentions, high_offset: see :class:`dyhead_cuda.DyHead`.
+        blocks, convs, shared_tower, attentions, without_task, high_offset, init: see
+            :class:`~dyhead_cuda.detection.ModelConfig`. 0 blocks are a plain head.
     """
 
     label: str
-    blocks: int
+    blocks: int = 0
+    convs: int | None = None
+    shared_tower: bool = False
     attentions: tuple[Attention, ...] = ATTENTIONS
+    without_task: WithoutTask = "identity"
     high_offset: HighOffset = "flat"
+    init: Init = "mmdet"
+
+    def settings(self) -> dict[str, Any]:
+        """Of :class:`~dyhead_cuda.detection.ModelConfig`, as JSON has them."""
+        values = asdict(self)
+        del values["label"]
+        return {**values, "attentions": list(self.attentions)}
 
 
 @dataclass(frozen=True)
@@ -33,23 +44,58 @@ class Table:
     variants: tuple[str, ...]
 
 
+SEEDS = 3  # of each row
+DEPTHS = (1, 2, 4, 6)
+# Initialisations beside the one that all other rows have.
+INITS: tuple[Init, ...] = ("local", "microsoft")
 # Blocks of the variants that differ in something else than the number of blocks.
 _BLOCKS = 2
 _WHOLE = f"dyhead-{_BLOCKS}"
 
 
+def _plain(convs: int) -> Variant:
+    return Variant(f"plain, two towers of {convs}", convs=convs)
+
+
+def _shared(convs: int) -> Variant:
+    return Variant(f"plain, one tower of {convs}", convs=convs, shared_tower=True)
+
+
+def _dyhead(blocks: int) -> Variant:
+    return Variant(f"DyHead, {blocks} block{'s' * (blocks > 1)}", blocks)
+
+
+def _towers(convs: int) -> Variant:
+    label = f"{_dyhead(_BLOCKS).label}, then two towers of {convs}"
+    return Variant(label, _BLOCKS, convs=convs)
+
+
 def _with(*attentions: Attention) -> Variant:
-    return Variant(" + ".join(attentions) or "no attention", _BLOCKS, attentions)
+    # A head whose task attention is the identity has no activation at all: it is linear.
+    label = " + ".join(attentions) or "no attention"
+    return Variant(label, _BLOCKS, attentions=attentions, without_task="relu")
 
 
+def _init(blocks: int, init: Init) -> Variant:
+    return Variant(f'{_dyhead(blocks).label}, init="{init}"', blocks, init=init)
+
+
+# In the order of the runs: what carries the conclusion comes first.
 VARIANTS: dict[str, Variant] = {
-    "plain": Variant("plain head", 0),
-    **{f"dyhead-{n}": Variant(f"DyHead, {n} block{'s' * (n > 1)}", n) for n in (1, 2, 4, 6)},
+    "plain": _plain(4),
+    **{f"dyhead-{blocks}": _dyhead(blocks) for blocks in (4, 2, 6, 1)},
+    "shared-8": _shared(8),
+    "shared-4": _shared(4),
+    "dyhead-2-towers-2": _towers(2),
     "none": _with(),
-    "scale": _with("scale"),
     "spatial": _with("spatial"),
     "task": _with("task"),
+    "scale": _with("scale"),
     "scale-spatial": _with("scale", "spatial"),
+    **{f"dyhead-{n}-{init}": _init(n, init) for init in INITS for n in DEPTHS},
+    "plain-2": _plain(2),
+    "plain-6": _plain(6),
+    "dyhead-2-towers-1": _towers(1),
     **{
         name.replace("_", "-"): Variant(f'high_offset="{name}"', _BLOCKS, high_offset=name)  # type: ignore[arg-type]
         for name in HIGH_OFFSETS
@@ -57,8 +103,26 @@ VARIANTS: dict[str, Variant] = {
     },
 }
 
+_DEPTH_ROWS = tuple(f"dyhead-{blocks}" for blocks in DEPTHS)
+
 TABLES: dict[str, Table] = {
-    "depth": Table("Blocks", ("plain", "dyhead-1", "dyhead-2", "dyhead-4", "dyhead-6")),
+    "heads": Table(
+        "Head",
+        (
+            "plain",
+            "plain-2",
+            "plain-6",
+            "shared-4",
+            "shared-8",
+            *_DEPTH_ROWS,
+            "dyhead-2-towers-1",
+            "dyhead-2-towers-2",
+        ),
+    ),
+    "inits": Table(
+        'Initialisation (the others: "mmdet")',
+        ("plain", *_DEPTH_ROWS, *(f"dyhead-{n}-{init}" for init in INITS for n in DEPTHS)),
+    ),
     "attentions": Table(
         f"Attentions, {_BLOCKS} blocks",
         ("none", "scale", "spatial", "task", "scale-spatial", _WHOLE),
@@ -70,6 +134,6 @@ TABLES: dict[str, Table] = {
 }
 
 
-def variants_of(tables: Sequence[str]) -> list[str]:
-    """The variants in some tables, each once."""
-    return list(dict.fromkeys(name for table in tables for name in TABLES[table].variants))
+def chosen(only: Sequence[str]) -> list[str]:
+    """The variants of these names, all without any, in the order of :data:`VARIANTS`."""
+    return [name for name in VARIANTS if not only or name in only]

@@ -20,14 +20,19 @@ from dyhead_cuda.commands.options import (
     levels,
     number,
     point,
+    scale_range,
+    scales,
+    side_range,
 )
-from dyhead_cuda.commands.training_arguments import MAX_BATCH, MAX_WORKERS
+from dyhead_cuda.commands.training_arguments import MAX_BATCH, MAX_FACTOR, MAX_WORKERS
 from dyhead_cuda.detection.names import (
     DETECTORS,
     DEVICES,
+    SPLITS,
+    Background,
     ExportFormat,
 )
-from dyhead_cuda.modules import ATTENTIONS, Init
+from dyhead_cuda.modules import ATTENTIONS, Init, WithoutTask
 from dyhead_cuda.pyramid import HIGH_OFFSETS
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
@@ -39,7 +44,7 @@ MIN_OPSET, OPSET = (
 )  # ONNX has DeformConv since 19, and normalises groups in one node since 21
 COCO_SIZE, COCO_MAX_SIZE = 800, 1333
 # Beyond these, options can only be mistakes: no memory or time is enough.
-MAX_BLOCKS, MAX_CONVS, MAX_CHANNELS = 100, 100, 8192
+MAX_BLOCKS, MAX_CONVS, MAX_CHANNELS, MAX_STAGES = 100, 100, 8192, 100
 MAX_SCENES = 10_000_000
 
 
@@ -101,6 +106,19 @@ def train(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--tensorboard", action="store_true", help="write events for it, too")
 
 
+def scenes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``python -m dyhead_cuda scenes``."""
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="for train's --data FOLDER"
+    )
+    parser.add_argument(
+        "--split", nargs="+", choices=SPLITS, default=SPLITS, help="write these only"
+    )
+    _add_scenes(parser)
+    parser.add_argument("--keypoints", action="store_true", help="annotate each object's extremes")
+    parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
+
+
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda eval``."""
     parser.add_argument(
@@ -113,6 +131,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=integer(1, MAX_BATCH), default=8, help="default: %(default)s"
     )
     parser.add_argument("--workers", type=integer(0, MAX_WORKERS), default=0, help="load images")
+    _add_views(parser)
     _add_device(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write metrics and all detections there"
@@ -128,6 +147,7 @@ def predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder (default: %(default)s)"
     )
+    _add_views(parser)
 
 
 def attend(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +241,19 @@ def _add_device(parser: Any) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of test-time augmentation."""
+    parser.add_argument(
+        "--scales",
+        type=scales,
+        default=(1.0,),
+        metavar="LIST",
+        help="see each image at these scales of the model's size and merge what is found, e.g. "
+        "0.8,1,1.25 (default: 1)",
+    )
+    parser.add_argument("--flip", action="store_true", help="see its mirror image, too")
+
+
 def _add_images(parser: argparse.ArgumentParser) -> None:
     """Adds the options of commands that run a trained detector on image files."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
@@ -236,33 +269,82 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(group: Any) -> None:
     group.add_argument(
-        "--data", default="digits", metavar="digits|FOLDER", help="a folder is in COCO's format"
+        "--data",
+        default="digits",
+        metavar="digits|FOLDER",
+        help="composed scenes, or a folder in COCO's format",
     )
     group.add_argument("--strict", action="store_true", help="fail on any broken annotation")
     group.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    sizes = group.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--multi-scale",
+        type=side_range,
+        metavar="LOW-HIGH",
+        help="draw the shorter side of each training image, in pixels, e.g. 480-800",
+    )
+    sizes.add_argument(
+        "--scale-jitter",
+        type=scale_range,
+        metavar="LOW-HIGH",
+        help="large-scale jitter: draw a scale for each training image, e.g. 0.1-2, then crop or "
+        "pad it to a square of --size",
+    )
+    _add_scenes(group, "scenes: ")
+
+
+def _add_scenes(group: Any, only: str = "") -> None:
+    """Adds the options of composed scenes; ``only`` says when they can be used."""
     group.add_argument(
         "--images",
         type=integer(1, MAX_SCENES),
         metavar="N",
-        help=f"digits: scenes of train (default: {train_defaults.DIGITS['images']})",
+        help=f"{only}how many for training (default: {train_defaults.DIGITS['images']})",
     )
     group.add_argument(
         "--val-images",
         type=integer(1, MAX_SCENES),
         metavar="N",
-        help=f"digits: scenes of val (default: {train_defaults.DIGITS['val_images']})",
+        help=f"{only}how many to measure on (default: {train_defaults.DIGITS['val_images']})",
     )
     group.add_argument(
         "--scene-size",
         type=integer(32, MAX_SIDE),
         metavar="PIXELS",
-        help="digits: height and width of the scenes "
-        f"(default: {train_defaults.DIGITS['scene_size']})",
+        help=f"{only}height and width (default: {train_defaults.DIGITS['scene_size']}; "
+        f"{train_defaults.LARGE_SCENE_SIZE} with --objects or on photographs)",
+    )
+    group.add_argument(
+        "--objects",
+        metavar="FOLDER",
+        help=f"{only}instead of digits the transparent PNG or WebP pictures in FOLDER; each "
+        "sub-folder is a class, or else each file",
+    )
+    group.add_argument(
+        "--background",
+        choices=get_args(Background),
+        help=f"{only}what is behind the objects (default: paper; with --objects photographs, which "
+        "ship with scikit-image and scikit-learn)",
+    )
+    group.add_argument(
+        "--max-angle",
+        type=number(0, 180),
+        metavar="DEGREES",
+        help=f"{only}turn objects by up to so much (default: 15, at most 45; with --objects 30, at "
+        "most 180)",
     )
 
 
 def _add_model(group: Any) -> None:
-    group.add_argument("--model", choices=DETECTORS, default="atss", help="default: %(default)s")
+    # No defaults here: what is not given comes from --start-from, or from ModelConfig.
+    group.add_argument(
+        "--start-from",
+        metavar="RUN|FILE",
+        help="a trained detector, also of other classes: a run of train, a checkpoint of ATSS of "
+        "mmdet or microsoft/DynamicHead, or a state dict; its settings are the defaults of these "
+        "options",
+    )
+    group.add_argument("--model", choices=DETECTORS, help="the kind of detector (default: atss)")
     group.add_argument(
         "--blocks",
         type=integer(0, MAX_BLOCKS),
@@ -270,11 +352,27 @@ def _add_model(group: Any) -> None:
     )
     group.add_argument(
         "--backbone",
-        help=f"torchvision's resnet*, swin_*, or timm/NAME ({train_defaults.stated('backbone')})",
+        help="torchvision's resnet*, swin_*, efficientnet_lite0, or timm/NAME "
+        f"({train_defaults.stated('backbone')})",
     )
     group.add_argument(
         "--weights",
-        help="of the backbone, to download: DEFAULT, or pretrained for timm (default: random ones)",
+        metavar="NAME|FILE",
+        help="of the backbone: DEFAULT, pretrained for timm, or a .pth, .pt or .safetensors file "
+        "(default: random ones)",
+    )
+    group.add_argument(
+        "--frozen-stages",
+        type=integer(0, MAX_STAGES),
+        metavar="N",
+        help="keep the first N stages of the backbone as they are (default: 0)",
+    )
+    group.add_argument(
+        "--backbone-last-level",
+        type=integer(1),
+        metavar="LEVEL",
+        help="the coarsest level that the backbone makes; without its later stages a detector is "
+        "smaller (default: all that it has)",
     )
     group.add_argument(
         "--channels",
@@ -284,7 +382,19 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--convs",
         type=integer(0, MAX_CONVS),
-        help="in each tower (default: 0 with a DyHead, 4 without)",
+        help="in each tower (default, as published: 0 with a DyHead, 4 without and for retinanet)",
+    )
+    group.add_argument(
+        "--shared-tower",
+        action="store_true",
+        default=None,
+        help="atss: one tower for classes and boxes (default: one for each)",
+    )
+    group.add_argument(
+        "--anchor-scale",
+        type=number(0.01, MAX_FACTOR),
+        metavar="STRIDES",
+        help="side of the smallest anchors (default, as published: 4 for retinanet, else 8)",
     )
     group.add_argument(
         "--levels",
@@ -295,14 +405,16 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--attentions",
         type=attentions,
-        default=ATTENTIONS,
         metavar="LIST",
-        help=f"some of {','.join(ATTENTIONS)}, or none",
+        help=f"some of {','.join(ATTENTIONS)}, or none (default: all)",
     )
-    group.add_argument("--high-offset", choices=HIGH_OFFSETS, default="flat")
     group.add_argument(
-        "--init", choices=get_args(Init), default="mmdet", help="of the head (default: mmdet)"
+        "--without-task",
+        choices=get_args(WithoutTask),
+        help="in place of a task attention that is left out (default: identity)",
     )
+    group.add_argument("--high-offset", choices=HIGH_OFFSETS, help="default: flat")
+    group.add_argument("--init", choices=get_args(Init), help="of the head (default: mmdet)")
     group.add_argument(
         "--size",
         type=integer(1, MAX_SIDE),

@@ -22,6 +22,7 @@ from dyhead_cuda.detection.files import write_json
 from dyhead_cuda.detection.training import parallel
 from dyhead_cuda.detection.training.errors import RankError, RunError
 from dyhead_cuda.detection.training.trainer import load_model
+from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,7 +80,7 @@ def _evaluate(arguments: argparse.Namespace) -> Metrics:
                 f", got {', '.join(dataset.classes)}"
             )
         return evaluate(
-            model,
+            TestTimeAugmentation(model, arguments.scales, arguments.flip),
             dataset,
             device=processes.device,
             batch_size=arguments.batch_size,

@@ -10,6 +10,7 @@ from typing import Literal
 
 from dyhead_cuda.modules import ATTENTIONS
 
+MIN_SCALE, MAX_SCALE = 0.05, 8  # of images
 MAX_SIDE = 8192  # pixels, of images; what is computed from larger ones fits into no memory
 
 
@@ -57,6 +58,45 @@ def levels(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"expected two levels such as 3-7, got {_cut(text)}")
     return int(found[1]), int(found[2])
+
+
+def side_range(text: str) -> tuple[int, int]:
+    """A type of options: a range of sides in pixels, as "480-800"."""
+    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+    low, high = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= low <= high <= MAX_SIDE:
+        raise argparse.ArgumentTypeError(
+            f"expected two sides from 1 to {MAX_SIDE} such as 480-800, got {_cut(text)}"
+        )
+    return low, high
+
+
+def scale_range(text: str) -> tuple[float, float]:
+    """A type of options: a range of scales, as "0.1-2"."""
+    low, _, high = text.partition("-")
+    try:
+        return _scale(low), _scale(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected two scales from {MIN_SCALE} to {MAX_SCALE} such as 0.1-2, got {_cut(text)}"
+        ) from None
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """A type of options: scales, as "0.8,1,1.25"."""
+    try:
+        return tuple(_scale(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected scales from {MIN_SCALE} to {MAX_SCALE} such as 0.8,1,1.25, got {_cut(text)}"
+        ) from None
+
+
+def _scale(text: str) -> float:
+    value = float(text)
+    if not MIN_SCALE <= value <= MAX_SCALE:  # NaN is refused, too
+        raise ValueError
+    return value
 
 
 def image_size(text: str) -> tuple[int, int] | Literal["dynamic"]:

@@ -16,6 +16,7 @@ from dyhead_cuda.detection.prediction import describe, predict
 from dyhead_cuda.detection.training import parallel
 from dyhead_cuda.detection.training.errors import RunError
 from dyhead_cuda.detection.training.trainer import load_model
+from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         check_names(arguments.images)
         device = parallel.choose_device(arguments.device)
-        model, config = load_model(arguments.checkpoint, device)
+        detector, config = load_model(arguments.checkpoint, device)
+        model = TestTimeAugmentation(detector, arguments.scales, arguments.flip).eval()
         make_folder(arguments.out)
         for path in arguments.images:
             try:

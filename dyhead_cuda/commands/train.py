@@ -60,12 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, console: Console, processes: Processes) -> None:
-    data = train_settings.data_config(arguments)
+    start = train_settings.start(arguments)
+    base = start.model if start else None
+    data = train_settings.data_config(arguments, base)
     sets = data.open("train"), data.open("val")
-    model = train_settings.model_config(arguments, sets[0])
+    model = train_settings.model_config(arguments, sets[0], base)
     config = train_settings.train_config(arguments, len(sets[0]))
-    folder = arguments.out or Path("runs") / f"{arguments.model}-{Path(data.spec).name}"
+    folder = arguments.out or Path("runs") / f"{model.detector}-{Path(data.spec).name}"
     _print_settings(console, config, model, data, sets, folder)
+    if start:
+        console.print(escape(f"start: {start.source}"), soft_wrap=True)
     with ExitStack() as lock:
         # To the end: what is drawn and written after the training is the run's, too.
         processes.on_first(lambda: lock.enter_context(RunFolder(folder).lock()))
@@ -83,6 +87,7 @@ def _train(arguments: argparse.Namespace, console: Console, processes: Processes
                 data,
                 folder,
                 restart=arguments.restart,
+                start=start,
                 sets=sets,
                 listeners=listeners,
             )

@@ -30,6 +30,7 @@ FOLDER: dict[str, Any] = {
     "lr": 2e-4,
     "steps": 1000,
 }
+LARGE_SCENE_SIZE = 256  # of all scenes but digits on paper
 TWO_STAGE_LEVELS = (2, 6)
 DIGITS_LEVELS = (3, 6)  # on 128 pixels a P7 is one pixel
 FOLDER_LEVELS = (3, 7)
@@ -48,6 +49,15 @@ def chosen(arguments: argparse.Namespace, name: str) -> Any:
     """The value of an option, or its default for the data."""
     value = getattr(arguments, name)
     return _table(arguments)[name] if value is None else value
+
+
+def scene_size(arguments: argparse.Namespace) -> int:
+    """Height and width of composed scenes in pixels."""
+    given: int | None = arguments.scene_size
+    if given is not None:
+        return given
+    on_paper = arguments.objects is None and arguments.background != "photographs"
+    return int(DIGITS["scene_size"]) if on_paper else LARGE_SCENE_SIZE
 
 
 def levels(arguments: argparse.Namespace) -> tuple[int, int]:

@@ -5,74 +5,154 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from dataclasses import replace
+from typing import Any
 
 from dyhead_cuda.commands import train_defaults
 from dyhead_cuda.commands.arguments import COCO_MAX_SIZE, COCO_SIZE
 from dyhead_cuda.commands.train_defaults import chosen
 from dyhead_cuda.detection.data import DataConfig, DetectionDataset
+from dyhead_cuda.detection.models.backbone_weights import is_file
 from dyhead_cuda.detection.models.config import ModelConfig
+from dyhead_cuda.detection.models.starting import Start, continued, read_start
 from dyhead_cuda.detection.training.config import TrainConfig
 
 
-def data_config(arguments: argparse.Namespace) -> DataConfig:
-    """The data that the options ask for.
+def start(arguments: argparse.Namespace) -> Start | None:
+    """The detector that the options start from.
 
     Raises:
-        ValueError: options of digits with a folder, or of a folder with digits.
+        ValueError, RunError: it cannot be read.
     """
+    if arguments.start_from is None:
+        return None
+    if arguments.weights is not None:
+        raise ValueError(
+            f"--weights {arguments.weights}: the backbone's weights come from --start-from; leave "
+            "one of the two out"
+        )
+    source = os.path.realpath(arguments.start_from)
+    kept = None
+    if arguments.out is not None and not arguments.restart:
+        kept = continued(arguments.out, source)
+    return kept or read_start(source)
+
+
+def data_config(arguments: argparse.Namespace, base: ModelConfig | None = None) -> DataConfig:
+    """The data that the options ask for.
+
+    Args:
+        arguments: the options.
+        base: the settings of the detector that the training starts from.
+
+    Raises:
+        ValueError: options of scenes with a folder, or of a folder with scenes.
+    """
+    augmented: dict[str, Any] = {"flip": arguments.flip, "multi_scale": arguments.multi_scale}
+    if arguments.scale_jitter is not None:
+        side, _ = _sizes(arguments, base)
+        augmented |= {"scale_jitter": arguments.scale_jitter, "jitter_size": side}
     for_digits = {
         "--images": arguments.images,
         "--val-images": arguments.val_images,
         "--scene-size": arguments.scene_size,
+        "--objects": arguments.objects,
+        "--background": arguments.background,
+        "--max-angle": arguments.max_angle,
     }
     given = [name for name, value in for_digits.items() if value is not None]
     if arguments.data != "digits":
         if given:
             raise ValueError(f"{', '.join(given)}: only for --data digits, got {arguments.data}")
         folder = os.path.realpath(arguments.data)  # resolve() raises where links are a circle
-        return DataConfig(folder, {"strict": arguments.strict}, flip=arguments.flip)
-    if arguments.flip:
-        raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER")
+        return DataConfig(folder, {"strict": arguments.strict}, **augmented)
+    if arguments.flip and arguments.objects is None:
+        raise ValueError("--flip: a mirrored digit is no digit; only for --data FOLDER, --objects")
     if arguments.strict:
-        raise ValueError("--strict: digits have no broken annotations; only for --data FOLDER")
-    side = chosen(arguments, "scene_size")
-    options = {"size": [side, side], "keypoints": arguments.keypoints, "cache": True}
-    train, val = ({"num_images": chosen(arguments, name)} for name in ("images", "val_images"))
-    return DataConfig("digits", options, train, val)
+        raise ValueError("--strict: scenes have no broken annotations; only for --data FOLDER")
+    return replace(scenes_config(arguments, cache=True), **augmented)
 
 
-def model_config(arguments: argparse.Namespace, dataset: DetectionDataset) -> ModelConfig:
+def scenes_config(arguments: argparse.Namespace, **more: Any) -> DataConfig:
+    """The composed scenes that the options ask for.
+
+    Args:
+        arguments: the options.
+        more: options of both splits.
+    """
+    side = train_defaults.scene_size(arguments)
+    options = {"size": [side, side], "keypoints": arguments.keypoints, **more}
+    for name in ("background", "max_angle"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    train, val = (
+        {"num_images": getattr(arguments, name) or train_defaults.DIGITS[name]}
+        for name in ("images", "val_images")
+    )
+    if arguments.objects is None:
+        return DataConfig("digits", options, train, val)
+    options["path"] = os.path.realpath(arguments.objects)
+    return DataConfig("cutouts", options, train, val)
+
+
+# The options that are settings of the model by another name or their own.
+_MODEL_OPTIONS = {
+    "detector": "model",
+    **{
+        name: name
+        for name in (
+            *("backbone", "weights", "frozen_stages", "backbone_last_level", "channels", "blocks"),
+            *("convs", "shared_tower", "anchor_scale"),
+            *("attentions", "without_task", "high_offset", "init"),
+        )
+    },
+}
+
+
+def model_config(
+    arguments: argparse.Namespace, dataset: DetectionDataset, base: ModelConfig | None = None
+) -> ModelConfig:
     """The model that the options ask for, with the classes and keypoints of the data.
+
+    Args:
+        arguments: the options.
+        dataset: to train on.
+        base: the settings of the detector that the training starts from, for what is not given.
 
     Raises:
         ValueError: there is no such model, or the data have no keypoints.
     """
     if arguments.keypoints and not dataset.num_keypoints:
         raise ValueError(f"--keypoints: {arguments.data} has none")
-    size, max_size = arguments.size, arguments.max_size
+    if base is None:
+        settings: dict[str, Any] = {"detector": "atss"}
+        settings |= {name: chosen(arguments, name) for name in ("backbone", "channels", "blocks")}
+    else:
+        settings = base.to_dict()
+    for name, option in _MODEL_OPTIONS.items():
+        value = getattr(arguments, option)
+        if value is not None:
+            settings[name] = value
+    if is_file(arguments.weights):
+        settings["weights"] = os.path.realpath(arguments.weights)
+    if arguments.levels is not None or base is None:
+        settings["first_level"], settings["last_level"] = train_defaults.levels(arguments)
+    settings["min_size"], settings["max_size"] = _sizes(arguments, base)
+    settings["num_classes"] = len(dataset.classes)
+    settings["keypoints"] = dataset.num_keypoints if arguments.keypoints else 0
+    return ModelConfig.from_dict(settings)
+
+
+def _sizes(arguments: argparse.Namespace, base: ModelConfig | None) -> tuple[int, int]:
+    """The shorter side in the model, and the longer one at most, in pixels."""
     usual = (COCO_SIZE, COCO_MAX_SIZE)
-    if arguments.data == "digits":
-        usual = (chosen(arguments, "scene_size"),) * 2
-    size = usual[0] if size is None else size
-    max_size = max(size, usual[1]) if max_size is None else max_size
-    first_level, last_level = train_defaults.levels(arguments)
-    return ModelConfig(
-        detector=arguments.model,
-        num_classes=len(dataset.classes),
-        backbone=chosen(arguments, "backbone"),
-        weights=arguments.weights,
-        first_level=first_level,
-        last_level=last_level,
-        channels=chosen(arguments, "channels"),
-        blocks=chosen(arguments, "blocks"),
-        convs=arguments.convs,
-        attentions=arguments.attentions,
-        high_offset=arguments.high_offset,
-        init=arguments.init,
-        min_size=size,
-        max_size=max_size,
-        keypoints=dataset.num_keypoints if arguments.keypoints else 0,
-    )
+    if base is not None:
+        usual = base.min_size, base.max_size
+    elif arguments.data == "digits":
+        usual = (train_defaults.scene_size(arguments),) * 2
+    size = usual[0] if arguments.size is None else arguments.size
+    most = max(size, usual[1]) if arguments.max_size is None else arguments.max_size
+    return size, most
 
 
 def train_config(arguments: argparse.Namespace, images: int) -> TrainConfig:

@@ -17,10 +17,13 @@ from dyhead_cuda.detection.lazy import attribute_of
 if TYPE_CHECKING:
     from dyhead_cuda.detection.data import (
         CocoFolder,
+        ComposedScenes,
+        CutoutScenes,
         DataConfig,
         DetectionDataset,
         DigitScenes,
         HorizontalFlip,
+        ScaleJitter,
         collate,
         open_dataset,
         write_coco,
@@ -39,21 +42,28 @@ if TYPE_CHECKING:
         Pyramid,
         Recipe,
         RetinaNet,
+        Start,
         atss_from_microsoft,
         atss_from_mmdet,
         build,
+        read_start,
     )
+    from dyhead_cuda.detection.statistics import positives_per_level
     from dyhead_cuda.detection.training import TrainConfig, load_model, train
+    from dyhead_cuda.detection.tta import TestTimeAugmentation
 
 __getattr__ = attribute_of(
     __name__,
     {
         "data": (
             "CocoFolder",
+            "ComposedScenes",
+            "CutoutScenes",
             "DataConfig",
             "DetectionDataset",
             "DigitScenes",
             "HorizontalFlip",
+            "ScaleJitter",
             "collate",
             "open_dataset",
             "write_coco",
@@ -76,10 +86,14 @@ __getattr__ = attribute_of(
             "Pyramid",
             "Recipe",
             "RetinaNet",
+            "Start",
             "atss_from_microsoft",
             "atss_from_mmdet",
             "build",
+            "read_start",
         ),
+        "statistics": ("positives_per_level",),
+        "tta": ("TestTimeAugmentation",),
         "training": (
             "TrainConfig",
             "load_model",
@@ -97,6 +111,8 @@ __all__ = [
     "MMDET_R50_CAFFE",
     "MMDET_SWINL",
     "CocoFolder",
+    "ComposedScenes",
+    "CutoutScenes",
     "DataConfig",
     "DetectionDataset",
     "DigitScenes",
@@ -107,6 +123,9 @@ __all__ = [
     "Pyramid",
     "Recipe",
     "RetinaNet",
+    "ScaleJitter",
+    "Start",
+    "TestTimeAugmentation",
     "TrainConfig",
     "atss_from_microsoft",
     "atss_from_mmdet",
@@ -115,6 +134,8 @@ __all__ = [
     "evaluate",
     "load_model",
     "open_dataset",
+    "positives_per_level",
+    "read_start",
     "score",
     "train",
     "write_coco",

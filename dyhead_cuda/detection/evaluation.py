@@ -136,6 +136,7 @@ def score(
     detections: list[dict[str, Any]],
     *,
     keypoint_sigmas: Sequence[float] | None = None,
+    class_agnostic: bool = False,
 ) -> Metrics:
     """COCO's metrics of given detections.
 
@@ -145,14 +146,18 @@ def score(
             where the model predicts them.
         keypoint_sigmas: per keypoint the standard deviation of its place, as a fraction of the
             object's size (default: COCO's own for 17 keypoints, otherwise 0.05 for each).
+        class_agnostic: take all objects and detections as of one class: how well objects are
+            found, whatever they are called. Several boxes on one object then count as one right and
+            the others wrong.
 
     Returns:
-        The metrics.
+        The metrics; with ``class_agnostic`` those "per_class" are empty.
 
     Raises:
         ValueError: not one sigma per keypoint.
 
-    Source: https://cocodataset.org/#detection-eval, by pycocotools.
+    Source: https://cocodataset.org/#detection-eval, by pycocotools (``useCats`` is 0 with
+    ``class_agnostic``).
 
     Example:
         >>> from dyhead_cuda.detection import DigitScenes, score
@@ -161,12 +166,17 @@ def score(
         >>> round(score(scenes, perfect).summary["AP"], 3)
         1.0
     """
-    boxes = _run_cocoeval(dataset.coco, detections, "bbox", None)
+    boxes = _run_cocoeval(dataset.coco, detections, "bbox", None, class_agnostic)
     keypoints = None
     if dataset.num_keypoints and all("keypoints" in detection for detection in detections):
         sigmas = _sigmas(dataset.num_keypoints, keypoint_sigmas)
-        stats = _run_cocoeval(dataset.coco, detections, "keypoints", sigmas).stats
+        stats = _run_cocoeval(dataset.coco, detections, "keypoints", sigmas, class_agnostic).stats
         keypoints = _named(KEYPOINT_SUMMARY, stats)
+    per_class = {} if class_agnostic else _per_class(dataset, boxes)
+    return Metrics(_named(BOX_SUMMARY, boxes.stats), per_class, keypoints, detections)
+
+
+def _per_class(dataset: DetectionDataset, boxes: COCOeval) -> dict[str, float]:
     # [IoU thresholds, recalls, categories, areas, detections per image]; -1: no object
     precision = boxes.eval["precision"]
     order = list(boxes.params.catIds)
@@ -175,7 +185,7 @@ def score(
         of_class = precision[:, :, order.index(category_id), 0, -1]
         found = of_class[of_class > -1]
         per_class[name] = float(found.mean()) if found.size else math.nan
-    return Metrics(_named(BOX_SUMMARY, boxes.stats), per_class, keypoints, detections)
+    return per_class
 
 
 def _rank() -> int:
@@ -241,6 +251,7 @@ def _run_cocoeval(
     detections: list[dict[str, Any]],
     kind: str,
     sigmas: np.ndarray | None,
+    class_agnostic: bool,
 ) -> COCOeval:
     # COCOeval writes into annotations, so it gets copies. COCO.loadRes is not used: it fails
     # without detections.
@@ -254,6 +265,7 @@ def _run_cocoeval(
             _index({**truth, "annotations": results}),
             kind,
         )
+        evaluation.params.useCats = int(not class_agnostic)
         if sigmas is not None:
             evaluation.params.kpt_oks_sigmas = sigmas
         evaluation.evaluate()

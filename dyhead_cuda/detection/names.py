@@ -18,6 +18,8 @@ Postprocess = Literal["mmdet", "microsoft"]
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
+Background = Literal["paper", "photographs"]  # of composed scenes
+
 ExportFormat = Literal["onnx", "pt2", "aoti"]
 
 Optimizer = Literal["adamw", "sgd"]

@@ -1,5 +1,6 @@
 """Dynamic Head as modules: the published head on a pyramid, and the paper's head on one tensor."""
 
+from dyhead_cuda.modules.initialisation import Init
 from dyhead_cuda.modules.layers import DynamicReLU, LeftOut, ModulatedDeformConv2d
 from dyhead_cuda.modules.published import (
     ATTENTIONS,
@@ -7,7 +8,7 @@ from dyhead_cuda.modules.published import (
     DeformBranch,
     DyHead,
     DyHeadBlock,
-    Init,
+    WithoutTask,
 )
 from dyhead_cuda.modules.unified import UnifiedDyHead, UnifiedDyHeadBlock
 
@@ -23,4 +24,5 @@ __all__ = [
     "ModulatedDeformConv2d",
     "UnifiedDyHead",
     "UnifiedDyHeadBlock",
+    "WithoutTask",
 ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from dyhead_cuda import checks, functional, plain, unfused
+from dyhead_cuda.modules.initialisation import reset_deform_weight
 from dyhead_cuda.modules.scripted import NotScriptable, ScriptableDeformConv2d
 from dyhead_cuda.numerics import Activation
 
@@ -21,12 +20,6 @@ CONV3X3 = plain.kind(
     padding_mode="zeros",
 )
 LINEAR = plain.kind(nn.Linear)
-
-
-def reset_deform_weight(weight: Tensor) -> None:
-    """Uniform in +-1 / sqrt(fan_in), as the published operator."""
-    bound = 1 / math.sqrt(weight[0].numel())
-    nn.init.uniform_(weight, -bound, bound)
 
 
 def dtype_of(module: nn.Module, features: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyhead_cuda import checks, functional, plain, unfused
+from dyhead_cuda.modules.initialisation import Init, initialise_block, reset_deform_weight
 from dyhead_cuda.modules.layers import (
     CONV3X3,
     LINEAR,
     DynamicReLU,
     LeftOut,
     dtype_of,
-    reset_deform_weight,
 )
 from dyhead_cuda.modules.scripted import NotScriptable
 from dyhead_cuda.numerics import hsigmoid, output_format
@@ -34,20 +34,14 @@ from dyhead_cuda.pyramid import (
     unpack,
 )
 
-Init = Literal["microsoft", "mmdet"]
 Attention = Literal["scale", "spatial", "task"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+WithoutTask = Literal["identity", "relu"]
 
 RELU = plain.kind(DynamicReLU, (), activation="hsigmoid")
 
 PRESERVE = torch.preserve_format
 _SATURATED = 40.0  # whose sigmoid is 1 in every type, exactly
-
-
-def _normal(layer: nn.Linear | nn.Conv2d) -> None:
-    nn.init.normal_(layer.weight, 0, 0.01)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 class DeformBranch(NotScriptable, nn.Module):
@@ -151,10 +145,11 @@ class DyHeadBlock(NotScriptable, nn.Module):
         deform_bias: a bias on the deformable convolutions.
         num_groups: groups of the normalisations, which divide ``out_channels``.
         reduction: of the dynamic ReLU's hidden layer.
-        init: "microsoft" or "mmdet".
+        init: what the parameters start from.
         eps: of the normalisations.
         recompute: keep less for the backward and compute it again there.
         attentions: those in use.
+        without_task: what stands in place of a task attention that is left out.
         memory_format: of the results.
 
     Raises:
@@ -187,6 +182,7 @@ class DyHeadBlock(NotScriptable, nn.Module):
         eps: float = 1e-5,
         recompute: bool = False,
         attentions: Collection[Attention] = ATTENTIONS,
+        without_task: WithoutTask = "identity",
         memory_format: torch.memory_format = PRESERVE,
     ) -> None:
         super().__init__()
@@ -194,6 +190,12 @@ class DyHeadBlock(NotScriptable, nn.Module):
         checks.one_of("upsample", upsample, UPSAMPLES)
         checks.names("attentions", attentions, ATTENTIONS)
         checks.one_of("init", init, get_args(Init))
+        checks.one_of("without_task", without_task, get_args(WithoutTask))
+        if "task" in attentions and without_task != "identity":
+            raise ValueError(
+                f'expected attentions without "task" for without_task={without_task!r}, got '
+                f"{tuple(attentions)}; leave one of the two out"
+            )
         checks.memory_format(memory_format)
         checks.epsilon(eps)
         checks.switch(deform_bias=deform_bias, recompute=recompute)
@@ -214,6 +216,7 @@ class DyHeadBlock(NotScriptable, nn.Module):
         self.recompute, self.memory_format = recompute, memory_format
         self.deform_bias = deform_bias
         self.attentions = tuple(name for name in ATTENTIONS if name in attentions)
+        self.without_task = without_task
         self.hidden = max(1, out_channels // reduction)
         self.offset_conv = nn.Conv2d(in_channels, 3 * TAPS, 3, padding=1)
         branch = in_channels, out_channels, deform_bias, num_groups, eps
@@ -221,12 +224,7 @@ class DyHeadBlock(NotScriptable, nn.Module):
         self.scale_gate = nn.Linear(out_channels, 1)
         self.dynamic_relu = DynamicReLU(out_channels, reduction)
         self.dynamic_relu.label = None
-        _normal(self.scale_gate)
-        if init == "mmdet":
-            for parameter in self.offset_conv.parameters():
-                nn.init.zeros_(parameter)
-            _normal(self.dynamic_relu.fc1)
-            _normal(self.dynamic_relu.fc2)
+        initialise_block(self, init)
         for attention, name in (
             ("scale", "scale_gate"),
             ("spatial", "offset_conv"),
@@ -238,7 +236,8 @@ class DyHeadBlock(NotScriptable, nn.Module):
     def parameters_tuple(self) -> BlockParameters:
         """The parameters as :func:`dyhead_cuda.functional.pyramid_block` takes them.
 
-        An attention that is left out has constants there, which make it the identity.
+        An attention that is left out has constants there, which make it the identity, or the task
+        attention a ReLU.
         """
         low, mid, high = (b.parameters_tuple() for b in (self.low, self.mid, self.high))
         weight = mid.weight
@@ -265,7 +264,8 @@ class DyHeadBlock(NotScriptable, nn.Module):
                 weight.new_zeros(4 * channels, hidden),
                 weight.new_zeros(4 * channels),
             )
-            task[3][2 * channels : 3 * channels] = 3.0  # a1 = a2 = 1, b1 = b2 = 0
+            if self.without_task == "identity":
+                task[3][2 * channels : 3 * channels] = 3.0  # a1 = a2 = 1, b1 = b2 = 0
         return BlockParameters(*offset, low, mid, high, *gate, *task)
 
     def unfused_reason(self) -> str | None:
@@ -338,7 +338,7 @@ class DyHeadBlock(NotScriptable, nn.Module):
             self.mid,
             self.high,
             self._gate,
-            self.dynamic_relu if "task" in self.attentions else torch.clone,
+            self._activation(),
         )
         outs = unfused.pyramid_block(
             levels,
@@ -349,6 +349,11 @@ class DyHeadBlock(NotScriptable, nn.Module):
         )
         memory_format = output_format(levels, self.memory_format)
         return [x.contiguous(memory_format=memory_format) for x in outs]
+
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        if "task" in self.attentions:
+            return self.dynamic_relu
+        return torch.clone if self.without_task == "identity" else F.relu
 
     def _gate(self, y: Tensor) -> Tensor:
         """The scale gate of a branch [N, C, H, W], as [N, 1, 1, 1]."""
@@ -361,7 +366,8 @@ class DyHeadBlock(NotScriptable, nn.Module):
             f"{self.in_channels}, {self.out_channels}, high_offset={self.high_offset!r}, "
             f"upsample={self.upsample!r}, num_groups={self.num_groups}, "
             f"deform_bias={self.deform_bias}, eps={self.eps}, recompute={self.recompute}, "
-            f"attentions={self.attentions}, memory_format={self.memory_format}"
+            f"attentions={self.attentions}, without_task={self.without_task!r}, "
+            f"memory_format={self.memory_format}"
         )
 
 
@@ -415,7 +421,9 @@ class DyHead(NotScriptable, nn.Module):
         reduction: of the dynamic ReLU's hidden layer.
         init: "microsoft" or "mmdet", the initialisation of that code base: deformable weights
             uniform in +-1 / sqrt(9 * C_in), scale gate N(0, 0.01); offset convolution and dynamic
-            ReLU PyTorch's default, or zero and N(0, 0.01).
+            ReLU PyTorch's default, or zero and N(0, 0.01). "local" is as "mmdet", but each level
+            starts as little more than itself: the branch on it as the identity and some noise, with
+            a normalisation of weight 5. Stacks of many blocks learn faster from it (docs/study.md).
         eps: of the group normalisation.
         recompute: keep for the backward only what goes into and comes out of each block, not what
             is between (predictions and branches, about three times as much), and compute that
@@ -425,6 +433,9 @@ class DyHead(NotScriptable, nn.Module):
             without "scale" the gates are 1, without "spatial" the offsets 0 and the mask 1 (plain
             3x3 convolutions of three levels), without "task" there is no dynamic ReLU. Detectors
             of two stages leave out the last before the RoI pooling.
+        without_task: what stands in place of a task attention that is left out: "identity", or
+            "relu", without which blocks that have no other attention either are linear up to their
+            normalisation.
         memory_format: of the results, torch.contiguous_format or torch.channels_last;
             torch.preserve_format is that of the features, as for convolutions.
 
@@ -457,6 +468,7 @@ class DyHead(NotScriptable, nn.Module):
         eps: float = 1e-5,
         recompute: bool = False,
         attentions: Collection[Attention] = ATTENTIONS,
+        without_task: WithoutTask = "identity",
         memory_format: torch.memory_format = PRESERVE,
     ) -> None:
         super().__init__()
@@ -477,6 +489,7 @@ class DyHead(NotScriptable, nn.Module):
                 eps=eps,
                 recompute=recompute,
                 attentions=attentions,
+                without_task=without_task,
             )
             for i in range(num_blocks)
         )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dyhead_cuda import checks, functional, plain, unfused
+from dyhead_cuda.modules.initialisation import reset_deform_weight
 from dyhead_cuda.modules.layers import (
     CONV3X3,
     LINEAR,
     DynamicReLU,
     dtype_of,
-    reset_deform_weight,
 )
 from dyhead_cuda.modules.scripted import NotScriptable
 from dyhead_cuda.numerics import ResizeMode, Targets, UnifiedParameters

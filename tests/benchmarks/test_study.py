@@ -1,177 +1,239 @@
-"""The study of what the head is worth: what it compares, how it runs, and its tables."""
+"""The study of what the head is worth: what it compares, and its files and tables."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from benchmarks.__main__ import main
-from benchmarks.readme import STUDY, markers, replace_section
+from benchmarks.readme import STUDY, replace_section
 from benchmarks.study import plots, report, results
-from benchmarks.study.setup import QUICK, Setup
-from benchmarks.study.variants import TABLES, VARIANTS, variants_of
-from dyhead_cuda.detection.data import DataConfig
+from benchmarks.study.costs import costs
+from benchmarks.study.measures import positives
+from benchmarks.study.setup import QUICK, Setup, fingerprint
+from benchmarks.study.variants import SEEDS, TABLES, VARIANTS, chosen
+from dyhead_cuda.detection.data import DataConfig, DigitScenes
+from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.config import build, count_parameters
+from dyhead_cuda.detection.statistics import positives_per_level
 from dyhead_cuda.detection.training.config import TrainConfig
 from tests.helpers.paths import ROOT
+from tests.helpers.study import record, write_costs, write_runs, write_searches
 
-COMMITTED = ROOT / "benchmarks" / "results" / "study" / "study.json"
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+COMMITTED = ROOT / "benchmarks" / "results" / "study"
 
 
-def study(tables: list[str], seeds: int = 3) -> dict[str, Any]:
-    """A study whose numbers tell variants and seeds apart."""
-    variants = {}
-    for index, name in enumerate(variants_of(tables)):
-        runs = []
-        for seed in reversed(range(seeds)):
-            ap = 0.30 + 0.02 * index + 0.01 * (seed - 1) * (-1) ** index
-            summary = dict.fromkeys(METRICS, ap) | {"APl": None}
-            curve = [[10, ap / 2], [20, ap]]
-            runs.append({"seed": seed, "summary": summary, "per_class": {"0": ap}, "curve": curve})
-        variants[name] = {
-            "label": VARIANTS[name].label,
-            "parameters": 1_000_000 * (index + 1),
-            "gflops": 0.5 * (index + 1),
-            "step_ms": 100.0 + index,
-            "prediction_ms": 40.0 + index,
-            "runs": runs,
-        }
-    environment = {
-        "command": "python -m benchmarks study",
-        "date": "2026-01-02T03:04:05+00:00",
-        "commit": "0123456789ab",
-        "device": "cpu",
-        "processor": "a processor",
-        "threads": 2,
-        "versions": {"torch": "2.11.0"},
-    }
-    setup = Setup().to_dict()
-    return {"environment": environment, "setup": setup, "tables": tables, "variants": variants}
+def rows_of(text: str, label: str) -> list[str]:
+    """The rows of a report's tables that start with a label."""
+    return [line for line in text.splitlines() if line.startswith(f"| {label} |")]
 
 
 def test_variants_differ_in_what_their_table_is_about() -> None:
     assert {name for table in TABLES.values() for name in table.variants} == set(VARIANTS)
-    heads = [VARIANTS[name] for name in VARIANTS]
-    assert len({(v.blocks, v.attentions, v.high_offset) for v in heads}) == len(heads)
-    assert len({v.label for v in heads}) == len(heads)
-    assert {VARIANTS[name].blocks for name in TABLES["depth"].variants} == {0, 1, 2, 4, 6}
+    heads = list(VARIANTS.values())
+    assert len({json.dumps(variant.settings()) for variant in heads}) == len(heads)
+    assert len({variant.label for variant in heads}) == len(heads)
     for name in ("attentions", "high_offset"):
         assert len({VARIANTS[v].blocks for v in TABLES[name].variants}) == 1
     assert len({VARIANTS[v].high_offset for v in TABLES["high_offset"].variants}) == 4
+    assert not any("task" in VARIANTS[v].attentions for v in ("none", "scale", "spatial"))
+    assert VARIANTS["none"].without_task == "relu", "else the head would be linear"
+    assert chosen(["task", "plain"]) == ["plain", "task"]
+    assert chosen([]) == list(VARIANTS)
 
 
-def test_detectors_of_the_plan_differ_only_in_the_head() -> None:
-    setup = Setup(channels=16)
-    plain, head = (build(setup.model(VARIANTS[name])) for name in ("plain", "dyhead-2"))
+def test_detectors_differ_only_in_the_head() -> None:
+    plain, head = (build(QUICK.model(VARIANTS[name])) for name in ("plain", "dyhead-2"))
     ours, theirs = ({n for n, _ in m.named_parameters()} for m in (head, plain))
     assert {name.partition(".blocks")[0] for name in ours - theirs} == {"backbone.dyhead"}
     assert {name.split("_tower")[0] for name in theirs - ours} == {"head.cls", "head.box"}
-    none = build(setup.model(VARIANTS["none"]))
+    none = build(QUICK.model(VARIANTS["none"]))
     assert count_parameters(none) < count_parameters(head)
 
 
-def test_settings_are_plain_data() -> None:
-    setup = Setup()
-    assert Setup(**json.loads(json.dumps(setup.to_dict()))) == setup
-    for kind, made in ((TrainConfig, setup.training(1, "cpu")), (DataConfig, setup.data())):
-        assert kind.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    assert setup.training(1, "cpu").seed == 1
+@pytest.mark.parametrize("setup", [Setup(), QUICK], ids=["whole", "quick"])
+def test_settings_are_plain_data_that_the_detector_data_and_training_take(setup: Setup) -> None:
+    assert Setup.from_dict(json.loads(json.dumps(setup.to_dict()))) == setup
+    trial = setup.run("plain", 1, 0.5)
+    settings = setup.settings(trial)
+    assert json.loads(json.dumps(settings)) == settings
+    made = {
+        "model": setup.model(VARIANTS["plain"]).to_dict(),
+        "data": setup.data().to_dict(),
+        "training": setup.training(trial, "cpu").to_dict(),
+    }
+    assert (made["training"]["seed"], made["training"]["lr"]) == (1, 0.5)
+    pending = settings["model"].keys() - made["model"].keys()  # see setup._known
+    assert pending <= {"without_task"}
+    made["model"] |= {name: settings["model"][name] for name in pending}
+    for section, values in settings.items():
+        assert values == {name: made[section][name] for name in values}
+    for kind in (TrainConfig, DataConfig):
+        section = "training" if kind is TrainConfig else "data"
+        assert kind.from_dict(made[section]).to_dict() == made[section]
 
 
-def test_mean_spread_and_differences() -> None:
-    found = study(["depth"])
-    assert results.values(found, "dyhead-1") == pytest.approx([0.33, 0.32, 0.31])
+def test_a_fingerprint_tells_settings_apart() -> None:
+    settings = [
+        setup.settings(setup.run(name, seed, lr))
+        for setup in (QUICK, replace(QUICK, images=9), replace(QUICK, body_lr=1.0))
+        for name in ("plain", "dyhead-2", "none")
+        for seed in (0, 1)
+        for lr in (0.1, 0.2)
+    ]
+    assert len({fingerprint(each) for each in settings}) == len(settings)
+    more = replace(QUICK, search_steps=7, rates=(0.1, 0.2))
+    run = QUICK.run("plain", 0, 0.1)
+    assert fingerprint(more.settings(run)) == fingerprint(QUICK.settings(run)), "not of the runs"
+
+
+def test_mean_spread_and_differences(tmp_path: Path) -> None:
+    names = ["plain", "dyhead-1"]
+    write_runs(tmp_path, QUICK, names)
+    study = results.read(tmp_path, QUICK)
+    assert results.values(study, "dyhead-1") == pytest.approx({0: 0.33, 1: 0.32, 2: 0.31})
     assert results.mean_and_spread([1.0, 2.0, 4.5]) == pytest.approx((2.5, 1.802775638))
     # By seed: 0.33 - 0.29, 0.32 - 0.30, 0.31 - 0.31.
-    assert results.difference(found, "dyhead-1", "plain") == pytest.approx((0.02, 0.02))
+    assert results.difference(study, "dyhead-1", "plain") == pytest.approx((0.02, 0.02))
+    (tmp_path / "runs" / "plain-seed-1.json").unlink()
+    study = results.read(tmp_path, QUICK)
+    assert results.difference(study, "dyhead-1", "plain")[0] == pytest.approx(0.02)
     assert math.isnan(results.mean_and_spread([1.0])[1])
-    assert all(math.isnan(value) for value in results.values(found, "plain", "APl"))
+    assert math.isnan(results.mean_and_spread([])[0])
+    assert all(math.isnan(value) for value in results.values(study, "plain", "APl").values())
+    assert results.values(study, "plain", "class accuracy")[0] == pytest.approx(0.5)
+
+
+def test_the_rate_of_a_row_is_the_best_that_was_tried(tmp_path: Path) -> None:
+    write_searches(tmp_path, QUICK, ["plain", "dyhead-2"])
+    assert results.read(tmp_path, QUICK).rates["plain"] == QUICK.rates[1]
+    best = next(t for t in QUICK.search(["plain"]) if t.lr == QUICK.rates[1])
+    failed = {**record(QUICK, best, 0.2), "failed": "the loss is nan"}
+    del failed["summary"]
+    results.write(tmp_path, f"{best.path}.json", failed)
+    study = results.read(tmp_path, QUICK)
+    assert study.rates["plain"] == QUICK.rates[0], "of equals the lowest"
+    text = report.section(study, tmp_path, tmp_path, SEEDS)
+    assert rows_of(text, VARIANTS["plain"].label)[-2].split(" | ")[1:] == [
+        "10.0", "failed", "10.0", f"{QUICK.rates[0]:g} |"
+    ]  # fmt: skip
+    (tmp_path / f"{best.path}.json").unlink()
+    assert results.read(tmp_path, QUICK).rates["plain"] is None
+
+
+def test_results_of_another_setup_are_ignored(tmp_path: Path) -> None:
+    names = ["plain", "dyhead-2"]
+    write_runs(tmp_path, QUICK, names)
+    write_costs(tmp_path, QUICK, names)
+    assert results.read(tmp_path, QUICK).ignored == []
+    other = replace(QUICK, images=9)
+    study = results.read(tmp_path, other)
+    assert len(study.ignored) == 2 * (3 + SEEDS), "costs do not depend on the images"
+    assert study.rates["plain"] is None
+    assert not any(study.runs.values())
+    text = report.section(study, tmp_path, tmp_path, SEEDS)
+    assert "of another setup: 12 results (search/dyhead-2-lr-0.0005.json, " in text
+    # The search has a new winner, so the runs are of another learning rate.
+    best = next(t for t in QUICK.search(["plain"]) if t.lr == QUICK.rates[0])
+    results.write(tmp_path, f"{best.path}.json", record(QUICK, best, 0.9))
+    study = results.read(tmp_path, QUICK)
+    assert study.ignored == [f"runs/plain-seed-{seed}.json" for seed in range(SEEDS)]
+    assert len(results.read(tmp_path, replace(QUICK, channels=32)).costs) == 0
 
 
 def test_tables(tmp_path: Path) -> None:
-    found, path = study(list(TABLES)), tmp_path / "results" / "study.json"
-    path.parent.mkdir()
-    results.write(path, found)
-    plots.draw_all(found, path.with_suffix(""))
-    text = report.section(results.read(path), path, tmp_path)
+    folder, names = tmp_path / "results", ["plain", "dyhead-1"]
+    write_runs(folder, QUICK, names)
+    write_costs(folder, QUICK, names)
+    study = results.read(folder, QUICK)
+    plots.draw_all(study, folder)
+    text = report.section(study, folder, tmp_path, SEEDS)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == sum(2 + len(table.variants) for table in TABLES.values())
-    row = next(row for row in rows if row.startswith("| DyHead, 1 block "))
-    assert "| 32.0 ± 1.0 | +2.0 ± 2.0 |" in row
-    assert row.endswith("| 2.00 M | 1.00 | 101 ms | 41 ms |")
-    assert "0123456789ab" in text
-    assert "(results/study.json)" in text
-    for name in plots.PLOTS:
-        assert f"(results/study-{name}.png)" in text
-
-
-def test_one_seed_has_no_spread(tmp_path: Path) -> None:
-    text = report.section(study(["attentions"], seeds=1), tmp_path / "study.json", tmp_path)
-    assert "| no attention | 29.0 |" in text
-    assert "±" not in "".join(line for line in text.splitlines() if line.startswith("|"))
+    shown = sum(2 + len(table.variants) for table in TABLES.values())
+    assert len(rows) == shown + 2 * (2 + len(VARIANTS))
+    heads, inits, search, cost = rows_of(text, "DyHead, 1 block")
+    assert heads.startswith("| DyHead, 1 block | 3 | 32.0 ± 1.0 | +2.0 ± 2.0 | 32.0 ± 1.0 |")
+    assert heads.endswith("| 16.0 ± 0.5 | - | 64.0 ± 2.0 | 50.0 ± 0.0 |")
+    assert inits == heads
+    assert search == "| DyHead, 1 block | 10.0 | 20.0 | 10.0 | 0.001 |"
+    assert cost == "| DyHead, 1 block | 1.00 | 2.00 M | 102 ms | 42 ms |"
+    assert set(rows_of(text, "spatial")[0]) == set("| spatial | - |"), "no runs yet"
+    assert "6 of 69 are here" in text
+    assert "Runs are being added" in text
+    assert "12 on a processor, 2 threads. Commits: 0123456789ab." in text
+    assert "on another, 4 threads, torch 2.9" in text
+    assert "30 on P3, 10 on P4" in text
     assert "nan" not in text
-    drawn = plots.draw_all(study(["attentions"], seeds=1), tmp_path / "study")
-    assert [path.name for path in drawn] == ["study-tables.png"]
+    assert "(results)" in text
+    for name in plots.PLOTS:
+        assert f"(results/{name}.png)" in text
 
 
-def test_the_command_trains_measures_writes_and_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    begin, end = markers(STUDY)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{begin}\nold\n{end}\n")
-    options = ["study", "--quick", "--folder", str(tmp_path / "runs"), "--tables", "high_offset"]
-    options += ["--device", "cpu", "--write", str(readme), "--seeds"]
-    assert main([*options, "1"]) == 0
-    logs = sorted((tmp_path / "runs").glob("*/seed-*/log.jsonl"))
-    assert len(logs) == len(TABLES["high_offset"].variants)
-    found = results.read(tmp_path / "runs" / "study.json")
-    assert set(found["variants"]) == set(TABLES["high_offset"].variants)
-    for facts in found["variants"].values():
-        (run,) = facts["runs"]
-        assert run["curve"][-1] == [QUICK.steps, run["summary"]["AP"]]
-        assert set(run["summary"]) == set(METRICS)
-        assert facts["step_ms"] > 0
-        assert facts["gflops"] > 0
-    assert "| DyHead, 2 blocks |" in readme.read_text()
-    assert capsys.readouterr().out.count("min left") == len(logs)
-    before = {log: log.read_bytes() for log in logs}
-    assert main([*options, "2"]) == 0
-    assert {log: log.read_bytes() for log in logs} == before, "finished runs are not run again"
-    assert len(results.read(tmp_path / "runs" / "study.json")["variants"]["crop"]["runs"]) == 2
+def test_all_runs_are_here_at_the_end(tmp_path: Path) -> None:
+    write_runs(tmp_path, QUICK, list(VARIANTS), seeds=1)
+    text = report.section(results.read(tmp_path, QUICK), tmp_path, tmp_path, 1)
+    assert text.startswith(f"All {len(VARIANTS)} runs are here")
+    assert "±" not in "".join(line for line in text.splitlines() if line.startswith("|"))
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "study.json"
-    assert main(["study", "--report", "--json", str(path)]) == 2
-    assert "study.json" in capsys.readouterr().err
-    path.write_text('{"schema": 7}')
-    assert main(["study", "--report", "--json", str(path)]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"expected a study of schema 2 in {path}, got schema 7" in said
-    readme = tmp_path / "README.md"
-    readme.write_text("no markers")
-    assert main(["study", "--folder", str(tmp_path / "new"), "--write", str(readme)]) == 2
-    assert "expected the lines" in capsys.readouterr().err
-    assert not list((tmp_path / "new").iterdir()), "found before the first training"
-    with pytest.raises(SystemExit):
-        main(["study", "--seeds", "0"])
-    assert "integer of at least 1" in capsys.readouterr().err
+def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
+    study = results.read(tmp_path, QUICK)
+    assert plots.draw_all(study, tmp_path) == []
+    text = report.section(study, tmp_path, tmp_path, SEEDS)
+    assert "0 of 69 are here" in text
+    assert ".png" not in text
 
 
-def test_the_docs_show_the_committed_study() -> None:
+def test_costs_of_heads() -> None:
+    found = costs(QUICK, ["plain-2", "plain"], torch.device("cpu"), rounds=1)
+    for cost in ("parameters", "gflops", "step_ms", "prediction_ms"):
+        assert found["plain"][cost] > 0
+    assert found["plain"]["gflops"] > found["plain-2"]["gflops"]
+    assert found["plain"]["setup"] != found["plain-2"]["setup"]
+
+
+def test_the_class_of_positives() -> None:
+    scenes = QUICK.data().open("val")
+    assert isinstance(scenes, DigitScenes)
+    model = build(QUICK.model(VARIANTS["plain"])).eval()
+    assert isinstance(model, ATSS)
+    found = positives(model, scenes, 3, "cpu")
+    anchors = {name: level["anchors"] for name, level in found.items()}
+    assert anchors == positives_per_level(model, scenes)
+    total = sum(anchors.values())
+    objects = [int(label) for i in range(len(scenes)) for label in scenes[i][1]["labels"]]
+    assert total >= len(objects) > 0
+    # Whoever always says one class is right at that class's anchors, and these are all of them.
+    right = 0
+    for kind in range(10):
+        with torch.no_grad():
+            model.head.classes.weight.zero_()
+            model.head.classes.bias = nn.Parameter((torch.arange(10) == kind).float())
+        ours = positives(model, scenes, 3, "cpu")
+        here = sum(level["right"] for level in ours.values())
+        assert (here > 0) == (kind + 1 in objects)
+        right += here
+    assert right == total
+
+
+def test_the_docs_show_the_committed_results(tmp_path: Path) -> None:
     path = ROOT / "docs" / "study.md"
     text = path.read_text()
-    found = results.read(COMMITTED)
-    assert all(len(facts["runs"]) >= 3 for facts in found["variants"].values())
-    new = report.section(found, COMMITTED, path.parent)
+    new = report.section(results.read(COMMITTED, Setup()), COMMITTED, path.parent, SEEDS)
     assert replace_section(text, STUDY, new) == text, (
-        "run python -m benchmarks study --report --json benchmarks/results/study/study.json "
-        "--write docs/study.md"
+        "run python -m benchmarks study --report --write docs/study.md"
     )
+
+
+def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
+    write_runs(tmp_path, QUICK, ["plain"])
+    shutil.copy(tmp_path / "runs" / "plain-seed-0.json", tmp_path / "runs" / "x.json")
+    (tmp_path / "runs" / "x.json").write_text('{"schema": 7}')
+    with pytest.raises(ValueError, match=r"expected results of a study of schema 3 in .*x\.json"):
+        results.read(tmp_path, QUICK)

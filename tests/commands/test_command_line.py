@@ -62,6 +62,7 @@ def test_help_shows_the_options_of_the_command(
 ) -> None:
     for key, option in (
         (("dyhead_cuda", "train"), "--offset-lr"),
+        (("dyhead_cuda", "scenes"), "--objects"),
         (("dyhead_cuda", "attend"), "--points"),
         (("dyhead_cuda", "export"), "boxes [n, 4] float32"),
         (("benchmarks", None), "--peers"),
@@ -84,6 +85,7 @@ RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("dyhead_cuda", ("check", "--device", "cpu")): None,
     ("dyhead_cuda", ("demo",)): "demo",
     ("dyhead_cuda", ("train",)): "detection",
+    ("dyhead_cuda", ("scenes", "--out", "scenes")): "detection",
     ("dyhead_cuda", ("eval", "run")): "detection",
     ("dyhead_cuda", ("predict", "a.png", "--checkpoint", "run")): "detection",
     ("dyhead_cuda", ("attend", "a.png", "--checkpoint", "run")): "detection",

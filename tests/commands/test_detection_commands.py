@@ -156,6 +156,19 @@ def test_models_and_folders(name: str, coco: Path, tmp_path: Path) -> None:
     assert all(loss > 0 for loss in losses)
 
 
+def test_options_of_the_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--shared-tower", "--convs", "2", "--anchor-scale", "4.5", "--frozen-stages", "1"]
+    assert command("train", *QUICK, *DATA, *options, "--steps", "1", "--out", run) == 0
+    model, config = load_model(run)
+    chosen = {name: config["model"][name] for name in ("convs", "shared_tower", "anchor_scale")}
+    assert chosen == {"convs": 2, "shared_tower": True, "anchor_scale": 4.5}
+    assert config["model"]["frozen_stages"] == 1
+    detector: Any = model
+    body = detector.backbone.body
+    assert not all(parameter.requires_grad for parameter in body.parameters())
+
+
 def test_another_configuration_and_restart(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +220,11 @@ def test_a_loss_that_is_not_finite_is_an_error(
         (["--attentions", "scale,colour"], "expected some of scale,spatial,task or none"),
         (["--blocks", "-1"], "expected an integer from 0 to 100"),
         (["--channels", "24"], "16 groups"),
+        (["--frozen-stages", "-1"], "expected an integer from 0 to 100"),
+        (["--frozen-stages", "5"], "expected frozen_stages from 0 (nothing is frozen) to 4"),
+        (["--anchor-scale", "0"], "expected a number from 0.01"),
+        (["--model", "fcos", "--anchor-scale", "4"], "fcos, which has no anchors"),
+        (["--shared-tower"], "there is no tower to share"),
         (["--lr", "nan"], "expected a number from 1e-12 to 1e+30"),
         (["--steps", "0"], "expected an integer of at least 1"),
         (["--steps", "5", "--epochs", "2"], "not allowed with"),

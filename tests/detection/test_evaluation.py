@@ -165,6 +165,15 @@ def test_the_wrong_class_counts_nothing(animals: Boxes) -> None:
     assert metrics.summary["AP"] == metrics.summary["AR100"] == 0
 
 
+def test_the_wrong_class_counts_where_classes_do_not(animals: Boxes) -> None:
+    wrong = run(animals, [truth_as_output(animals, index, turn=2) for index in range(5)])
+    metrics = score(animals, wrong.detections, class_agnostic=True)
+    assert metrics.summary["AP"] == pytest.approx(1)
+    assert metrics.per_class == {}
+    twice = [each | {"category_id": 3} for each in wrong.detections] + wrong.detections
+    assert score(animals, twice, class_agnostic=True).summary["AP"] < 1, "one box too many"
+
+
 def test_sizes_of_objects() -> None:
     dataset = Boxes([[([0, 0, 100, 100], 1), ([0, 0, 40, 40], 2)]])
     outputs = [truth_as_output(dataset, 0)]

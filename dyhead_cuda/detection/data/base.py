@@ -47,7 +47,38 @@ class DetectionDataset(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]: ...
 
 
-class HorizontalFlip(Dataset[tuple[Tensor, Target]]):
+class Augmented(Dataset[tuple[Tensor, Target]]):
+    """What datasets share whose items are changed at random, for training only.
+
+    Args:
+        dataset: any detection dataset without keypoints.
+        why_not: what would be wrong with keypoints, and what to do.
+
+    Raises:
+        ValueError: a dataset with keypoints.
+    """
+
+    def __init__(self, dataset: DetectionDataset, why_not: str) -> None:
+        if dataset.num_keypoints:
+            raise ValueError(
+                f"expected a dataset without keypoints, got one with {dataset.num_keypoints}: "
+                f"{why_not}"
+            )
+        self.dataset = dataset
+        self.classes = dataset.classes
+        self.category_ids = dataset.category_ids
+        self.num_keypoints = 0
+
+    @property
+    def coco(self) -> dict[str, Any]:
+        """The ground truth of the original images, which are not changed."""
+        return self.dataset.coco
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class HorizontalFlip(Augmented):
     """A dataset whose images and boxes are mirrored at random, for training only.
 
     Whether an item is mirrored is drawn from torch's random state each time it is read. Not for
@@ -69,26 +100,10 @@ class HorizontalFlip(Dataset[tuple[Tensor, Target]]):
     """
 
     def __init__(self, dataset: DetectionDataset, probability: float = 0.5) -> None:
-        if dataset.num_keypoints:
-            raise ValueError(
-                "expected a dataset without keypoints (mirrored, a left elbow is a right one), "
-                f"got one with {dataset.num_keypoints}; turn flipping off"
-            )
+        super().__init__(dataset, "mirrored, a left elbow would be a right one; turn flipping off")
         if not 0 <= probability <= 1:
             raise ValueError(f"expected a probability of 0 to 1, got {probability}")
-        self.dataset = dataset
         self.probability = probability
-        self.classes = dataset.classes
-        self.category_ids = dataset.category_ids
-        self.num_keypoints = 0
-
-    @property
-    def coco(self) -> dict[str, Any]:
-        """The ground truth of the original images, which are not mirrored."""
-        return self.dataset.coco
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image, target = self.dataset[index]

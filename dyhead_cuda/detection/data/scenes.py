@@ -1,4 +1,4 @@
-"""Scenes composed of scanned glyphs: paper, clutter, glyphs of many scales, blur and noise."""
+"""Scenes composed of objects: a background, clutter, objects of many scales, blur and noise."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-INK = 128  # pixels of at least this opacity, of 255, are ink
+from dyhead_cuda.detection.data import backgrounds
+from dyhead_cuda.detection.data.objects import INK, Glyph, Source, draw, log_uniform
 
-_PAD = 2  # empty pixels around a scan, so that its strokes fade out before the border
-_MAX_ANGLE = math.radians(15)
-_MAX_SHEAR = 0.2
-_STRETCHES = (0.65, 2.6)  # of the width; the scans are narrower than high
-_ASPECTS = (0.5, 2.0)  # width over height
-_MAX_SIDE_SHARE = 0.8  # of the scene's side that one glyph may fill
+_ASPECTS = (0.5, 2.0)  # width over height, of clutter
 _MAX_COVER = 0.15  # share of the smaller of two boxes that the other may cover
-_TRIES = 20  # attempts to place a glyph before it is left out
-_MIN_CONTRAST = 0.3  # difference of luminance between ink and its background
+_TRIES = 20  # attempts to place an object before it is left out
+_MIN_CONTRAST = 0.3  # difference of luminance between a glyph's ink and its background
 _LUMINANCE = np.array((0.299, 0.587, 0.114))
 _SUPERSAMPLING = 2
 
@@ -32,9 +28,9 @@ class Scene:
     Attributes:
         image: uint8 [H, W, 3], RGB.
         boxes: float32 [n, 4], x1, y1, x2, y2 in pixels, tight around the ink.
-        labels: int64 [n], the glyphs' classes from 0.
+        labels: int64 [n], the objects' classes from 0.
         keypoints: float32 [n, 4, 3], the topmost, rightmost, bottommost and leftmost pixel of the
-            ink: x and y of its centre, and COCO's visibility (2, or 1 where another glyph's ink
+            ink: x and y of its centre, and COCO's visibility (2, or 1 where another object
             lies over it).
     """
 
@@ -49,15 +45,17 @@ class SceneStyle:
     """What scenes contain.
 
     Attributes:
-        glyphs: minimum and maximum of the glyphs that are tried; those without a free place are
+        glyphs: minimum and maximum of the objects that are tried; those without a free place are
             left out.
-        heights: minimum and maximum height of a glyph in pixels; log-uniform between.
-        clutter: maximum of things that are no glyph.
+        heights: minimum and maximum height of an object in pixels; log-uniform between.
+        clutter: maximum of things that are no object.
+        max_angle: degrees by which objects are turned to either side, at most.
     """
 
     glyphs: tuple[int, int]
     heights: tuple[float, float]
     clutter: int
+    max_angle: float
 
     def __post_init__(self) -> None:
         least, most = self.glyphs
@@ -67,55 +65,50 @@ class SceneStyle:
             raise ValueError(f"expected heights (least, most), 8 <= least <= most, got {self}")
         if self.clutter < 0:
             raise ValueError(f"expected clutter of at least 0, got {self}")
-
-
-@dataclass(frozen=True)
-class _Glyph:
-    alpha: Image.Image  # "L", opacity with its soft edge
-    box: tuple[int, int, int, int]  # of the ink within alpha, right and bottom exclusive
-
-    @property
-    def size(self) -> tuple[int, int]:
-        left, top, right, bottom = self.box
-        return right - left, bottom - top
-
-    def ink(self) -> NDArray[np.bool_]:
-        return np.asarray(self.alpha.crop(self.box)) >= INK
+        if not 0 <= self.max_angle <= 180:
+            raise ValueError(f"expected max_angle of 0 to 180 degrees, got {self}")
 
 
 def compose(
     rng: np.random.Generator,
     size: tuple[int, int],
-    scans: Sequence[NDArray[np.uint8]],
+    objects: Sequence[Sequence[Source]],
     style: SceneStyle,
+    photographs: Sequence[Image.Image] = (),
 ) -> Scene:
     """One scene, the same for a generator in the same state.
 
     Args:
         rng: all that is random.
         size: height and width in pixels.
-        scans: per class uint8 [n, h, w], opacity 0..255, each with some ink.
+        objects: the sources of each class.
         style: what to draw.
+        photographs: RGB; the background is a part of one of them, or paper if there are none.
     """
-    canvas = _paper(rng, size)
+    if photographs:
+        canvas = backgrounds.part(rng, size, photographs)
+    else:
+        canvas = backgrounds.paper(rng, size)
     for _ in range(rng.integers(style.clutter + 1)):
-        _add_clutter(rng, canvas, scans, style)
+        _add_clutter(rng, canvas, objects, style)
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
     inks: list[NDArray[np.bool_]] = []
-    owner = np.zeros(size, np.int16)  # 1 + index of the glyph on top
+    owner = np.zeros(size, np.int16)  # 1 + index of the object on top
     for _ in range(rng.integers(style.glyphs[0], style.glyphs[1], endpoint=True)):
-        label = int(rng.integers(len(scans)))
-        glyph = _draw_glyph(rng, scans[label][rng.integers(len(scans[label]))], size, style)
-        box = _free_place(rng, glyph.size, size, boxes)
+        label = int(rng.integers(len(objects)))
+        source = objects[label][int(rng.integers(len(objects[label])))]
+        drawing = draw(rng, source, size, style)
+        box = _free_place(rng, drawing.size, size, boxes)
         if box is None:
             continue
         left, top, right, bottom = box
-        corner = (left - glyph.box[0], top - glyph.box[1])
-        canvas.paste(_ink_colour(rng, canvas.crop(box)), corner, glyph.alpha)
+        corner = (left - drawing.box[0], top - drawing.box[1])
+        colours = drawing.colours or _ink_colour(rng, canvas.crop(box))
+        canvas.paste(colours, corner, drawing.alpha)
         boxes.append(box)
         labels.append(label)
-        inks.append(glyph.ink())
+        inks.append(drawing.ink())
         owner[top:bottom, left:right][inks[-1]] = len(boxes)
     keypoints = np.zeros((len(boxes), 4, 3), np.float32)
     for index, (box, ink) in enumerate(zip(boxes, inks, strict=True)):
@@ -131,20 +124,6 @@ def compose(
     )
 
 
-def _log_uniform(rng: np.random.Generator, least: float, most: float) -> float:
-    return math.exp(rng.uniform(math.log(least), math.log(max(least, most))))
-
-
-def _paper(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """A colour with a smooth texture: a few random values per side, interpolated."""
-    cells = rng.integers(2, 7, size=2)
-    colour = rng.uniform(40, 215, size=3)
-    shade = rng.normal(0, rng.uniform(0, 40), size=(*cells, 1))
-    tint = rng.normal(0, rng.uniform(0, 12), size=(*cells, 3))
-    grid = np.clip(colour + shade + tint, 0, 255).astype(np.uint8)
-    return Image.fromarray(grid).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-
-
 def _photograph(rng: np.random.Generator, canvas: Image.Image) -> NDArray[np.uint8]:
     """Slight blur, for half of the scenes, and noise."""
     if rng.random() < 0.5:
@@ -153,56 +132,6 @@ def _photograph(rng: np.random.Generator, canvas: Image.Image) -> NDArray[np.uin
     noise = rng.standard_normal(pixels.shape, dtype=np.float32)
     pixels += np.float32(rng.uniform(0, 12)) * noise
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
-
-
-def _draw_glyph(
-    rng: np.random.Generator, scan: NDArray[np.uint8], size: tuple[int, int], style: SceneStyle
-) -> _Glyph:
-    """The scan at a random height, aspect ratio, angle, shear and stroke width.
-
-    The scan is interpolated (bicubic) and its smooth values made steep around the stroke's edge:
-    a large glyph then has an edge of about a pixel instead of a wide blur.
-    """
-    edge = rng.uniform(0.45, 0.65)
-    turn = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE)
-    shear = rng.uniform(-_MAX_SHEAR, _MAX_SHEAR)
-    cos, sin = math.cos(turn), math.sin(turn)
-    linear = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
-
-    rows, columns = np.nonzero(scan >= edge * int(scan.max()))
-    corners = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
-    outline = (np.stack((columns, rows))[:, :, None] + corners[:, None, :]).reshape(2, -1) + _PAD
-    turned = linear @ outline
-    low, high = turned.min(axis=1), turned.max(axis=1)
-    extent = high - low
-
-    most = _MAX_SIDE_SHARE * np.array((size[1], size[0]))  # x, y like all below
-    height = _log_uniform(rng, style.heights[0], min(style.heights[1], most[1]))
-    stretch = _log_uniform(rng, *_STRETCHES)
-    aspect = float(np.clip(stretch * extent[0] / extent[1], *_ASPECTS))
-    target = np.array((min(height * aspect, most[0]), height))
-    scale = target / extent
-
-    margin = 3
-    forward = scale[:, None] * linear
-    back = np.linalg.inv(forward)
-    shift = -back @ (margin - scale * low)
-    coefficients = (*back[0], shift[0], *back[1], shift[1])
-    padded = Image.fromarray(np.pad(scan, _PAD))
-    columns_out, rows_out = (math.ceil(side) + 2 * margin for side in target)
-    smooth = padded.transform(
-        (columns_out, rows_out), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC
-    )
-    ramp = min(0.25, 0.6 / float(scale.min()))  # half the edge's width, in the scan's values
-    values = np.linspace(0, 255 / int(scan.max()), 256)
-    opacity = np.clip(0.5 + (values - edge) / (2 * ramp), 0, 1)
-    alpha = np.rint(255 * opacity).astype(np.uint8)[np.asarray(smooth)]
-    ink = alpha >= INK
-    if not ink.any():  # a thin piece of a scan may fall between the pixels
-        return _draw_glyph(rng, scan, size, style)
-    (ys,), (xs,) = np.nonzero(ink.any(axis=1)), np.nonzero(ink.any(axis=0))
-    box = (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
-    return _Glyph(Image.fromarray(alpha), box)
 
 
 def _free_place(
@@ -254,17 +183,17 @@ def _extremes(ink: NDArray[np.bool_]) -> NDArray[np.int64]:
 def _add_clutter(
     rng: np.random.Generator,
     canvas: Image.Image,
-    scans: Sequence[NDArray[np.uint8]],
+    objects: Sequence[Sequence[Source]],
     style: SceneStyle,
 ) -> None:
-    """One line, arc, blob, rectangle or piece of a scan, of a glyph's size, anywhere."""
+    """One line, arc, blob, rectangle or piece of an object's mask, of its size, anywhere."""
     scene = (canvas.height, canvas.width)
     kind = rng.integers(5)
     if kind == 4:
-        mask = _draw_glyph(rng, _piece(rng, scans), scene, style).alpha
+        mask = draw(rng, _piece(rng, objects), scene, style).alpha
     else:
-        height = _log_uniform(rng, style.heights[0], min(style.heights[1], scene[0]))
-        width = height * _log_uniform(rng, *_ASPECTS)
+        height = log_uniform(rng, style.heights[0], min(style.heights[1], scene[0]))
+        width = height * log_uniform(rng, *_ASPECTS)
         mask = _shape(rng, int(kind), (math.ceil(width), math.ceil(height)))
     faded = np.asarray(mask) * np.float32(rng.uniform(0.4, 1))
     mask = Image.fromarray(faded.astype(np.uint8))
@@ -295,16 +224,16 @@ def _shape(rng: np.random.Generator, kind: int, size: tuple[int, int]) -> Image.
     return mask.reduce(_SUPERSAMPLING)
 
 
-def _piece(rng: np.random.Generator, scans: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Half or a quarter of a scan, with some ink."""
+def _piece(rng: np.random.Generator, objects: Sequence[Sequence[Source]]) -> Glyph:
+    """Half or a quarter of an object's mask, with some ink."""
     while True:
-        of_class = scans[int(rng.integers(len(scans)))]
-        scan = of_class[rng.integers(len(of_class))]
-        height, width = scan.shape
+        of_class = objects[int(rng.integers(len(objects)))]
+        mask = of_class[int(rng.integers(len(of_class)))].mask
+        height, width = mask.shape
         top, left = int(rng.integers(2)) * (height // 2), int(rng.integers(2)) * (width // 2)
         cut = rng.integers(3)
         rows = slice(top, top + height // 2) if cut != 0 else slice(None)
         columns = slice(left, left + width // 2) if cut != 1 else slice(None)
-        piece = scan[rows, columns]
-        if piece.max() >= INK:
-            return piece
+        piece = mask[rows, columns]
+        if piece.size and piece.max() >= INK:
+            return Glyph(piece)

@@ -7,16 +7,7 @@ from dyhead_cuda.detection.lazy import attribute_of
 if TYPE_CHECKING:
     from dyhead_cuda.detection.models.atss import ATSS
     from dyhead_cuda.detection.models.backbones import Pyramid
-    from dyhead_cuda.detection.models.checkpoints import (
-        MICROSOFT_R50,
-        MICROSOFT_SWINT,
-        MMDET_R50,
-        MMDET_R50_CAFFE,
-        MMDET_SWINL,
-        Recipe,
-        atss_from_microsoft,
-        atss_from_mmdet,
-    )
+    from dyhead_cuda.detection.models.checkpoints import atss_from_microsoft, atss_from_mmdet
     from dyhead_cuda.detection.models.config import (
         ModelConfig,
         build,
@@ -25,6 +16,15 @@ if TYPE_CHECKING:
         gflops,
     )
     from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
+    from dyhead_cuda.detection.models.recipes import (
+        MICROSOFT_R50,
+        MICROSOFT_SWINT,
+        MMDET_R50,
+        MMDET_R50_CAFFE,
+        MMDET_SWINL,
+        Recipe,
+    )
+    from dyhead_cuda.detection.models.starting import Start, read_start
     from dyhead_cuda.detection.models.two_stage import FasterRCNN
 
 __getattr__ = attribute_of(
@@ -33,12 +33,6 @@ __getattr__ = attribute_of(
         "atss": ("ATSS",),
         "backbones": ("Pyramid",),
         "checkpoints": (
-            "MICROSOFT_R50",
-            "MICROSOFT_SWINT",
-            "MMDET_R50",
-            "MMDET_R50_CAFFE",
-            "MMDET_SWINL",
-            "Recipe",
             "atss_from_microsoft",
             "atss_from_mmdet",
         ),
@@ -53,6 +47,15 @@ __getattr__ = attribute_of(
             "FCOS",
             "RetinaNet",
         ),
+        "recipes": (
+            "MICROSOFT_R50",
+            "MICROSOFT_SWINT",
+            "MMDET_R50",
+            "MMDET_R50_CAFFE",
+            "MMDET_SWINL",
+            "Recipe",
+        ),
+        "starting": ("Start", "read_start"),
         "two_stage": ("FasterRCNN",),
     },
 )
@@ -70,10 +73,12 @@ __all__ = [
     "Pyramid",
     "Recipe",
     "RetinaNet",
+    "Start",
     "atss_from_microsoft",
     "atss_from_mmdet",
     "build",
     "build_empty",
     "count_parameters",
     "gflops",
+    "read_start",
 ]

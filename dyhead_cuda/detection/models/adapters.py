@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,22 @@ from dyhead_cuda.numerics import to_compute
 
 Target = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
+
+
+class Pixels(NamedTuple):
+    """How images are normalised, from RGB in 0..1."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the usual one
+
+
+def pixels_of(backbone: nn.Module) -> Pixels:
+    """What a backbone expects: its attributes image_mean and image_std, or else the usual one."""
+    mean, std = (getattr(backbone, f"image_{name}", None) for name in Pixels._fields)
+    return IMAGENET if mean is None or std is None else Pixels(list(mean), list(std))
 
 
 class PyramidAnchors(AnchorGenerator):
@@ -54,6 +71,23 @@ class PyramidAnchors(AnchorGenerator):
 
     def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
         return [torch.cat(self.levels(feature_maps))] * len(image_list.image_sizes)
+
+
+def check_anchor_scale(scale: float | None) -> None:
+    """Raise ValueError unless ``scale`` can be the side of an anchor in strides, or is None."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(
+            "expected anchor_scale as a positive number of strides, or None for the published "
+            f"one, got {scale!r}"
+        )
+
+
+def anchor_side(scale: float | None, published: float) -> float:
+    """The side of an anchor in strides: ``scale`` after its check, or if it is None, published."""
+    check_anchor_scale(scale)
+    return published if scale is None else scale
 
 
 def _widened(values: Any) -> Any:

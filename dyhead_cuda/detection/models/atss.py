@@ -19,14 +19,19 @@ from torchvision.ops import (
 )
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.models.adapters import PyramidAnchors, check_images, check_targets
+from dyhead_cuda.detection.models.adapters import (
+    PyramidAnchors,
+    anchor_side,
+    check_images,
+    check_targets,
+    pixels_of,
+)
 from dyhead_cuda.detection.models.atss_assigner import assign, centers, margins
 from dyhead_cuda.detection.names import Postprocess
 
 Target = dict[str, Any]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_ANCHOR_STRIDES = 8  # side of an anchor in strides
+ANCHOR_SCALE = 8  # side of an anchor in strides
 _BOX_WEIGHT = 2.0
 _PRIOR = 0.01
 
@@ -51,11 +56,17 @@ class ATSSHead(nn.Module):
     """
 
     def __init__(
-        self, channels: int, num_classes: int, num_levels: int, convs: int, kernel_size: int
+        self,
+        channels: int,
+        num_classes: int,
+        num_levels: int,
+        convs: int,
+        kernel_size: int,
+        shared_tower: bool,
     ) -> None:
         super().__init__()
 
-        def tower() -> nn.Sequential:
+        def tower(convs: int) -> nn.Sequential:
             return nn.Sequential(
                 *(
                     nn.Sequential(
@@ -70,7 +81,8 @@ class ATSSHead(nn.Module):
         def predictor(values: int) -> nn.Conv2d:
             return nn.Conv2d(channels, values, kernel_size, padding=kernel_size // 2)
 
-        self.cls_tower, self.box_tower = tower(), tower()
+        shared, own = (convs, 0) if shared_tower else (0, convs)
+        self.tower, self.cls_tower, self.box_tower = tower(shared), tower(own), tower(own)
         self.classes, self.boxes, self.centerness = (
             predictor(num_classes),
             predictor(4),
@@ -88,8 +100,9 @@ class ATSSHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Predictions:
         predictions = Predictions([], [], [])
         for feature, scale in zip(features, self.scales, strict=True):
-            box_features = self.box_tower(feature)
-            predictions.logits.append(_flatten(self.classes(self.cls_tower(feature))))
+            shared = self.tower(feature)
+            box_features = self.box_tower(shared)
+            predictions.logits.append(_flatten(self.classes(self.cls_tower(shared))))
             predictions.deltas.append(_flatten(self.boxes(box_features)) * scale)
             predictions.centerness.append(_flatten(self.centerness(box_features))[..., 0])
         return predictions
@@ -115,8 +128,8 @@ def _clip(
 class ATSS(nn.Module):
     """Adaptive training sample selection on a pyramid, as mmdet and microsoft/DynamicHead have it.
 
-    One square anchor of 8 strides at each position; focal, GIoU (weight 2, weighted by the
-    centerness targets) and centerness losses; scores are class probability times centerness.
+    One square anchor at each position; focal, GIoU (weight 2, weighted by the centerness targets)
+    and centerness losses; scores are class probability times centerness.
 
     The losses are divided by the number of positive anchors, at least 1 per image, and the sum of
     centerness targets, at least 1; both averaged over the ranks where torch.distributed runs.
@@ -132,13 +145,18 @@ class ATSS(nn.Module):
             one would exceed ``max_size``; see torchvision's ``GeneralizedRCNNTransform``.
         convs: 3x3 convolutions with group normalisation and ReLU before the predictors; 0 as
             published with a Dynamic Head, 4 without.
+        shared_tower: one tower of ``convs`` convolutions for classes and boxes, as a Dynamic Head
+            is one for both, instead of one for each; not published.
+        anchor_scale: side of the anchors, in strides; None for the published 8. Smaller ones suit
+            scenes whose objects are small for the strides of the pyramid.
         kernel_size: of the predictors; 3 in mmdet's reproduction with ResNet-50 and in plain ATSS,
             1 in microsoft/DynamicHead. From random weights, 3 learns much faster.
         center_offset: strides; an anchor's centre is (x + center_offset, y + center_offset): 0.5
             in microsoft/DynamicHead and mmdet's reproduction of it, 0 in mmdet's other configs.
         postprocess: "mmdet" ranks the candidates of a level by class probability and clips boxes
             before non-maximum suppression, "microsoft" ranks by the score and clips afterwards.
-        image_mean, image_std: three values, of RGB in 0..1.
+        image_mean, image_std: three values, of RGB in 0..1. None: the attributes of that name of
+            the backbone, or ImageNet's usual ones where it has none.
         size_divisible: pixels; images are padded at the right and bottom to multiples of it.
         score_threshold: minimum class probability of a candidate.
         candidates: kept on each level of an image before non-maximum suppression.
@@ -148,7 +166,8 @@ class ATSS(nn.Module):
             :func:`~dyhead_cuda.detection.models.atss_assigner.assign`.
 
     Raises:
-        ValueError: ``num_classes`` or ``topk`` below 1, an unknown ``postprocess``.
+        ValueError: ``num_classes`` or ``topk`` below 1, an unknown ``postprocess``, an
+            ``anchor_scale`` that is not positive.
 
     Source: arXiv 1912.02424; mmdet ``ATSSHead``; microsoft/DynamicHead ``extra/atss.py``.
 
@@ -174,11 +193,13 @@ class ATSS(nn.Module):
         min_size: int = 800,
         max_size: int = 1333,
         convs: int = 0,
+        shared_tower: bool = False,
+        anchor_scale: float | None = None,
         kernel_size: int = 3,
         center_offset: float = 0.5,
         postprocess: Postprocess = "mmdet",
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
         size_divisible: int = 32,
         score_threshold: float = 0.05,
         candidates: int = 1000,
@@ -196,11 +217,17 @@ class ATSS(nn.Module):
         self.score_threshold, self.candidates = score_threshold, candidates
         self.nms_threshold, self.detections = nms_threshold, detections
         channels = cast(int, backbone.out_channels)
-        self.head = ATSSHead(channels, num_classes, len(strides), convs, kernel_size)
-        self.anchors = PyramidAnchors(strides, (_ANCHOR_STRIDES,), center_offset=center_offset)
+        self.head = ATSSHead(channels, num_classes, len(strides), convs, kernel_size, shared_tower)
+        side = anchor_side(anchor_scale, ANCHOR_SCALE)
+        self.anchors = PyramidAnchors(strides, (side,), center_offset=center_offset)
         self.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+        usual = pixels_of(backbone)
         self.transform = GeneralizedRCNNTransform(
-            min_size, max_size, list(image_mean), list(image_std), size_divisible
+            min_size,
+            max_size,
+            list(usual.mean if image_mean is None else image_mean),
+            list(usual.std if image_std is None else image_std),
+            size_divisible,
         )
 
     def forward(

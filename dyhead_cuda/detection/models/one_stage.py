@@ -17,9 +17,17 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import Conv2dNormActivation
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.models.adapters import CheckedDetector, PyramidAnchors, Target, widen
+from dyhead_cuda.detection.models.adapters import (
+    CheckedDetector,
+    PyramidAnchors,
+    Target,
+    anchor_side,
+    pixels_of,
+    widen,
+)
 
-ANCHOR_SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))  # in strides
+ANCHOR_SCALE = 4  # side of the smallest anchor in strides
+OCTAVES = tuple(2 ** (octave / 3) for octave in range(3))
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 SCORE_THRESHOLD = 0.05
 DETECTIONS = 100
@@ -40,21 +48,25 @@ class _LabelsFromOne(CheckedDetector):
 
 
 class RetinaNet(_LabelsFromOne, detection.RetinaNet):
-    """RetinaNet: nine anchors at each position, of 4 to 6.3 strides and three ratios.
+    """RetinaNet: nine anchors at each position, of three sizes within an octave and three ratios.
 
     The interface is torchvision's, with labels from 1; at most 100 detections with scores above
     0.05 are returned for an image.
 
     Args:
         backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
-            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`. Images are
+            normalised with its ``image_mean`` and ``image_std``, or ImageNet's usual ones where it
+            has none.
         num_classes: without background.
         min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
             one would exceed ``max_size``.
         convs: 3x3 convolutions with ReLU before each predictor.
+        anchor_scale: side of the smallest anchors, in strides, of which the others have 1.26 and
+            1.59 times; None for the published 4.
 
     Raises:
-        ValueError: ``num_classes`` below 1.
+        ValueError: ``num_classes`` below 1, an ``anchor_scale`` that is not positive.
 
     Source: arXiv 1708.02002; torchvision ``RetinaNet``.
 
@@ -80,11 +92,14 @@ class RetinaNet(_LabelsFromOne, detection.RetinaNet):
         min_size: int = 800,
         max_size: int = 1333,
         convs: int = 4,
+        anchor_scale: float | None = None,
     ) -> None:
         checks.positive(num_classes=num_classes)
         pyramid: Any = backbone
-        anchors = PyramidAnchors(pyramid.strides, ANCHOR_SCALES, ANCHOR_RATIOS)
-        channels, per_position = pyramid.out_channels, len(ANCHOR_SCALES) * len(ANCHOR_RATIOS)
+        side = anchor_side(anchor_scale, ANCHOR_SCALE)
+        sides = [side * octave for octave in OCTAVES]
+        anchors = PyramidAnchors(pyramid.strides, sides, ANCHOR_RATIOS)
+        channels, per_position = pyramid.out_channels, len(OCTAVES) * len(ANCHOR_RATIOS)
         head = RetinaNetHead(channels, per_position, num_classes)
         for branch in (head.classification_head, head.regression_head):
             branch.conv = _plain_tower(channels, convs)
@@ -93,6 +108,7 @@ class RetinaNet(_LabelsFromOne, detection.RetinaNet):
             num_classes,
             min_size,
             max_size,
+            *pixels_of(backbone),
             anchor_generator=anchors,
             head=widen(head),
             score_thresh=SCORE_THRESHOLD,
@@ -109,7 +125,9 @@ class FCOS(_LabelsFromOne, detection.FCOS):
 
     Args:
         backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
-            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`. Images are
+            normalised with its ``image_mean`` and ``image_std``, or ImageNet's usual ones where it
+            has none.
         num_classes: without background.
         min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
             one would exceed ``max_size``.
@@ -159,6 +177,7 @@ class FCOS(_LabelsFromOne, detection.FCOS):
             num_classes,
             min_size,
             max_size,
+            *pixels_of(backbone),
             anchor_generator=PyramidAnchors(pyramid.strides, (1,)),
             head=widen(head),
             score_thresh=SCORE_THRESHOLD,

@@ -14,7 +14,13 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from dyhead_cuda import checks
-from dyhead_cuda.detection.models.adapters import CheckedDetector, PyramidAnchors, widen
+from dyhead_cuda.detection.models.adapters import (
+    CheckedDetector,
+    PyramidAnchors,
+    anchor_side,
+    pixels_of,
+    widen,
+)
 from dyhead_cuda.detection.names import BoxHead
 from dyhead_cuda.modules import DynamicReLU
 
@@ -35,7 +41,9 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
 
     Args:
         backbone: maps [N, 3, H, W] to a dict of levels [N, C, H_l, W_l], finest first, and has
-            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`.
+            ``out_channels`` (C) and ``strides`` (pixels), as :class:`Pyramid`. Images are
+            normalised with its ``image_mean`` and ``image_std``, or ImageNet's usual ones where it
+            has none.
         num_classes: without background.
         min_size, max_size: pixels; the shorter side is resized to ``min_size`` unless the longer
             one would exceed ``max_size``.
@@ -48,9 +56,11 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
             values, as the box's sides need to know where in the region things are.
         keypoints: K, of each object; 0 for no keypoint head. Its eight convolutions have
             2 C channels (512 for 256, as torchvision).
+        anchor_scale: side of the anchors of the proposals, in strides; None for the published 8.
 
     Raises:
-        ValueError: ``num_classes`` below 1, an unknown ``box_head``, or a pyramid without levels to
+        ValueError: ``num_classes`` below 1, an unknown ``box_head``, an ``anchor_scale`` that is
+            not positive, or a pyramid without levels to
             pool from.
 
     Source: arXiv 1506.01497, arXiv 1612.03144; arXiv 2106.08322, figure 4b; arXiv 1703.06870
@@ -79,17 +89,22 @@ class FasterRCNN(CheckedDetector, detection.FasterRCNN):
         max_size: int = 1333,
         box_head: BoxHead = "mlp",
         keypoints: int = 0,
+        anchor_scale: float | None = None,
     ) -> None:
         checks.positive(num_classes=num_classes)
         pyramid: Any = backbone
         channels, strides = pyramid.out_channels, pyramid.strides
         pooled_values = channels * BOX_SIDE**2
+        side = anchor_side(anchor_scale, ANCHOR_SCALE)
         head, values = _make_box_head(box_head, channels, pooled_values)
+        mean, std = pixels_of(backbone)
         super().__init__(
             backbone,
             min_size=min_size,
             max_size=max_size,
-            rpn_anchor_generator=PyramidAnchors(strides, (ANCHOR_SCALE,), ANCHOR_RATIOS),
+            image_mean=mean,
+            image_std=std,
+            rpn_anchor_generator=PyramidAnchors(strides, (side,), ANCHOR_RATIOS),
             rpn_head=widen(RPNHead(channels, len(ANCHOR_RATIOS))),
             box_roi_pool=_make_pooling(strides, BOX_SIDE),
             box_head=head,

@@ -14,14 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dyhead_cuda.detection.data import DataConfig, DetectionDataset, collate
+from dyhead_cuda.detection.data import (
+    DataConfig,
+    DetectionDataset,
+    check_sizes,
+    collate,
+    draw_sizes,
+)
 from dyhead_cuda.detection.evaluation import Metrics, evaluate
 from dyhead_cuda.detection.models.config import ModelConfig, build, build_empty
 from dyhead_cuda.detection.training import averaging, parallel, random_state, signals
@@ -37,6 +43,9 @@ from dyhead_cuda.detection.training.recipe import (
     make_optimizer,
 )
 from dyhead_cuda.detection.training.runs import BEST, LAST, RunFolder
+
+if TYPE_CHECKING:
+    from dyhead_cuda.detection.models.starting import Start
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,6 +79,7 @@ def train(
     folder: str | Path,
     *,
     restart: bool = False,
+    start: Start | None = None,
     sets: tuple[DetectionDataset, DetectionDataset] | None = None,
     listeners: Sequence[Listener] = (),
 ) -> Metrics:
@@ -89,6 +99,8 @@ def train(
         data: what to train and measure on.
         folder: of the run, see :mod:`dyhead_cuda.detection.training.runs`.
         restart: delete the run in ``folder`` first.
+        start: the detector whose weights a new run starts from, see
+            :func:`~dyhead_cuda.detection.models.read_start`. None: what ``model`` says.
         sets: what ``data`` opens, for training and validation, where it is open already.
         listeners: called in the first process with each record that is logged: of a step "step",
             "epoch", "loss", "losses" (by name), "lr", "grad_norm", "seconds",
@@ -106,7 +118,8 @@ def train(
         WriteError: a file could not be written, for example as the disk is full; what was written
             before is whole, and the run goes on from its last checkpoint.
         RankError: another of several processes has ended.
-        ValueError: the data do not fit the model, or there is no such device.
+        ValueError: the data or what it starts from do not fit the model, or there is no such
+            device.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -135,12 +148,21 @@ def train(
             "classes": list(training_set.classes),
             "processes": processes.count,
         }
+        if data.multi_scale is not None:
+            check_sizes(model.min_size, data.multi_scale)
+        if start is not None:
+            start.check(model)
+            description["start"] = start.source
         run = processes.on_first(lambda: RunFolder(folder))
         processes.on_first(lambda: stack.enter_context(run.lock()))
         checkpoint = processes.on_first(lambda: run.begin(description, restart))
         torch.manual_seed(config.seed)
         # Weights from a checkpoint need no download.
-        network = build(model) if checkpoint is None else build_empty(model)
+        network = build(model) if checkpoint is None and start is None else build_empty(model)
+        if checkpoint is None and start is not None:
+            start.load_into(network, training_set.classes)
+        if data.multi_scale is not None:
+            draw_sizes(network, data.multi_scale)
         trainer = Trainer(config, network, training_set, validation_set, run, processes)
         return trainer.run(description, checkpoint, listeners)
 

@@ -207,7 +207,7 @@ def test_what_was_looked_for(tmp_path: Path) -> None:
         CocoFolder(tmp_path, "val")
     with pytest.raises(ValueError, match="is not a folder"):
         CocoFolder(tmp_path / "nowhere", "val")
-    with pytest.raises(ValueError, match='expected "digits" or a folder'):
+    with pytest.raises(ValueError, match='expected "digits", "cutouts" with the option path, or'):
         open_dataset(str(tmp_path / "nowhere"), "val")
     (tmp_path / "val.json").write_text(json.dumps(content()))
     with pytest.raises(ValueError, match=r"such as 1\.png\), found none in .*val2017.*images/val"):

@@ -248,7 +248,7 @@ def test_what_is_returned_may_be_changed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "test"}, 'expected split "train" or "val", got \'test\''),
+        ({"split": "test"}, "expected split to be one of .*, got 'test'"),
         ({"num_images": 0}, "num_images of at least 1, got 0"),
         ({"size": (16, 64)}, r"at least 32 pixels, got \(16, 64\)"),
         ({"min_size": 64}, "both min_size and max_size or none, got 64 and None"),

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
 from dyhead_cuda.detection.models.atss import ATSS
-from dyhead_cuda.detection.models.checkpoints import (
+from dyhead_cuda.detection.models.checkpoints import atss_from_microsoft, atss_from_mmdet
+from dyhead_cuda.detection.models.recipes import (
     MICROSOFT_R50,
     MICROSOFT_SWINT,
     MMDET_R50,
     MMDET_R50_CAFFE,
     MMDET_SWINL,
     Recipe,
-    atss_from_microsoft,
-    atss_from_mmdet,
 )
 from tests.helpers.compare import relative_l2
 from tests.helpers.detection.published_detectors import (

@@ -52,6 +52,9 @@ def make(config: ModelConfig, seed: int = 0) -> Any:
         small("faster_rcnn_task", attentions=("scale",)),
         small("retinanet", convs=1, first_level=4, last_level=5),
         small("fcos", last_level=7, backbone="swin_t", init="microsoft"),
+        small("atss", backbone="efficientnet_lite0", convs=1, shared_tower=True, anchor_scale=4.0),
+        small("atss", blocks=0, shared_tower=True, anchor_scale=2),
+        small("faster_rcnn", anchor_scale=4.0),
     ],
     ids=lambda config: f"{config.detector}-{config.blocks}-{config.keypoints}",
 )
@@ -142,9 +145,56 @@ def test_parts_follow_the_configuration() -> None:
         (blocks, convs): len(
             make(small("retinanet", blocks=blocks, convs=convs)).head.regression_head.conv
         )
-        for blocks, convs in ((0, None), (1, None), (0, 2), (1, 1))
+        for blocks, convs in ((0, None), (1, None), (0, 2), (1, 0))
     }
-    assert towers == {(0, None): 4, (1, None): 0, (0, 2): 2, (1, 1): 1}
+    # The released RetinaNet keeps its towers after the head; ATSS does not.
+    assert towers == {(0, None): 4, (1, None): 4, (0, 2): 2, (1, 0): 0}
+    for detector in ("atss", "fcos"):
+        assert [small(detector, blocks=blocks).tower_convs for blocks in (0, 1)] == [4, 0]
+    frozen = make(small(frozen_stages=2)).backbone
+    trained = {name.split(".")[0] for name, p in frozen.body.named_parameters() if p.requires_grad}
+    assert trained == {"layer3", "layer4"}
+
+
+@pytest.mark.parametrize(
+    ("detector", "published"), [("atss", 8), ("retinanet", 4), ("faster_rcnn", 8)]
+)
+def test_anchor_scale(detector: str, published: float) -> None:
+    def sides(**options: Any) -> Tensor:
+        model = make(small(detector, blocks=0, **options))
+        anchors = {
+            "atss": lambda: model.anchors,
+            "retinanet": lambda: model.anchor_generator,
+            "faster_rcnn": lambda: model.rpn.anchor_generator,
+        }[detector]()
+        levels = anchors.levels([torch.zeros(1, 16, 1, 1) for _ in model.backbone.strides])
+        areas = [(x[:, 2:] - x[:, :2]).prod(1).sqrt().min() for x in levels]
+        return torch.stack(areas) / torch.tensor(model.backbone.strides)
+
+    usual = sides()
+    # Corners of torchvision's anchors are whole pixels.
+    torch.testing.assert_close(usual, torch.full_like(usual, published), rtol=0.05, atol=0)
+    torch.testing.assert_close(sides(anchor_scale=published), usual)
+    doubled = sides(anchor_scale=2.0 * published)
+    torch.testing.assert_close(doubled, 2 * usual, rtol=0.05, atol=0)
+
+
+def test_shared_tower_serves_classes_and_boxes() -> None:
+    shared, own = (
+        make(small("atss", blocks=0, convs=2, shared_tower=shared)) for shared in (True, False)
+    )
+    names = [name for name, _ in shared.head.named_parameters() if "tower" in name]
+    assert len(names) == 2 * 3  # a convolution and a normalisation each
+    assert all(name.startswith("tower.") for name in names)
+    assert not any(name.startswith("tower.") for name in own.head.state_dict())
+    features = [torch.rand(1, 16, 8, 8)] * 4
+    before = shared.head(features)
+    with torch.no_grad():
+        shared.head.tower[1][1].bias += 1
+    for old, new in zip(before, shared.head(features), strict=True):
+        assert not torch.allclose(old[0], new[0])
+    values = 2 * (9 * 16 * 16 + 2 * 16)
+    assert count_parameters(own) - count_parameters(shared) == values
 
 
 def test_configuration_round_trip() -> None:
@@ -153,10 +203,26 @@ def test_configuration_round_trip() -> None:
     values = json.loads(json.dumps(config.to_dict()))
     assert ModelConfig.from_dict(values) == config
     assert ModelConfig.from_dict({"detector": "atss", "num_classes": 3}) == ModelConfig("atss", 3)
+    one = small("atss", convs=2, shared_tower=True, anchor_scale=2.5, frozen_stages=1)
+    assert ModelConfig.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     with pytest.raises(ValueError, match=r"settings among .*'blocks'.*, got \['block'\]"):
         ModelConfig.from_dict({**values, "block": 1})
     with pytest.raises(ValueError, match=r"\['num_classes'\], which are missing"):
         ModelConfig.from_dict({"detector": "atss"})
+
+
+def test_older_files_of_retinanet_have_no_towers_after_the_head() -> None:
+    now = small("retinanet")
+    assert (now.convs, ModelConfig.from_dict(now.to_dict()).convs) == (4, 4)
+    later = ("frozen_stages", "anchor_scale", "shared_tower", "backbone_last_level", "without_task")
+    older = {name: value for name, value in now.to_dict().items() if name not in later}
+    without = ModelConfig.from_dict({**older, "convs": None})
+    assert without == small("retinanet", convs=0)
+    assert ModelConfig.from_dict(without.to_dict()) == without
+    assert ModelConfig.from_dict({**older, "convs": None, "blocks": 0}).tower_convs == 4
+    assert ModelConfig.from_dict({**older, "convs": None, "detector": "atss"}) == small("atss")
+    # A model that such a file is of had the parameters of one without towers.
+    build_empty(without).load_state_dict(make(small("retinanet", convs=0)).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -179,6 +245,17 @@ def test_configuration_round_trip() -> None:
         ({"attentions": ("scale", "spacial")}, "attentions .*got 'spacial'"),
         ({"high_offset": "round"}, "high_offset"),
         ({"detector": "faster_rcnn", "convs": 4}, "no towers, got 4"),
+        ({"frozen_stages": -1}, "frozen_stages as an integer of at least 0, got -1"),
+        ({"frozen_stages": None}, "frozen_stages"),
+        ({"anchor_scale": 0}, "anchor_scale as a positive number of strides.*got 0"),
+        ({"anchor_scale": float("nan")}, "anchor_scale.*got nan"),
+        ({"anchor_scale": "8"}, "anchor_scale.*got '8'"),
+        ({"anchor_scale": True}, "anchor_scale.*got True"),
+        ({"detector": "fcos", "anchor_scale": 8.0}, "None for fcos, which has no anchors, got 8"),
+        ({"shared_tower": True, "convs": 4}, "False for retinanet, got True; only atss"),
+        ({"detector": "faster_rcnn", "shared_tower": True}, "False for faster_rcnn"),
+        ({"detector": "atss", "shared_tower": True}, "at least 1 for shared_tower, got None"),
+        ({"detector": "atss", "shared_tower": "yes"}, "True or False, got 'yes'"),
         ({"detector": "faster_rcnn_task", "blocks": 0}, 'plain detector is "faster_rcnn"'),
     ],
 )

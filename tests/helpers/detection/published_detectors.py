@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyhead_cuda.detection.models.checkpoints import Recipe
+from dyhead_cuda.detection.models.recipes import Recipe
 from tests.helpers.published import microsoft, mmdet
 
 CHANNELS, CLASSES = 32, 3
