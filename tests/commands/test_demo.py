@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from skimage import data
 from torch import Tensor
 
 from dyhead_cuda import __main__ as command_line
 from dyhead_cuda import fused
 from dyhead_cuda.commands import arguments as options
-from dyhead_cuda.commands import demo, images
+from dyhead_cuda.commands import demo, demo_detector, images
 from dyhead_cuda.inspect import figure
 
+SHOW_DETECTOR = demo_detector.show
 SMALL = ["--size", "96", "--blocks", "2", "--device", "cpu"]
 
 
@@ -28,12 +30,23 @@ def astronaut() -> Image.Image:
     return Image.fromarray(data.astronaut())
 
 
+@pytest.fixture(autouse=True)
+def detector_shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls of the demo's second half, which has tests of its own."""
+    calls: list[Any] = []
+    monkeypatch.setattr(demo_detector, "show", lambda *given: calls.append(given) or True)
+    return calls
+
+
 def run_demo(output: Path, *options: str) -> int:
     return command_line.main(["demo", *SMALL, "--output", str(output), *options])
 
 
 def test_demo_compares_and_draws(
-    astronaut: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    astronaut: Image.Image,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    detector_shown: list[Any],
 ) -> None:
     astronaut.save(tmp_path / "astronaut.png")
     output = tmp_path / "new" / "directory"
@@ -50,6 +63,8 @@ def test_demo_compares_and_draws(
     ):
         assert text in said
     assert "nan" not in said
+    ((_, directory, device, best),) = detector_shown
+    assert (directory, device.type, best) == (output, "cpu", "cpu")
     (picture,) = output.iterdir()
     assert str(picture) in said
     with Image.open(picture) as image:
@@ -104,6 +119,30 @@ def test_demo_fails_on_nan(
     monkeypatch.setattr(fused, "pyramid_blocks", wrong)
     assert run_demo(tmp_path) == 1
     assert "relative error nan" in capsys.readouterr().out
+
+
+def test_demo_shows_the_detector_that_comes_with_the_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console, device = Console(width=200), torch.device("cpu")
+    monkeypatch.setattr(demo_detector, "scenes", lambda scenes=demo_detector.scenes: scenes(1))
+    assert SHOW_DETECTOR(console, tmp_path, device, "cpu")
+    said = capsys.readouterr().out
+    assert "detections above 0.3" in said
+    assert "on the cpu backend and on the reference are the same" in said
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "digits_attention.png",
+        "digits_detections.png",
+    ]
+    original = fused.pyramid_blocks
+
+    def wrong(*arguments: Any, **options: Any) -> list[Tensor]:
+        return [x * 1.5 for x in original(*arguments, **options)]
+
+    monkeypatch.setattr(fused, "pyramid_blocks", wrong)
+    monkeypatch.setattr(demo_detector.attention_figure, "draw", lambda *_: None)
+    assert not SHOW_DETECTOR(console, tmp_path, device, "cpu")
+    assert "DIFFER" in capsys.readouterr().out
 
 
 def _save_grey(image: Image.Image, path: Path) -> None:

@@ -289,7 +289,7 @@ def _published(
     name, recipe = fitting[0]
     detector = convert(checkpoint, recipe=recipe)
     model = _settings(name, recipe, detector, path)
-    _LOG.info("%s is taken for %s: its preprocessing is kept", path, name)
+    _LOG.warning("%s is taken for %s: its preprocessing is kept", path, name)
     return Start(str(path), detector.state_dict(), _classes(checkpoint, model.num_classes), model)
 
 
