@@ -34,7 +34,12 @@ def astronaut() -> Image.Image:
 def detector_shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calls of the demo's second half, which has tests of its own."""
     calls: list[Any] = []
-    monkeypatch.setattr(demo_detector, "show", lambda *given: calls.append(given) or True)
+
+    def show(*given: Any) -> bool:
+        calls.append(given)
+        return True
+
+    monkeypatch.setattr(demo_detector, "show", show)
     return calls
 
 

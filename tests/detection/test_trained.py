@@ -61,7 +61,7 @@ def test_the_one_that_comes_with_the_package() -> None:
     assert SHIPPED_FILE.stat().st_size < 5e6
     assert config["classes"] == list("0123456789")
     # It had 0.71 on 200 scenes after its training.
-    assert evaluate(model, demo_detector.scenes(24), batch_size=4).summary["AP"] > 0.5
+    assert evaluate(model, demo_detector.scenes(24), device="cpu", batch_size=4).summary["AP"] > 0.5
 
 
 def test_predict_needs_no_training(tmp_path: Path) -> None:
