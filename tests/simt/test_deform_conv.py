@@ -25,9 +25,9 @@ from tests.helpers.deform_work import (
     ManyJobs,
     Work,
 )
-from tests.helpers.not_finite import CALLS, CALLS_AND_PLACES, NOT_FINITE, planted
+from tests.helpers.not_finite import CALLS, planted
 
-from .arithmetic import dtypes
+from .arithmetic import dtypes, not_finite
 from .arrays import name_of
 from .deform_operator import Operator, check, check_backward
 
@@ -255,9 +255,7 @@ def test_half_weights_are_read_as_they_are(simt: Any, dtype: torch.dtype) -> Non
     assert all(torch.equal(grads[name], same[name]) for name in grads)
 
 
-@dtypes
-@pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize(("call", "place"), CALLS_AND_PLACES)
+@not_finite
 def test_not_finite(simt: Any, call: str, place: str, value: float, dtype: torch.dtype) -> None:
     case, operator = planted(CALLS[call], place, value, dtype), Operator(simt)
     results = operator.run(case.call, case.tensors)

@@ -13,9 +13,9 @@ from dyhead_cuda.ops.common import compute_dtype
 from dyhead_cuda.ops.jobs import Job, Plan, map_rows
 from tests.helpers.compare import TOLERANCE, leaf, random_like, relative_l2
 from tests.helpers.deform_work import CONVOLUTIONS, WORKS, Convolution, Work
-from tests.helpers.not_finite import CALLS, CALLS_AND_PLACES, FAR, NOT_FINITE, planted
+from tests.helpers.not_finite import CALLS, FAR, planted
 
-from .arithmetic import TF32_TOLERANCE, dtypes
+from .arithmetic import TF32_TOLERANCE, dtypes, not_finite
 from .arrays import name_of, to_array, to_tensor
 
 HALF = torch.bfloat16
@@ -255,9 +255,7 @@ def test_far_offsets_sample_zero(simt: Any, value: float) -> None:
     assert torch.equal(actual, expected)
 
 
-@dtypes
-@pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize(("call", "place"), CALLS_AND_PLACES)
+@not_finite
 def test_not_finite(simt: Any, call: str, place: str, value: float, dtype: torch.dtype) -> None:
     case = planted(CALLS[call], place, value, dtype)
     actual = Operator(simt).run(case.call.plan, case.tensors, case.cotangent)
