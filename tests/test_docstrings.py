@@ -17,7 +17,10 @@ from dyhead_cuda import functional, modules, reference
 from dyhead_cuda.inspect import counters, figure, record
 from tests.helpers.paths import ROOT
 
-TYPES = ("Activation", "Attention", "HighOffset", "Init", "ResizeMode", "Targets", "Upsample")
+TYPES = (
+    *("Activation", "Attention", "HighOffset", "Init", "ResizeMode", "Targets", "Upsample"),
+    "WithoutTask",
+)
 ELSEWHERE = ("accelerate", "LeftOut")  # tests/compat; a placeholder, which nobody makes
 RESULTS = (record.BlockRun, record.LevelRecord, record.Samples)  # which functions return
 CHECKED = re.compile(r"\bchecks\.\w|raise \w")

@@ -49,14 +49,13 @@ def section(study: Study, folder: Path, base: Path, seeds: int) -> str:
         )
     paragraphs += [_results(study, name) for name in TABLES]
     paragraphs += [_searches(study), _costs(study), *_positives(study)]
-    links = [("all results", folder)]
-    links += [(title, folder / f"{name}.png") for name, title in PLOTS.items()]
+    links = [(title, folder / f"{name}.png") for name, title in PLOTS.items()]
     shown = [
         f"[{title}]({os.path.relpath(path, base).replace(os.sep, '/')})"
         for title, path in links
         if path.exists()
     ]
-    return "\n\n".join([*paragraphs, ", ".join(shown)])
+    return "\n\n".join([*paragraphs, *filter(None, [", ".join(shown)])])
 
 
 def _few(names: list[str]) -> str:

@@ -73,7 +73,8 @@ def _towers(convs: int) -> Variant:
 def _with(*attentions: Attention) -> Variant:
     # A head whose task attention is the identity has no activation at all: it is linear.
     label = " + ".join(attentions) or "no attention"
-    return Variant(label, _BLOCKS, attentions=attentions, without_task="relu")
+    without_task: WithoutTask = "identity" if "task" in attentions else "relu"
+    return Variant(label, _BLOCKS, attentions=attentions, without_task=without_task)
 
 
 def _inits(init: Init) -> dict[str, Variant]:

@@ -84,7 +84,7 @@ def write_detector(
     model: nn.Module,
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,
-) -> None:
+) -> Path:
     """Writes a detector that :func:`load_model` reads.
 
     Args:
@@ -94,21 +94,23 @@ def write_detector(
         dtype: that floating-point values are rounded to, such as torch.float16 for half the size;
             None keeps them. A detector that is read has float32 again.
 
+    Returns:
+        ``path``.
+
     Raises:
         ValueError: another suffix.
         ImportError: safetensors is not installed.
         WriteError: the file cannot be written.
 
     Example:
-        >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> from dyhead_cuda.detection import ModelConfig, build, load_model, write_detector
         >>> small = {"channels": 16, "blocks": 1, "last_level": 5}
         >>> settings = ModelConfig("atss", 2, "timm/test_resnet.r160_in1k", **small)
         >>> config = {"model": settings.to_dict(), "classes": ["cat", "dog"]}
         >>> with TemporaryDirectory() as folder:
-        ...     write_detector(Path(folder) / "pets.safetensors", build(settings), config)
-        ...     detector, found = load_model(Path(folder) / "pets.safetensors")
+        ...     file = write_detector(f"{folder}/pets.safetensors", build(settings), config)
+        ...     detector, found = load_model(file)
         >>> found["classes"]
         ['cat', 'dog']
     """
@@ -125,6 +127,7 @@ def write_detector(
     }
     data = save(tensors, {_CONFIG: json.dumps(plain(config))})
     write_atomically(path, lambda file: file.write(data))
+    return path
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -89,17 +89,18 @@ def test_bad_options_are_one_line(
 
 def test_digits_of_train_are_as_they_were() -> None:
     usual = {"size": [128, 128], "keypoints": False, "cache": True}
-    assert settings() == DataConfig("digits", usual)
+    counts = {"num_images": 4000}, {"num_images": 200}
+    assert settings() == DataConfig("digits", usual, *counts)
     turned = settings("--background", "photographs", "--max-angle", "40")
     more = {"size": [256, 256], "background": "photographs", "max_angle": 40.0}
-    assert turned == DataConfig("digits", {**usual, **more})
+    assert turned == DataConfig("digits", {**usual, **more}, *counts)
     assert isinstance(turned.open("val"), DigitScenes)
 
 
 def test_objects_of_train(pictures: Path) -> None:
     config = settings("--objects", pictures, "--flip", "--val-images", "2")
     usual = {"size": [256, 256], "keypoints": False, "cache": True, "path": str(pictures)}
-    assert config == DataConfig("cutouts", usual, val={"num_images": 2}, flip=True)
+    assert config == DataConfig("cutouts", usual, {"num_images": 4000}, {"num_images": 2}, True)
     assert config.open("val").classes == ("lime", "plum")
     assert "mirrored digit" not in str(config)
     with pytest.raises(ValueError, match="--objects, --max-angle: only for --data digits"):

@@ -41,9 +41,10 @@ class ModelConfig(Settings):
             box head) or "faster_rcnn_task" (the paper's figure: the task attention is the box
             head).
         num_classes: without the background.
-        backbone, weights, first_level, last_level, channels, blocks, attentions, without_task,
-            high_offset, init, frozen_stages, backbone_last_level: see :class:`Pyramid`; 0 blocks
-            are the plain head. Two-stage detectors are published with levels 2 to 6.
+        backbone, weights, frozen_stages, backbone_last_level, first_level, last_level: see
+            :class:`Pyramid`. Two-stage detectors are published with levels 2 to 6.
+        channels, blocks, attentions, without_task, high_offset, init: see :class:`Pyramid`; 0
+            blocks are the plain head.
         convs: convolutions in each tower before the predictors of a one-stage detector. None: as
             published, 4 without a Dynamic Head, and with one 4 for RetinaNet and 0 for ATSS, which
             FCOS follows here.
