@@ -19,7 +19,9 @@ from dyhead_cuda.commands.options import (
 )
 from dyhead_cuda.detection.names import (
     DETECTORS,
+    SHIPPED,
     SPLITS,
+    SUFFIX,
     Amp,
     Background,
     Optimizer,
@@ -179,9 +181,10 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--start-from",
         metavar="RUN|FILE",
-        help="a trained detector, also of other classes: a run of train, a checkpoint of ATSS of "
-        "mmdet or microsoft/DynamicHead, or a state dict; its settings are the defaults of these "
-        "options",
+        help=f"a trained detector, also of other classes: a run of train, a {SUFFIX} file, "
+        f"{SHIPPED} (which comes with the package), a checkpoint of ATSS of mmdet or "
+        "microsoft/DynamicHead, or a state dict; its settings are the defaults of these options "
+        "(default: nothing)",
     )
     group.add_argument("--model", choices=DETECTORS, help="the kind of detector (default: atss)")
     group.add_argument(

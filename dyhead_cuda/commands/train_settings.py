@@ -15,7 +15,7 @@ from dyhead_cuda.detection.data import DataConfig, DetectionDataset
 from dyhead_cuda.detection.models.backbone_weights import is_file
 from dyhead_cuda.detection.models.config import ModelConfig
 from dyhead_cuda.detection.models.starting import Start, continued, read_start
-from dyhead_cuda.detection.names import SPLITS
+from dyhead_cuda.detection.names import SHIPPED, SPLITS
 from dyhead_cuda.detection.training.config import TrainConfig
 
 # Options of a folder's split, without its name, by the parameters of CocoFolder.
@@ -44,7 +44,9 @@ def start(arguments: argparse.Namespace) -> Start | None:
             f"--weights {arguments.weights}: the backbone's weights come from --start-from; leave "
             "one of the two out"
         )
-    source = os.path.realpath(arguments.start_from)
+    source = arguments.start_from
+    if source != SHIPPED:
+        source = os.path.realpath(source)
     kept = None
     if arguments.out is not None and not arguments.restart:
         kept = continued(arguments.out, source)

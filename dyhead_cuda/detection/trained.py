@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyhead_cuda.detection import tensor_file
 from dyhead_cuda.detection.files import plain, write_atomically
 from dyhead_cuda.detection.models.config import ModelConfig, build_empty
 from dyhead_cuda.detection.names import SHIPPED, SUFFIX
@@ -117,7 +118,6 @@ def write_detector(
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"expected the name of a {SUFFIX} file, got {path}")
-    save = _safetensors().save
     tensors = {
         name: (value.to(dtype) if dtype and value.is_floating_point() else value)
         .detach()
@@ -125,28 +125,29 @@ def write_detector(
         .contiguous()
         for name, value in model.state_dict().items()
     }
-    data = save(tensors, {_CONFIG: json.dumps(plain(config))})
+    data = tensor_file.to_bytes(path, tensors, {_CONFIG: json.dumps(plain(config))})
     write_atomically(path, lambda file: file.write(data))
     return path
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file of :func:`write_detector`, in float32, and its configuration.
-
-    Nothing in the file is executed.
+def is_detector(path: Path) -> bool:
+    """Whether a file, or what "digits" stands for, says itself what its tensors are of.
 
     Raises:
-        RunError: there is no such file, it is damaged, or it says nothing of a detector.
+        ValueError: a file of safetensors that is not there, or damaged.
         ImportError: safetensors is not installed.
     """
-    library = _safetensors()
-    from safetensors import SafetensorError, safe_open
+    if str(path) == SHIPPED:
+        return True
+    return path.suffix == SUFFIX and path.is_file() and _CONFIG in tensor_file.read(path)[1]
 
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of :func:`write_detector`, in float32, and its configuration."""
     try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {}).get(_CONFIG, "null"))
-        tensors = library.load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+        tensors, texts = tensor_file.read(path)
+        config = json.loads(texts.get(_CONFIG, "null"))
+    except ValueError as error:
         raise RunError(f"cannot read the detector {path}: {error}") from error
     if not isinstance(config, dict):
         raise RunError(
@@ -157,14 +158,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name: value.float() if value.is_floating_point() else value
         for name, value in tensors.items()
     }, config
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"expected safetensors for a {SUFFIX} file, but it is not installed: "
-            "pip install safetensors"
-        ) from error
-    return safetensors.torch

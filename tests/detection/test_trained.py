@@ -12,9 +12,17 @@ from safetensors.torch import save_file
 
 from dyhead_cuda import __main__ as command_line
 from dyhead_cuda.commands import demo_detector
-from dyhead_cuda.detection import ModelConfig, build, evaluate, load_model, write_detector
+from dyhead_cuda.detection import (
+    ModelConfig,
+    build,
+    evaluate,
+    load_model,
+    read_start,
+    write_detector,
+)
 from dyhead_cuda.detection.data import write_coco
 from dyhead_cuda.detection.files import WriteError
+from dyhead_cuda.detection.models.config import build_empty
 from dyhead_cuda.detection.names import SHIPPED
 from dyhead_cuda.detection.trained import SHIPPED_FILE
 from dyhead_cuda.detection.training.errors import RunError
@@ -62,6 +70,20 @@ def test_the_one_that_comes_with_the_package() -> None:
     assert config["classes"] == list("0123456789")
     # It had 0.71 on 200 scenes after its training.
     assert evaluate(model, demo_detector.scenes(24), device="cpu", batch_size=4).summary["AP"] > 0.5
+
+
+def test_a_training_may_start_from_it(tmp_path: Path) -> None:
+    for name in (SHIPPED, tmp_path / "pets.safetensors"):
+        if name != SHIPPED:
+            write_detector(name, build(SETTINGS), CONFIG)
+        start, (model, config) = read_start(name), load_model(name)
+        assert start.model is not None
+        assert start.model == ModelConfig.from_dict(config["model"])
+        assert list(start.classes or ()) == config["classes"]
+        network = build_empty(start.model)
+        start.load_into(network, config["classes"])
+        for key, value in model.state_dict().items():
+            assert torch.equal(network.state_dict()[key], value)
 
 
 def test_predict_needs_no_training(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from torchvision import models
 
 from dyhead_cuda import compat
 from dyhead_cuda.compat.towers import NESTS
+from dyhead_cuda.detection import tensor_file
 from dyhead_cuda.detection.files import out_of_memory
+from dyhead_cuda.detection.names import SUFFIX
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+SUFFIXES = (".pth", ".pt", SUFFIX)
 _SHOWN = 3  # names in a message
 _CLASSIFIERS = ("fc", "head", "classifier")  # of torchvision's models
 
@@ -38,19 +40,9 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"expected a file of weights, but {path} is not there or no regular file")
-    if path.suffix != ".safetensors":
-        return compat.load_checkpoint(path)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"expected safetensors to read {path}: pip install safetensors"
-        ) from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"expected a file of safetensors, {path} is none: {error}") from error
+    if path.suffix == SUFFIX:
+        return tensor_file.read(path)[0]
+    return compat.load_checkpoint(path)
 
 
 def tensors_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

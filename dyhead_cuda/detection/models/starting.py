@@ -200,10 +200,11 @@ def read_start(path: str | Path) -> Start:
     """Reads the detector that a training is to start from.
 
     Args:
-        path: the folder of a run, of which the best weights are taken; a checkpoint of a run; a
-            checkpoint of ATSS of mmdet or microsoft/DynamicHead, see :func:`atss_from_mmdet`; or a
-            state dict of a detector of this package, in a .safetensors file or one of
-            ``torch.save``. Nothing in a file is executed.
+        path: what :func:`~dyhead_cuda.detection.load_model` takes: the folder of a run, a
+            checkpoint of it, a file of ``write_detector``, or "digits"; a checkpoint of ATSS of
+            mmdet or microsoft/DynamicHead, see :func:`atss_from_mmdet`; or a state dict of a
+            detector of this package, in a .safetensors file or one of ``torch.save``. Nothing in a
+            file is executed.
 
     Returns:
         The tensors, with settings and names of classes where the file has them. A published
@@ -229,12 +230,14 @@ def read_start(path: str | Path) -> Start:
         >>> start.check(other)
         >>> start.load_into(build(other), list("abcde"))
     """
+    from dyhead_cuda.detection.trained import is_detector
+
     path = Path(path)
-    checkpoint: Mapping[str, Any] = {}
-    if not path.is_dir():
-        checkpoint = read_file(path)
-    if path.is_dir() or {"step", "config", "model"} <= set(checkpoint):
-        return _of_run(path)
+    if path.is_dir() or is_detector(path):
+        return _of_trained(path)
+    checkpoint = read_file(path)
+    if {"step", "config", "model"} <= set(checkpoint):
+        return _of_trained(path)
     for source, convert in _PUBLISHED:
         state = unnest(checkpoint, source.blocks)
         if source.classes in state:
@@ -260,7 +263,7 @@ def continued(folder: Path, source: str) -> Start | None:
     return Start(source, None, None, ModelConfig.from_dict(config["model"]))
 
 
-def _of_run(path: Path) -> Start:
+def _of_trained(path: Path) -> Start:
     from dyhead_cuda.detection.trained import load_model
 
     model, config = load_model(path)
