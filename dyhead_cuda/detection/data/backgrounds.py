@@ -12,8 +12,8 @@ from sklearn.datasets import load_sample_image
 
 from dyhead_cuda.detection.names import Split
 
-# scikit-image's and scikit-learn's, all of them in the wheels: nothing is downloaded. Neither has
-# printed letters or digits. The two splits share none.
+# scikit-image's and scikit-learn's, all of them in the wheels: nothing is downloaded. None has
+# digits large enough to be taken for the objects. The two splits share none.
 PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {
     "train": (
         *("astronaut", "brick", "camera", "gravel", "hubble_deep_field", "immunohistochemistry"),
