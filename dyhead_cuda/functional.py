@@ -518,7 +518,7 @@ def _reference_block(
         num_groups=num_groups,
         eps=eps,
     )
-    return [dynamic_relu(x, *parameters.task).to(features[0].dtype) for x in combined]
+    return [dynamic_relu(x, *parameters.task()).to(features[0].dtype) for x in combined]
 
 
 def unified_block(

@@ -229,10 +229,7 @@ def block_rows(
         [b.norm_bias for b in branches],
         p.gate_weight,
         p.gate_bias,
-        p.fc1_weight,  # not *p.task, which the compiler of torch 2.4 cannot read
-        p.fc1_bias,
-        p.fc2_weight,
-        p.fc2_bias,
+        *p.task(),
         plan.job_levels,
         plan.job_branches,
         num_groups=num_groups,

@@ -88,9 +88,8 @@ class BlockParameters(NamedTuple):
     fc2_weight: Tensor
     fc2_bias: Tensor
 
-    @property
     def task(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The parameters of the dynamic ReLU."""
+        """The parameters of the dynamic ReLU; no property, which older compilers cannot read."""
         return self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
 
     def to(self, dtype: torch.dtype) -> BlockParameters:
@@ -103,7 +102,7 @@ class BlockParameters(NamedTuple):
             self.high.to(dtype),
             _of(self.gate_weight, dtype),
             _of(self.gate_bias, dtype),
-            *(_of(tensor, dtype) for tensor in self.task),
+            *(_of(tensor, dtype) for tensor in self.task()),
         )
 
 

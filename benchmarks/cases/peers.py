@@ -128,7 +128,7 @@ def published_block(
         pooled = [F.adaptive_avg_pool2d(b, 1) for b in stacked]
         gates = [F.relu(F.conv2d(m, p.gate_weight.view(1, -1, 1, 1), p.gate_bias)) for m in pooled]
         gate = F.relu6(torch.stack(gates) + 3) / 6
-        outputs.append(dynamic_relu((stacked * gate).mean(0), *p.task))
+        outputs.append(dynamic_relu((stacked * gate).mean(0), *p.task()))
     return outputs
 
 

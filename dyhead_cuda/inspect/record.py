@@ -273,7 +273,7 @@ def _energy(x: Tensor) -> Tensor:
 
 def _coefficients(parameters: BlockParameters, x: Tensor) -> Tensor:
     """a1, b1, a2 and b2 of the dynamic ReLU on one image's x [C, H, W], as [4, C]."""
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(x) for t in parameters.task)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(x) for t in parameters.task())
     hidden = F.relu(F.linear(x.mean((1, 2)), fc1_weight, fc1_bias))
     logits = F.linear(hidden, fc2_weight, fc2_bias)
     a1, b1, a2, b2 = (2 * reference.hsigmoid(logits) - 1).chunk(4)

@@ -253,7 +253,7 @@ def pyramid_block(
         [(1, 16, 8, 8), (1, 16, 4, 4)]
     """
     return [
-        dynamic_relu(x, *parameters.task).to(features[0].dtype)
+        dynamic_relu(x, *parameters.task()).to(features[0].dtype)
         for x in combine_branches(
             features,
             parameters,
