@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dyhead_cuda import library
-from tests.helpers.builds import needs_cpu_library, python_in, run
+from tests.helpers.builds import built_cpu_library, python_in, run
 from tests.helpers.paths import ROOT
 
 # Prints why the CPU library is not used; an empty line where it is.
@@ -312,7 +312,7 @@ def test_code_of_an_instruction_set_cannot_leak_into_other_files(
         assert vague_functions(compiled) == [], source.name
 
 
-@needs_cpu_library
+@built_cpu_library
 @pytest.mark.parametrize("name", library.NAMES)
 def test_libraries_need_only_the_stable_interface(name: str) -> None:
     if not library.path(name).is_file():
@@ -330,7 +330,7 @@ def test_libraries_need_only_the_stable_interface(name: str) -> None:
     assert "dyhead::" not in exported
 
 
-@needs_cpu_library
+@built_cpu_library
 @pytest.mark.parametrize("name", library.NAMES)
 def test_libraries_and_messages_name_no_directory_of_the_machine(name: str) -> None:
     if not library.path(name).is_file():
@@ -479,7 +479,7 @@ def test_every_kernel_and_arithmetic_has_a_file_that_stays(tmp_path: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in instances} == times
 
 
-@needs_cpu_library
+@built_cpu_library
 def test_the_build_record_tells_how_it_was_built() -> None:
     built = library.read_build_record()
     assert built["torch"]["version"] == torch.__version__

@@ -16,7 +16,7 @@ import pytest
 
 from dyhead_cuda import library
 from dyhead_cuda.version import __version__
-from tests.helpers.builds import needs_cpu_library, python_in, run
+from tests.helpers.builds import built_cpu_library, python_in, run
 from tests.helpers.paths import ROOT
 
 
@@ -46,7 +46,7 @@ def packing_environment() -> dict[str, str]:
     return variables
 
 
-@needs_cpu_library
+@built_cpu_library
 @pytest.mark.usefixtures("packing")
 def test_the_wheel_holds_the_libraries_for_every_python(
     tmp_path: Path, packing_environment: dict[str, str]

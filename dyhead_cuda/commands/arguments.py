@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dyhead_cuda.commands.options import integer, scales
+from dyhead_cuda.commands.options import integer, run_or_file, scales
 from dyhead_cuda.detection.names import DEVICES, SHIPPED, SUFFIX
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # of the demonstration
@@ -74,7 +74,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``python -m dyhead_cuda eval``."""
     parser.add_argument(
         "run",
-        type=Path,
+        type=run_or_file,
         metavar="RUN",
         help=f"a folder that train wrote, a checkpoint in it, a {SUFFIX} file, or {SHIPPED}, the "
         "detector that comes with the package",

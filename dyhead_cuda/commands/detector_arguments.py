@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from dyhead_cuda.commands.arguments import MAX_BATCH, add_device, add_views
-from dyhead_cuda.commands.options import blocks, image_size, integer, number, point
+from dyhead_cuda.commands.options import blocks, image_size, integer, number, point, run_or_file
 from dyhead_cuda.detection.names import SHIPPED, SUFFIX, ExportFormat
 
 DEFAULT_POINTS = 3  # that attend shows
@@ -93,7 +93,7 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXPORTED
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=run_or_file,
         metavar="RUN",
         help=f"a folder that train wrote, a checkpoint in it, a {SUFFIX} file, or {SHIPPED}",
     )
@@ -158,8 +158,8 @@ def _add_images(parser: argparse.ArgumentParser, kinds: str) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="FILE", help=kinds)
     parser.add_argument(
         "--checkpoint",
-        type=Path,
-        default=Path(SHIPPED),
+        type=run_or_file,
+        default=SHIPPED,
         metavar="RUN",
         help=f"a folder that train wrote, a checkpoint in it, a {SUFFIX} file, or {SHIPPED}, the "
         "detector of handwritten digits that comes with the package (default: %(default)s)",

@@ -57,7 +57,7 @@ def _check_json(path: Path | None) -> None:
         raise ValueError(f"expected --json as a file in a folder that is there, got {path}")
 
 
-def _own_data(config: dict[str, Any], run: Path) -> DataConfig:
+def _own_data(config: dict[str, Any], run: str | Path) -> DataConfig:
     """The data that a run has learned from."""
     try:
         return DataConfig.from_dict(config["data"])

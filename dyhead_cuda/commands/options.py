@@ -6,8 +6,10 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
+from dyhead_cuda.detection.names import SHIPPED
 from dyhead_cuda.modules import ATTENTIONS
 
 MIN_SCALE, MAX_SCALE = 0.05, 8  # of images
@@ -50,6 +52,14 @@ def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
 
 def _cut(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def run_or_file(text: str) -> str | Path:
+    """A type of options: a trained detector, as :func:`dyhead_cuda.detection.load_model` takes it.
+
+    A folder that is called as the shipped detector is can be written as ./NAME.
+    """
+    return text if text == SHIPPED else Path(text)
 
 
 def levels(text: str) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyhead_cuda.detection.models.adapters import has_area
+
 
 def detect(model: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """All detections on images, whatever their scores.
@@ -33,11 +35,6 @@ def detect(model: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]
         names = ("boxes", "labels", "scores", "keypoints")
         results.append({name: output[name][kept].cpu() for name in names if name in output})
     return results
-
-
-def has_area(boxes: Tensor) -> Tensor:
-    """Which boxes [n, 4], xyxy, are wider and higher than nothing: bool [n]."""
-    return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
 def above(found: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:

@@ -28,10 +28,11 @@ def load_model(
     """A trained detector, in evaluation mode.
 
     Args:
-        path: "digits", the detector of handwritten digits that comes with the package; a file of
-            :func:`write_detector`; a checkpoint of a run; or a run folder, of which the best
-            weights are taken, the last before its first evaluation. Where training averages
-            weights, these are the averaged ones. Nothing in a file is executed.
+        path: "digits", the detector of handwritten digits that comes with the package (a folder of
+            that name is "./digits" or ``Path("digits")``); a file of :func:`write_detector`; a
+            checkpoint of a run; or a run folder, of which the best weights are taken, the last
+            before its first evaluation. Where training averages weights, these are the averaged
+            ones. Nothing in a file is executed.
         device: where to put it.
 
     Returns:
@@ -55,7 +56,7 @@ def load_model(
         >>> type(detector).__name__, config["classes"][:3]
         ('ATSS', ['0', '1', '2'])
     """
-    path = SHIPPED_FILE if str(path) == SHIPPED else Path(path)
+    path = SHIPPED_FILE if path == SHIPPED else Path(path)
     if path.is_dir():
         path = path / (BEST if (path / BEST).exists() else LAST)
     if path.suffix == SUFFIX:
@@ -130,15 +131,16 @@ def write_detector(
     return path
 
 
-def is_detector(path: Path) -> bool:
+def is_detector(path: str | Path) -> bool:
     """Whether a file, or what "digits" stands for, says itself what its tensors are of.
 
     Raises:
         ValueError: a file of safetensors that is not there, or damaged.
         ImportError: safetensors is not installed.
     """
-    if str(path) == SHIPPED:
+    if path == SHIPPED:
         return True
+    path = Path(path)
     return path.suffix == SUFFIX and path.is_file() and _CONFIG in tensor_file.read(path)[1]
 
 

@@ -225,9 +225,6 @@ def test_boxes_without_area_are_dropped(name: str) -> None:
     found = predict(model, image, 0)
     assert (found["boxes"][:, 2:] > found["boxes"][:, :2]).all()
     assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) > 0
-    if name == "fcos":  # whose random weights make many
-        with torch.no_grad():
-            assert len(found["boxes"]) < len(model([image])[0]["boxes"])
 
 
 def test_a_video_without_the_package_is_one_line(

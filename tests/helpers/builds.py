@@ -16,7 +16,7 @@ from dyhead_cuda import library
 CI = os.environ.get("CI") == "true"
 
 # In CI a library that is missing fails the test.
-needs_cpu_library = pytest.mark.skipif(
+built_cpu_library = pytest.mark.skipif(
     not library.loaded("cpu") and not CI, reason=f"CPU library: {library.reason('cpu')}"
 )
 

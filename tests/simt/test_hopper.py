@@ -233,7 +233,7 @@ def test_use_of_barriers_before_others_know_them(simt: Any) -> None:
     assert all(re.search("no mbarrier_init|nothing has made|has not requested", r) for r in found)
 
 
-@pytest.mark.skipif(SANITIZED, reason="needs many orders")
+@pytest.mark.skipif(SANITIZED, reason="needs many orders, which take long under sanitizers")
 @pytest.mark.parametrize(("fault", "least"), [("early_release", 4), ("one_releases", 16)])
 def test_release_of_what_is_still_read(simt: Any, fault: str, least: int) -> None:
     """By one warp for itself, or for all: the copy that overwrites comes in some orders only."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from dyhead_cuda.detection.prediction import has_area, shown_name
+from dyhead_cuda.detection.models.adapters import has_area
+from dyhead_cuda.detection.prediction import shown_name
 from dyhead_cuda.inspect import record
 from dyhead_cuda.inspect.record import BRANCHES
 from dyhead_cuda.modules import DyHead, DynamicReLU

@@ -73,6 +73,11 @@ class PyramidAnchors(AnchorGenerator):
         return [torch.cat(self.levels(feature_maps))] * len(image_list.image_sizes)
 
 
+def has_area(boxes: Tensor) -> Tensor:
+    """Which boxes [n, 4], xyxy, are wider and higher than nothing: bool [n]."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
+
+
 def check_anchor_scale(scale: float | None) -> None:
     """Raise ValueError unless ``scale`` can be the side of an anchor in strides, or is None."""
     if scale is None:

@@ -24,6 +24,7 @@ from dyhead_cuda.detection.models.adapters import (
     anchor_side,
     check_images,
     check_targets,
+    has_area,
     pixels_of,
 )
 from dyhead_cuda.detection.models.atss_assigner import assign, centers, margins
@@ -121,7 +122,7 @@ def _clip(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes clipped to the image; those without any area left are dropped."""
     boxes = clip_boxes_to_image(boxes, size)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    keep = has_area(boxes)
     return boxes[keep], scores[keep], kinds[keep]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, nms, roi_align
 
-from dyhead_cuda.detection.models.adapters import PyramidAnchors
+from dyhead_cuda.detection.models.adapters import PyramidAnchors, has_area
 from dyhead_cuda.detection.models.atss import ATSS
 from dyhead_cuda.detection.models.one_stage import FCOS, RetinaNet
 from dyhead_cuda.detection.models.two_stage import FasterRCNN
@@ -241,7 +241,7 @@ def _rules(model: Any) -> Rules:
         score=_geometric_mean if fcos else _probability,
         decode=model.box_coder.decode if fcos else model.box_coder.decode_single,
         clip="before",
-        drop_empty=False,
+        drop_empty=fcos,
         candidates=model.topk_candidates,
         nms_threshold=model.nms_thresh,
         detections=model.detections_per_img,
@@ -287,12 +287,12 @@ def detect(found: Predictions, rules: Rules, size: Size) -> Detections:
     if rules.clip == "before":
         every = clipped(every, size)
         if rules.drop_empty:
-            kept = kept & _has_area(every.boxes)
+            kept = kept & has_area(every.boxes)
     best_ones = suppress(chosen(every, kept.nonzero()[:, 0]), rules.nms_threshold, rules.detections)
     if rules.clip == "after":
         best_ones = clipped(best_ones, size)
         if rules.drop_empty:
-            best_ones = chosen(best_ones, _has_area(best_ones.boxes).nonzero()[:, 0])
+            best_ones = chosen(best_ones, has_area(best_ones.boxes).nonzero()[:, 0])
     return best_ones
 
 
@@ -382,7 +382,3 @@ def suppress(found: Detections, threshold: float, count: int) -> Detections:
         best.shape[0] <= count
     )  # exporters do not see it, and sums of sizes would overflow
     return chosen(found, best)
-
-
-def _has_area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] > boxes[:, :2]).all(1)

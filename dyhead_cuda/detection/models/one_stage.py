@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from dyhead_cuda.detection.models.adapters import (
     PyramidAnchors,
     Target,
     anchor_side,
+    has_area,
     pixels_of,
     widen,
 )
@@ -184,6 +186,21 @@ class FCOS(_LabelsFromOne, detection.FCOS):
             detections_per_img=DETECTIONS,
         )
         self.num_classes = num_classes
+
+    def postprocess_detections(self, *arguments: Any) -> list[dict[str, Tensor]]:
+        # Distances of 0 make a box without area. It suppresses none and none suppresses it, but it
+        # must not take the place of another among the best.
+        detector: Any = self
+        most = detector.detections_per_img
+        detector.detections_per_img = sys.maxsize
+        try:
+            every = super().postprocess_detections(*arguments)
+        finally:
+            detector.detections_per_img = most
+        return [
+            {name: values[has_area(found["boxes"])][:most] for name, values in found.items()}
+            for found in every
+        ]
 
 
 def _plain_tower(channels: int, convs: int) -> nn.Sequential:

@@ -232,9 +232,9 @@ def read_start(path: str | Path) -> Start:
     """
     from dyhead_cuda.detection.trained import is_detector
 
-    path = Path(path)
-    if path.is_dir() or is_detector(path):
+    if is_detector(path) or Path(path).is_dir():
         return _of_trained(path)
+    path = Path(path)
     checkpoint = read_file(path)
     if {"step", "config", "model"} <= set(checkpoint):
         return _of_trained(path)
@@ -263,7 +263,7 @@ def continued(folder: Path, source: str) -> Start | None:
     return Start(source, None, None, ModelConfig.from_dict(config["model"]))
 
 
-def _of_trained(path: Path) -> Start:
+def _of_trained(path: str | Path) -> Start:
     from dyhead_cuda.detection.trained import load_model
 
     model, config = load_model(path)
