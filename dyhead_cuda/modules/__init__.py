@@ -2,11 +2,11 @@
 
 from dyhead_cuda.modules.initialisation import Init
 from dyhead_cuda.modules.layers import DynamicReLU, LeftOut, ModulatedDeformConv2d
-from dyhead_cuda.modules.published import (
+from dyhead_cuda.modules.published import DyHead
+from dyhead_cuda.modules.published_block import (
     ATTENTIONS,
     Attention,
     DeformBranch,
-    DyHead,
     DyHeadBlock,
     WithoutTask,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from dyhead_cuda.modules.published import DyHeadBlock
+    from dyhead_cuda.modules.published_block import DyHeadBlock
 
 Init = Literal["microsoft", "mmdet", "local"]
 
