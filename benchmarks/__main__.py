@@ -65,6 +65,12 @@ ACTIONS = {
         options.study,
         "what the head is worth: many trainings, a table",
     ),
+    "first-weights": Action(
+        "first_weights",
+        "bench,detection",
+        options.first_weights,
+        "how much the first weights of many blocks blur, and what that costs a short training",
+    ),
 }
 
 

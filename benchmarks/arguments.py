@@ -139,6 +139,31 @@ def study(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def first_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``first-weights``."""
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/first_weights"),
+        help="of the trainings; those that were stopped go on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/results/first_weights/cpu.json"),
+        help="results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jobs", type=integer(1), default=1, help="trainings at a time (default: %(default)s)"
+    )
+    _add_write(parser, readme.FIRST_WEIGHTS)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--quick", action="store_true", help="two steps each: to try the command")
+    instead.add_argument(
+        "--report", action="store_true", help="train nothing: the tables of --json as they are"
+    )
+
+
 def _add_write(parser: argparse.ArgumentParser, section: str) -> None:
     parser.add_argument(
         "--write",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # The sections that there are.
 BENCHMARKS, RUNTIMES, STUDY, MODEL = "bench", "runtimes", "study", "model"
+FIRST_WEIGHTS = "first-weights"
 
 
 class SectionError(Exception):
