@@ -200,7 +200,7 @@ def section(found: dict[str, Any]) -> str:
                 ],
                 blurs,
             ),
-            f"AP in percent after {found['steps']} steps of 8 images, by learning rate, of one seed:",
+            f"AP in percent after {found['steps']} steps of 8 images, by learning rate; one seed:",
             readme.table(["head", *(f"{rate:g}" for rate in RATES)], rows),
         ]
     )

@@ -28,6 +28,7 @@ _NEEDS = {
     (
         *("detection", "commands/test_detection_commands.py", "commands/test_starting_commands.py"),
         *("benchmarks/test_study.py", "benchmarks/test_study_command.py"),
+        "benchmarks/test_first_weights.py",
     ): ("pycocotools", "sklearn", "torchvision"),
     ("onnx",): ("onnx", "onnxscript", "onnxruntime"),
 }

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     try:
         _run(arguments, console)
-    except (images.ImageError, RunError, ValueError, OSError) as error:
+    except (images.ImageError, RunError, ValueError, OSError, ImportError) as error:
         return fail(error)
     except (MemoryError, RuntimeError) as error:
         return fail_for_memory(error, "shrink the images")

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"{escape(str(arguments.out))}: {megabytes:.1f} MB, verified. To load it:")
         for line in _loading(arguments, written.namespaces, device):
             console.print(f"    {escape(line)}")
-    except (images.ImageError, RunError, ExportError, ValueError, OSError) as error:
+    except (images.ImageError, RunError, ExportError, ValueError, OSError, ImportError) as error:
         return fail(error)
     except (MemoryError, RuntimeError) as error:
         return fail_for_memory(error, "lower --size")

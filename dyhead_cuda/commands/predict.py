@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
                 report(damage)
         if others:
             console.print(escape(images.skipped(others)))
-    except (images.ImageError, RunError, ValueError, OSError) as error:
+    except (images.ImageError, RunError, ValueError, OSError, ImportError) as error:
         report(error)
     except (MemoryError, RuntimeError) as error:
         return fail_for_memory(error, "shrink the images or lower --batch-size")

@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 
 
 def test_local_weights_blur_less() -> None:
-    published, local = (first_weights.blur(init, 4) for init in ("mmdet", "local"))  # type: ignore[arg-type]
+    published, local = (first_weights.blur(init, 4) for init in ("mmdet", "local"))
     assert published["correlation"] > 0.4 > 0.1 > local["correlation"]
     assert published["near"] < 0.4 < 0.9 < local["near"]
     for shares in (published, local):
