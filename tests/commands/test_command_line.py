@@ -98,6 +98,7 @@ RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("benchmarks", ("runtimes", "--report")): None,
     ("benchmarks", ("model", "--help")): None,
     ("benchmarks", ("study",)): "bench,detection",
+    ("benchmarks", ("first-weights",)): "bench,detection",
 }
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from dyhead_cuda import __main__ as command_line
+from dyhead_cuda.commands.options import run_or_file
 from dyhead_cuda.detection import export_files
 from dyhead_cuda.detection.data import DigitScenes, write_coco
 from dyhead_cuda.detection.figures import curves
@@ -353,7 +354,7 @@ def numeric_options() -> list[tuple[str, str]]:
         found += [
             (name, action.option_strings[0])
             for action in parser._actions
-            if action.type not in (None, Path) and action.option_strings
+            if action.type not in (None, Path, run_or_file) and action.option_strings
         ]
     return found
 
