@@ -24,6 +24,10 @@ macro(dyhead_torch_interface directory requested)
   endif()
   if("${requested}" STREQUAL "classic" OR
      ("${requested}" STREQUAL "" AND dyhead_torch_version VERSION_LESS DYHEAD_STABLE_TORCH))
+    if(APPLE)
+      message(FATAL_ERROR "expected torch >= ${DYHEAD_STABLE_TORCH} on macOS, got ${dyhead_torch_version} in "
+                          "${directory}: the interface of older ones needs OpenMP, which Apple's compiler lacks")
+    endif()
     set(dyhead_interface classic)
     set(dyhead_interface_torch "${dyhead_torch_version}")
     set(dyhead_interface_definitions DYHEAD_CLASSIC_TORCH)

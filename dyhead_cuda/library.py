@@ -239,8 +239,16 @@ def expect_tables(tables: str) -> None:
 
 
 def cpu_capability() -> str:
-    """The widest vector instructions that torch uses here; on x86-64 avx512, avx2 or default."""
-    return torch.backends.cpu.get_cpu_capability().lower()
+    """The vector instructions that the CPU kernels use here, or without them those of torch.
+
+    On x86-64 avx512bf16, avx512, avx2 or default, on aarch64 neon; what is wrong with
+    ``DYHEAD_CPU_CAPABILITY`` where it names none of them.
+    """
+    if not loaded("cpu"):
+        return torch.backends.cpu.get_cpu_capability().lower()
+    describe = ctypes.CDLL(str(path("cpu"))).dyhead_cpu_capability
+    describe.restype = ctypes.c_char_p
+    return str(describe().decode()).splitlines()[0]
 
 
 _STATES = _load_all()

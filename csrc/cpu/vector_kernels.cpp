@@ -1,14 +1,15 @@
 #include "vector_kernels.h"
 
 #include <cstdlib>
+#include <exception>
+#include <iterator>
 #include <string>
+#include <string_view>
 
 #include "../host/tensors.h"
 
 namespace dyhead::cpu {
 namespace {
-
-constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512bf16"};
 
 Capability widest() {
 #if defined(__x86_64__)
@@ -17,27 +18,26 @@ Capability widest() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::kAvx512Bf16;
-  if (avx512) return Capability::kAvx512;
-  if (avx2) return Capability::kAvx2;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+  if (avx512) return kAvx512;
+  if (avx2) return kAvx2;
 #endif
-  return Capability::kDefault;
+  return Capability{};
 }
 
 Capability chosen() {
   const char* wanted = std::getenv("DYHEAD_CPU_CAPABILITY");
   const Capability best = widest();
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (int i = 0; i < 4; ++i) {
-    if (kNames[i] != std::string(wanted)) continue;
-    STD_TORCH_CHECK(i <= static_cast<int>(best), "DYHEAD_CPU_CAPABILITY is ", wanted,
-                    ", but this CPU offers ", kNames[static_cast<int>(best)], " at most");
+  std::string names;
+  for (int i = 0; i < static_cast<int>(std::size(kCapabilities)); ++i) {
+    names += (i == 0 ? "" : ", ") + std::string(kCapabilities[i]);
+    if (kCapabilities[i] != std::string_view(wanted)) continue;
+    STD_TORCH_CHECK(i <= best, "DYHEAD_CPU_CAPABILITY is ", wanted, ", but this CPU offers ",
+                    kCapabilities[best], " at most");
     return static_cast<Capability>(i);
   }
-  STD_TORCH_CHECK(false,
-                  "expected DYHEAD_CPU_CAPABILITY to be default, avx2, avx512 or "
-                  "avx512bf16, got ",
-                  wanted);
+  STD_TORCH_CHECK(false, "expected DYHEAD_CPU_CAPABILITY to be one of ", names, ", got ", wanted);
 }
 
 }  // namespace
@@ -47,18 +47,36 @@ Capability cpu_capability() {
   return capability;
 }
 
+// The name of cpu_capability(), or why there is none.
+extern "C" __attribute__((visibility("default"))) const char* dyhead_cpu_capability() {
+  static const std::string answer = []() -> std::string {
+    try {
+      return kCapabilities[cpu_capability()];
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+  }();
+  return answer.c_str();
+}
+
 #if defined(__x86_64__)
-#define DYHEAD_SELECT(type)    \
-  switch (cpu_capability()) {  \
-    case Capability::kDefault: \
-      return type##_default;   \
-    case Capability::kAvx2:    \
-      return type##_avx2;      \
-    default:                   \
-      return type##_avx512;    \
+#define DYHEAD_SELECT(type)   \
+  switch (cpu_capability()) { \
+    case kDefault:            \
+      return type##_default;  \
+    case kAvx2:               \
+      return type##_avx2;     \
+    default:                  \
+      return type##_avx512;   \
   }
+#elif defined(__aarch64__)
+#define DYHEAD_SELECT(type) \
+  cpu_capability();         \
+  return type##_neon;
 #else
-#define DYHEAD_SELECT(type) return type##_default;
+#define DYHEAD_SELECT(type) \
+  cpu_capability();         \
+  return type##_default;
 #endif
 
 template <>
@@ -79,7 +97,7 @@ const DeformKernels<float16>& deform_kernels<float16>() {
 template <>
 const DeformKernels<bfloat16>& deform_kernels<bfloat16>() {
 #if defined(__x86_64__)
-  if (cpu_capability() == Capability::kAvx512Bf16) return bf16_avx512bf16();
+  if (cpu_capability() == kAvx512Bf16) return bf16_avx512bf16();
 #endif
   DYHEAD_SELECT(bf16)
 }

@@ -67,10 +67,21 @@ struct DeformKernels {
 template <class T>
 const DeformKernels<T>& deform_kernels();
 
-enum class Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
+// The instruction sets that the library has kernels for on this kind of processor, from narrow to
+// wide; cpu_capability() is an index.
+#if defined(__x86_64__)
+enum Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
+inline constexpr const char* kCapabilities[] = {"default", "avx2", "avx512", "avx512bf16"};
+#elif defined(__aarch64__)
+enum Capability { kNeon };
+inline constexpr const char* kCapabilities[] = {"neon"};
+#else
+enum Capability { kDefault };
+inline constexpr const char* kCapabilities[] = {"default"};
+#endif
 
-// The widest instruction set of this CPU, or the narrower one that DYHEAD_CPU_CAPABILITY names
-// ("default", "avx2", "avx512", "avx512bf16"). Raises where the CPU lacks the one named.
+// The widest of them that this CPU has, or the narrower one that DYHEAD_CPU_CAPABILITY names.
+// Raises where the CPU lacks the one named.
 Capability cpu_capability();
 
 #define DYHEAD_DECLARE_KERNELS(set)                \
@@ -80,6 +91,7 @@ Capability cpu_capability();
   extern const DeformKernels<float16> f16_##set;
 
 DYHEAD_DECLARE_KERNELS(default)
+DYHEAD_DECLARE_KERNELS(neon)
 DYHEAD_DECLARE_KERNELS(avx2)
 DYHEAD_DECLARE_KERNELS(avx512)
 #undef DYHEAD_DECLARE_KERNELS
