@@ -48,11 +48,11 @@ define make_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv second-venv build test test-old-torch fuzz sanitize soak demo demo-train docs lint format bench \
-  gpu-check wheel wheel-check clean
+.PHONY: help venv second-venv build test test-old-torch fuzz sanitize soak aarch64 demo demo-train docs lint format \
+  bench gpu-check wheel wheel-check clean
 
 help: ## list the targets and variables
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 	@echo
 	@echo "variables:"
 	@echo "  PYTHON=python3        the Python that makes the environment, or with VENV=none the one to use"
@@ -110,6 +110,9 @@ sanitize: build ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanit
 
 soak: build ## train for long, and see that memory stays flat (docs/reliability)
 	$(RUN) -m tests.soak --steps $(SOAK_STEPS)
+
+aarch64: $(ENVIRONMENT) ## compile the CPU kernels for aarch64 (ARM) and test them under qemu (docs/reliability)
+	$(RUN) -m tests.aarch64 $(PYTEST_ARGS)
 
 # Nobody should wait minutes for code for GPUs that are elsewhere before the first picture.
 demo demo-train: export DYHEAD_CUDA ?= local

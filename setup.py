@@ -18,6 +18,7 @@ Environment:
   source lines, for profilers and compute-sanitizer.
 * ``DYHEAD_TORCH_INTERFACE``: ``stable`` or ``classic``, which of torch's C++ interfaces to compile
   against; by default stable where torch has it, from 2.10 on (``cmake/torch_interface.cmake``).
+* ``CMAKE_TOOLCHAIN_FILE``: as CMake reads it, to compile for another machine (tests/aarch64).
 * ``CXX``, ``CUDACXX``: the C++ compiler and nvcc; ``CUDAHOSTCXX``: the compiler that nvcc uses, if
   it does not take ``CXX``; ``MAX_JOBS``: compile jobs at a time.
 """
@@ -207,6 +208,8 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
     ]
     if SANITIZE:
         arguments.append(f"-DDYHEAD_SANITIZE={SANITIZE}")
+    if os.environ.get("CMAKE_TOOLCHAIN_FILE"):  # said here so that another one configures anew
+        arguments.append(f"-DCMAKE_TOOLCHAIN_FILE={os.environ['CMAKE_TOOLCHAIN_FILE']}")
     if name == "cuda":
         arguments.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc(torch)}")
         host_compiler = os.environ.get("CUDAHOSTCXX", compiler)

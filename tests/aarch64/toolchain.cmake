@@ -1,5 +1,3 @@
-# Debian's cross compiler for aarch64.
+# For CMake: compile for Linux on aarch64. CXX names the compiler.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
-set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
-set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
+from tests.helpers.pins import pins_without_torch
 
 # Forward, backward, gradcheck and opcheck of the operators; modules, state dicts and published
 # blocks in their place; autocast, torch.func, recomputation, tracing, torch.compile of blocks and
@@ -51,21 +52,13 @@ def install(torch: str) -> Path | None:
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
         pip = [str(python), "-m", "pip", "install"]
-        pinned = [*pip, "-c", str(constraints(directory)), *PACKAGES]
+        pinned = [*pip, "-c", str(pins_without_torch(directory)), *PACKAGES]
         for command in ([*pip, f"torch=={torch}", torchvision(torch)], pinned):
             if subprocess.run(command, check=False).returncode != 0:
                 print(f"WARNING: torch {torch} could not be installed into {directory}", flush=True)
                 return None
         done.touch()
     return python
-
-
-def constraints(directory: Path) -> Path:
-    """constraints.txt without the packages that have another version here."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-    file = directory / "constraints.txt"
-    file.write_text("".join(line for line in lines if not line.startswith("torch")))
-    return file
 
 
 def test(torch: str, python: Path, options: list[str]) -> int:
