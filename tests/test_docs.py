@@ -108,9 +108,9 @@ def test_names_of_the_package_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
     indented = re.findall(r"^ {4}(.*)$", page.read_text(), re.MULTILINE)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for text in [*indented, *backticked(page)]:
-        for target in re.findall(r"(?:^|; )(?:\w+=\S+ )*make ([a-z-]+)", text):
+        for target in re.findall(r"(?:^|; )(?:\w+=\S+ )*make ([a-z0-9-]+)", text):
             assert target in targets, text
     if page.name == "CHANGELOG.md":
         return
