@@ -102,6 +102,11 @@ DYHEAD_HD OutputPixel output_pixel(const DeformJob& job, int32_t index) {
   return {index, index / job.out.width, index % job.out.width};
 }
 
+DYHEAD_HD OutputPixel next_pixel(const DeformJob& job, const OutputPixel& at) {
+  if (at.x + 1 < job.out.width) return {at.index + 1, at.y, at.x + 1};
+  return {at.index + 1, at.y + 1, 0};
+}
+
 // Index of value k of an output pixel, relative to the first value of the image's predictions. The
 // value is one of a block of columns that starts at `first_column` of the prediction rows.
 DYHEAD_HD int64_t prediction_index(const DeformShape& shape, const DeformJob& job, ReadRule rule,

@@ -41,8 +41,8 @@ inline std::vector<DeformChunk> deform_chunks(const DeformCall& tables, int64_t 
 template <class F>
 void sample_rows(const TapSampler<F>& taps, int32_t deform_group, int32_t tap, int64_t first,
                  int64_t rows, Corners<F>* corners, SamplePoint<F>* points = nullptr) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const OutputPixel at = output_pixel(taps.job, static_cast<int32_t>(first + r));
+  OutputPixel at = output_pixel(taps.job, static_cast<int32_t>(first));
+  for (int64_t r = 0; r < rows; ++r, at = next_pixel(taps.job, at)) {
     const SamplePoint<F> p = taps.point(deform_group, tap, at);
     if (points != nullptr) points[r] = p;
     corners[r] = taps.corners(p, deform_group, tap, at);

@@ -118,24 +118,6 @@ struct Moments {
   }
 };
 
-template <class F>
-void chunk_moments(const F* y, int64_t stride, int64_t rows, int64_t channels, const F* up_weights,
-                   const Moments<F>& m) {
-  std::memset(m.mean, 0, 3 * channels * sizeof(F));
-  for (int64_t r = 1; r < rows; ++r) {
-    for (int64_t c = 0; c < channels; ++c) m.mean[c] += y[r * stride + c] - y[c];
-  }
-  for (int64_t c = 0; c < channels; ++c) m.mean[c] = y[c] + m.mean[c] / static_cast<F>(rows);
-  for (int64_t r = 0; r < rows; ++r) {
-    const F weight = up_weights[r];
-    for (int64_t c = 0; c < channels; ++c) {
-      const F centred = y[r * stride + c] - m.mean[c];
-      m.second[c] += centred * centred;
-      m.up_mean[c] += weight * centred;
-    }
-  }
-}
-
 template <class T>
 class Forward {
   using F = compute_t<T>;
@@ -235,33 +217,26 @@ class Forward {
                         : static_cast<const F*>(biases[p_.call->terms[job.first_term].weight]);
     const int64_t start = chunk.out_row(job) * channels;
     F* y = scratch.out.data();
-    for (int64_t r = 0; r < chunk.rows; ++r) {
+    for (int64_t r = 0; s_.groups > 1 && r < chunk.rows; ++r) {
       // Packs the groups together, in place: they only move to the front.
-      for (int32_t g = 0; g < s_.groups; ++g) {
-        for (int64_t c = 0; c < group_outputs; ++c) {
-          const F value = y[r * out_stride_ + g * packed_.cols() + c];
-          const int64_t o = g * group_outputs + c;
-          y[r * out_stride_ + o] = bias == nullptr ? value : value + bias[o];
-        }
+      for (int32_t g = 1; g < s_.groups; ++g) {
+        const F* from = y + r * out_stride_ + g * packed_.cols();
+        std::copy(from, from + group_outputs, y + r * out_stride_ + g * group_outputs);
       }
-      F* row = y + r * out_stride_;
-      if (p_.out_in_compute_dtype) {
-        std::copy(row, row + channels, static_cast<F*>(p_.out) + start + r * channels);
-      } else {
-        T* out = static_cast<T*>(p_.out) + start + r * channels;
-        for (int64_t c = 0; c < channels; ++c) {
-          out[c] = from_compute<T>(row[c]);
-          row[c] = to_compute(out[c]);
-        }
-      }
+    }
+    if (p_.out_in_compute_dtype) {
+      kernels_.store_compute(y, out_stride_, chunk.rows, channels, bias,
+                             static_cast<F*>(p_.out) + start);
+    } else {
+      kernels_.store(y, out_stride_, chunk.rows, channels, bias, static_cast<T*>(p_.out) + start);
     }
     if (moments == nullptr) return;
     F up_weights[kChunkRows];
     for (int64_t r = 0; r < chunk.rows; ++r) {
       up_weights[r] = up_weights_[chunk.job].at(chunk.first + r);
     }
-    chunk_moments(y, out_stride_, chunk.rows, channels, up_weights,
-                  Moments<F>::of(*moments, index, channels));
+    const Moments<F> m = Moments<F>::of(*moments, index, channels);
+    kernels_.moments(y, out_stride_, chunk.rows, channels, up_weights, m.mean, m.second, m.up_mean);
   }
 
   void merge(const std::vector<DeformChunk>& chunks, std::vector<F>& moments) const {

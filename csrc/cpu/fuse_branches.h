@@ -10,6 +10,7 @@
 
 #include "../common/fuse_branches.h"
 #include "parallel.h"
+#include "vector_kernels.h"
 
 namespace dyhead::cpu {
 
@@ -66,12 +67,21 @@ std::vector<FuseBranch<F>> fuse_branches(const FuseTables& tables) {
   return branches;
 }
 
-// out = a_weight a + b_weight b
-template <class T, class F>
-void blend_rows(const T* a, const T* b, F a_weight, F b_weight, int64_t count, F* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = a_weight * to_compute(a[i]) + b_weight * to_compute(b[i]);
+// What all pixels of a level and an image share; `params` are those of either direction.
+template <class F, class Params>
+FusedPixel<F> fused_pixel(const Params& params, int64_t level_index, int64_t image) {
+  const FuseTables& t = *params.tables;
+  const FuseLevel& level = t.levels[level_index];
+  const int64_t at = level_index * t.images + image;
+  FusedPixel<F> pixel{};
+  pixel.channels = t.channels;
+  for (int32_t b = 0; b < level.branches; ++b) {
+    pixel.scale[b] =
+        static_cast<const F*>(params.scale) + (level.branch[b] * t.images + image) * t.channels;
   }
+  pixel.shift = static_cast<const F*>(params.shift) + at * t.channels;
+  pixel.coefficients = static_cast<const F*>(params.coefficients) + at * 4 * t.channels;
+  return pixel;
 }
 
 // Reads one level's branches for one image, row by row.
@@ -98,8 +108,8 @@ class FuseReader {
       }
       const Interpolation<F>& at = branch.y[y];
       if (static_cast<int64_t>(lines_[b].size()) < row_size) lines_[b].resize(row_size);
-      blend_rows(map + at.first * row_size, map + at.second * row_size, F(1) - at.fraction,
-                 at.fraction, row_size, lines_[b].data());
+      kernels_.blend(map + at.first * row_size, map + at.second * row_size, F(1) - at.fraction,
+                     at.fraction, row_size, lines_[b].data());
     }
   }
 
@@ -108,18 +118,18 @@ class FuseReader {
     if (branch_[b]->resized) {
       const Interpolation<F>& at = branch_[b]->x[x];
       const F* line = lines_[b].data();
-      blend_rows(line + at.first * channels_, line + at.second * channels_, F(1) - at.fraction,
-                 at.fraction, channels_, values_[b].data());
+      kernels_.blend_compute(line + at.first * channels_, line + at.second * channels_,
+                             F(1) - at.fraction, at.fraction, channels_, values_[b].data());
     } else if constexpr (std::is_same_v<T, F>) {
       return row_[b] + x * channels_;
     } else {
-      const T* row = row_[b] + x * channels_;
-      for (int64_t c = 0; c < channels_; ++c) values_[b][c] = to_compute(row[c]);
+      kernels_.widen(row_[b] + x * channels_, channels_, values_[b].data());
     }
     return values_[b].data();
   }
 
  private:
+  const FuseKernels<T>& kernels_ = fuse_kernels<T>();
   int64_t channels_;
   const std::vector<FuseBranch<F>>& branches_;
   const T* y_;

@@ -17,48 +17,6 @@
 namespace dyhead::cpu {
 namespace {
 
-// Sums over a task's pixels, [C] each.
-enum Sum { kA1, kB1, kA2, kB2, kShift, kScale, kSums = kScale + kMaxBranches };
-
-// One pixel: writes its g_z [C] and adds to the sums.
-template <int kBranches, class T, class F>
-[[gnu::noinline]] void differentiate_pixel(
-    int64_t channels, const T* grad_out, const F* u0, const F* u1, const F* u2, const F* s0,
-    const F* s1, const F* s2, const F* shift, const F* coefficients, F* __restrict grad_z,
-    F* __restrict sum_a1, F* __restrict sum_b1, F* __restrict sum_a2, F* __restrict sum_b2,
-    F* __restrict sum_shift, F* __restrict sum_s0, F* __restrict sum_s1, F* __restrict sum_s2) {
-  for (int64_t c = 0; c < channels; ++c) {
-    F z = s0[c] * u0[c] + shift[c];
-    if constexpr (kBranches > 1) z += s1[c] * u1[c];
-    if constexpr (kBranches > 2) z += s2[c] * u2[c];
-    const DynamicReluCoefficients<F> k = fuse_coefficients(coefficients, c, channels);
-    const F share = dynamic_relu_share(k, z);
-    const F g = to_compute(grad_out[c]);
-    const F first = g * share;
-    const F second = g * (F(1) - share);
-    const F gz = first * k.a1 + second * k.a2;
-    grad_z[c] = gz;
-    sum_a1[c] += first * z;
-    sum_b1[c] += first;
-    sum_a2[c] += second * z;
-    sum_b2[c] += second;
-    sum_shift[c] += gz;
-    sum_s0[c] += gz * u0[c];
-    if constexpr (kBranches > 1) sum_s1[c] += gz * u1[c];
-    if constexpr (kBranches > 2) sum_s2[c] += gz * u2[c];
-  }
-}
-
-template <class F>
-void add_scaled(const F* in, F weight, int64_t count, F* __restrict out) {
-  for (int64_t c = 0; c < count; ++c) out[c] += weight * in[c];
-}
-
-template <class T, class F>
-void multiply(const F* in, const F* factor, int64_t count, T* __restrict out) {
-  for (int64_t c = 0; c < count; ++c) out[c] = from_compute<T>(factor[c] * in[c]);
-}
-
 template <class T>
 class Backward {
  public:
@@ -70,7 +28,7 @@ class Backward {
         branches_(fuse_branches<F>(t_)),
         tasks_(fuse_tasks(t_)),
         first_line_(branches_.size()),
-        sums_(std::make_unique_for_overwrite<F[]>(tasks_.size() * kSums * t_.channels)) {
+        sums_(std::make_unique_for_overwrite<F[]>(tasks_.size() * kFuseSums * t_.channels)) {
     int64_t size = 0;
     for (const FuseLevel& level : t_.levels) {
       for (int32_t b = 0; b < level.branches; ++b) {
@@ -89,16 +47,7 @@ class Backward {
     for (int64_t image = 0; image < t_.images; ++image) {
       parallel_tasks(
           static_cast<int64_t>(tasks_.size()), [&] { return Scratch(*this); },
-          [&](int64_t i, Scratch& scratch) {
-            switch (t_.levels[tasks_[i].level].branches) {
-              case 1:
-                return pixel_pass<1>(i, image, scratch);
-              case 2:
-                return pixel_pass<2>(i, image, scratch);
-              default:
-                return pixel_pass<3>(i, image, scratch);
-            }
-          });
+          [&](int64_t i, Scratch& scratch) { pixel_pass(i, image, scratch); });
       parallel_for_each(static_cast<int64_t>(t_.levels.size()),
                         [&](int64_t level) { sum_pass(level, image); });
       parallel_tasks(
@@ -137,50 +86,42 @@ class Backward {
            static_cast<int64_t>(y) * branches_[branch].map.width * t_.channels;
   }
 
-  template <int kBranches>
   void pixel_pass(int64_t task_index, int64_t image, Scratch& scratch) const {
     const FuseTask& task = tasks_[task_index];
     const FuseLevel& level = t_.levels[task.level];
     const int64_t channels = t_.channels;
-    const int64_t at = task.level * t_.images + image;
-    const F* shift = static_cast<const F*>(p_.shift) + at * channels;
-    const F* coefficients = static_cast<const F*>(p_.coefficients) + at * 4 * channels;
+    FusedPixel<F> pixel = fused_pixel<F>(p_, task.level, image);
+    const auto differentiate = kernels_.differentiate[level.branches - 1];
     const int64_t row = level.out.first_row + image * level.out.pixels() +
                         static_cast<int64_t>(task.first) * level.out.width;
     const T* grad_out = static_cast<const T*>(p_.grad_out) + row * channels;
-    F* sums = sums_.get() + task_index * kSums * channels;
-    std::fill(sums, sums + kSums * channels, F(0));
-    const F* s[kBranches];
-    for (int b = 0; b < kBranches; ++b) s[b] = scale(level.branch[b], image);
-    constexpr int kSecond = kBranches > 1 ? 1 : 0, kThird = kBranches - 1;
+    F* sums = sums_.get() + task_index * kFuseSums * channels;
+    std::fill(sums, sums + kFuseSums * channels, F(0));
     for (int32_t y = task.first; y < task.last; ++y) {
       scratch.reader.start_row(level, image, y);
-      for (int b = 0; b < kBranches; ++b) {
+      for (int32_t b = 0; b < level.branches; ++b) {
         const FuseBranch<F>& branch = branches_[level.branch[b]];
         if (!branch.resized || p_.grad_y == nullptr) continue;
         F* to = line(level.branch[b], y);
         std::fill(to, to + branch.map.width * channels, F(0));
       }
       for (int32_t x = 0; x < level.out.width; ++x, grad_out += channels) {
-        const F* u[kBranches];
-        for (int b = 0; b < kBranches; ++b) u[b] = scratch.reader.value(b, x);
+        for (int32_t b = 0; b < level.branches; ++b) pixel.branch[b] = scratch.reader.value(b, x);
         F* grad_z = scratch.grad_z.data();
-        differentiate_pixel<kBranches>(
-            channels, grad_out, u[0], u[kSecond], u[kThird], s[0], s[kSecond], s[kThird], shift,
-            coefficients, grad_z, sums + kA1 * channels, sums + kB1 * channels,
-            sums + kA2 * channels, sums + kB2 * channels, sums + kShift * channels,
-            sums + kScale * channels, sums + (kScale + 1) * channels,
-            sums + (kScale + 2) * channels);
+        differentiate(pixel, grad_out, grad_z, sums);
         if (p_.grad_y == nullptr) continue;
-        for (int b = 0; b < kBranches; ++b) {
+        for (int32_t b = 0; b < level.branches; ++b) {
           const FuseBranch<F>& branch = branches_[level.branch[b]];
           if (branch.resized) {
             const Interpolation<F>& position = branch.x[x];
             F* to = line(level.branch[b], y);
-            add_scaled(grad_z, F(1) - position.fraction, channels, to + position.first * channels);
-            add_scaled(grad_z, position.fraction, channels, to + position.second * channels);
+            kernels_.add_scaled(grad_z, F(1) - position.fraction, channels,
+                                to + position.first * channels);
+            kernels_.add_scaled(grad_z, position.fraction, channels,
+                                to + position.second * channels);
           } else {
-            multiply(grad_z, s[b], channels, grad_y(level.branch[b], image, y) + x * channels);
+            kernels_.multiply(grad_z, pixel.scale[b], channels,
+                              grad_y(level.branch[b], image, y) + x * channels);
           }
         }
       }
@@ -191,7 +132,7 @@ class Backward {
     const FuseLevel& level = t_.levels[level_index];
     const int64_t channels = t_.channels;
     const int64_t at = level_index * t_.images + image;
-    F* to[kSums];
+    F* to[kFuseSums];
     const auto place = [&](void* result, int64_t index) {
       return result == nullptr ? nullptr : static_cast<F*>(result) + index * channels;
     };
@@ -205,7 +146,7 @@ class Backward {
       std::fill(to[i], to[i] + channels, F(0));
       for (size_t task = 0; task < tasks_.size(); ++task) {
         if (tasks_[task].level != level_index) continue;
-        add_scaled(sums_.get() + (task * kSums + i) * channels, F(1), channels, to[i]);
+        kernels_.add_scaled(sums_.get() + (task * kFuseSums + i) * channels, F(1), channels, to[i]);
       }
     }
   }
@@ -220,19 +161,20 @@ class Backward {
     for (int32_t x = 0; x < branch.map.width; ++x, out += channels) {
       std::fill(sum, sum + channels, F(0));
       for (int32_t i = readers.begin; i < readers.end; ++i) {
-        add_scaled(line(branch_index, i) + x * channels, readers.weight(i), channels, sum);
+        kernels_.add_scaled(line(branch_index, i) + x * channels, readers.weight(i), channels, sum);
       }
-      multiply(sum, s, channels, out);
+      kernels_.multiply(sum, s, channels, out);
     }
   }
 
   const FuseBranchesBwdParams& p_;
   const FuseTables& t_;
+  const FuseKernels<T>& kernels_ = fuse_kernels<T>();
   std::vector<FuseBranch<F>> branches_;
   std::vector<FuseTask> tasks_;
   std::vector<int64_t> first_line_;  // by branch, in `lines_`
   std::vector<BranchRow> resized_rows_;
-  std::unique_ptr<F[]> sums_;   // [tasks, kSums, C]
+  std::unique_ptr<F[]> sums_;   // [tasks, kFuseSums, C]
   std::unique_ptr<F[]> lines_;  // per branch of another size: [H, w, C]
 };
 

@@ -90,27 +90,55 @@ extern "C" __attribute__((visibility("default"))) const char* dyhead_cpu_capabil
   return type##_default;
 #endif
 
+namespace {
+
+template <class T>
+const Kernels<T>& kernels();
+
 template <>
-const DeformKernels<double>& deform_kernels<double>() {
+const Kernels<double>& kernels<double>() {
   DYHEAD_SELECT(f64)
 }
 
 template <>
-const DeformKernels<float>& deform_kernels<float>() {
+const Kernels<float>& kernels<float>() {
   DYHEAD_SELECT(f32)
 }
 
 template <>
-const DeformKernels<float16>& deform_kernels<float16>() {
+const Kernels<float16>& kernels<float16>() {
   DYHEAD_SELECT(f16)
 }
 
 template <>
-const DeformKernels<bfloat16>& deform_kernels<bfloat16>() {
-#if defined(__x86_64__)
-  if (cpu_capability() == kAvx512Bf16) return bf16_avx512bf16();
-#endif
+const Kernels<bfloat16>& kernels<bfloat16>() {
   DYHEAD_SELECT(bf16)
 }
+
+}  // namespace
+
+template <class T>
+const DeformKernels<T>& deform_kernels() {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (cpu_capability() == Capability::kAvx512Bf16) return bf16_avx512bf16();
+  }
+#endif
+  return kernels<T>().deform;
+}
+
+template <class T>
+const FuseKernels<T>& fuse_kernels() {
+  return kernels<T>().fuse;
+}
+
+#define DYHEAD_INSTANTIATE(type)                          \
+  template const DeformKernels<type>& deform_kernels<>(); \
+  template const FuseKernels<type>& fuse_kernels<>();
+DYHEAD_INSTANTIATE(double)
+DYHEAD_INSTANTIATE(float)
+DYHEAD_INSTANTIATE(float16)
+DYHEAD_INSTANTIATE(bfloat16)
+#undef DYHEAD_INSTANTIATE
 
 }  // namespace dyhead::cpu

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/fuse_branches.h"
 #include "../common/sampling.h"
 
 namespace dyhead::cpu {
@@ -57,6 +58,17 @@ struct DeformKernels {
   // The same, always in columns of F.
   void (*blend_compute)(const T* source, int64_t stride, int64_t channels,
                         const Corners<F>* samples, int64_t rows, F* out, int64_t out_stride);
+  // Adds `bias` [channels], if any, to rows of sums, and writes them to `out` [rows, channels]. The
+  // sums become what was written, after its rounding to T.
+  void (*store)(F* sums, int64_t stride, int64_t rows, int64_t channels, const F* bias, T* out);
+  // The same, without rounding.
+  void (*store_compute)(F* sums, int64_t stride, int64_t rows, int64_t channels, const F* bias,
+                        F* out);
+  // Per channel of at least one row: the mean, the sum of the squared deviations from it, and that
+  // of the deviations times the rows' weights. A mean may be much larger than the deviations, so
+  // values are summed as differences from the first row.
+  void (*moments)(const F* y, int64_t stride, int64_t rows, int64_t channels, const F* weights,
+                  F* mean, F* squares, F* weighted);
   // dots[r][i] = sum_c grad[r * grad_stride + c] * source[pixel[i] * stride + c], and
   // grad_source[pixel[i] * channels + c] += weight[i] * grad[r * grad_stride + c].
   void (*project_back)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
@@ -66,6 +78,41 @@ struct DeformKernels {
 
 template <class T>
 const DeformKernels<T>& deform_kernels();
+
+// A pixel of a level where its branches are fused: per channel
+// z = shift + sum_b scale[b] * branch[b], and its dynamic ReLU.
+template <class F>
+struct FusedPixel {
+  int64_t channels;
+  const F* branch[kMaxBranches];
+  const F* scale[kMaxBranches];
+  const F* shift;
+  const F* coefficients;  // [4, channels]
+};
+
+// Sums over pixels for the backward of fuse_branches, [channels] each.
+enum FuseSum { kA1, kB1, kA2, kB2, kShift, kScale, kFuseSums = kScale + kMaxBranches };
+
+template <class T>
+struct FuseKernels {
+  using F = compute_t<T>;
+  // out = a_weight * a + b_weight * b
+  void (*blend)(const T* a, const T* b, F a_weight, F b_weight, int64_t count, F* out);
+  void (*blend_compute)(const F* a, const F* b, F a_weight, F b_weight, int64_t count, F* out);
+  void (*widen)(const T* in, int64_t count, F* out);
+  // Of a pixel with 1, 2 or 3 branches.
+  void (*fuse[kMaxBranches])(const FusedPixel<F>& pixel, T* out);
+  // Writes the gradient of its z, and adds to the sums [kFuseSums, channels].
+  void (*differentiate[kMaxBranches])(const FusedPixel<F>& pixel, const T* grad_out, F* grad_z,
+                                      F* sums);
+  // out += weight * in
+  void (*add_scaled)(const F* in, F weight, int64_t count, F* out);
+  // out = factor * in
+  void (*multiply)(const F* in, const F* factor, int64_t count, T* out);
+};
+
+template <class T>
+const FuseKernels<T>& fuse_kernels();
 
 // The instruction sets that the library has kernels for on this kind of processor, from narrow to
 // wide; cpu_capability() is an index.
@@ -84,11 +131,18 @@ inline constexpr const char* kCapabilities[] = {"default"};
 // Raises where the CPU lacks the one named.
 Capability cpu_capability();
 
-#define DYHEAD_DECLARE_KERNELS(set)                \
-  extern const DeformKernels<double> f64_##set;    \
-  extern const DeformKernels<float> f32_##set;     \
-  extern const DeformKernels<bfloat16> bf16_##set; \
-  extern const DeformKernels<float16> f16_##set;
+// The tables of one type and instruction set.
+template <class T>
+struct Kernels {
+  DeformKernels<T> deform;
+  FuseKernels<T> fuse;
+};
+
+#define DYHEAD_DECLARE_KERNELS(set)          \
+  extern const Kernels<double> f64_##set;    \
+  extern const Kernels<float> f32_##set;     \
+  extern const Kernels<bfloat16> bf16_##set; \
+  extern const Kernels<float16> f16_##set;
 
 DYHEAD_DECLARE_KERNELS(default)
 DYHEAD_DECLARE_KERNELS(neon)

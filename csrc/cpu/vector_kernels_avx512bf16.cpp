@@ -14,26 +14,25 @@ constexpr int kTileRows = 12;
 constexpr int kTileVectors = 2;
 constexpr int kLanes = 16;
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
-[[gnu::always_inline]] inline __m512 load(const bfloat16* p) {
-  Halves bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return (__m512)(__builtin_convertvector(bits, Words) << 16);
-}
-
+// Neighbouring values are blended in two vectors: those at even places, and those at odd ones.
 template <int kCount>
 [[gnu::always_inline]] inline void blend_row(const ExistingCorners<bfloat16>& corners,
                                              int64_t channels, bfloat16* out) {
+  const __m512i odd_places = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  // Even values first, as their conversion leaves them; the order is that of pairs again.
+  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    __m512 value = _mm512_set1_ps(corners.others);
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    __m512 even = _mm512_set1_ps(corners.others), odd = even;
     for (int i = 0; i < kCount; ++i) {
-      value = _mm512_fmadd_ps(_mm512_set1_ps(corners.weight[i]), load(corners.from[i] + c), value);
+      const __m512 weight = _mm512_set1_ps(corners.weight[i]);
+      const __m512i both = _mm512_loadu_si512(corners.from[i] + c);
+      even = _mm512_fmadd_ps(weight, (__m512)_mm512_slli_epi32(both, 16), even);
+      odd = _mm512_fmadd_ps(weight, (__m512)_mm512_and_si512(both, odd_places), odd);
     }
-    const __m256bh rounded = _mm512_cvtneps_pbh(value);
-    std::memcpy(out + c, &rounded, sizeof rounded);
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    _mm512_storeu_si512(out + c, _mm512_permutexvar_epi16(pairs, rounded));
   }
   for (; c < channels; ++c) {
     float value = corners.others;
@@ -107,11 +106,12 @@ void gemm(const void* a, int64_t row_stride, int64_t, const void* b, float* c, i
 }  // namespace
 
 const DeformKernels<bfloat16>& bf16_avx512bf16() {
-  static const DeformKernels<bfloat16> kernels = {bf16_avx512.gemm,
-                                                  {kTileRows, kTileVectors * kLanes, 2, gemm},
-                                                  blend_columns,
-                                                  bf16_avx512.blend_compute,
-                                                  bf16_avx512.project_back};
+  static const DeformKernels<bfloat16> kernels = [] {
+    DeformKernels<bfloat16> with_pairs = bf16_avx512.deform;
+    with_pairs.column_gemm = {kTileRows, kTileVectors * kLanes, 2, gemm};
+    with_pairs.blend = blend_columns;
+    return with_pairs;
+  }();
   return kernels;
 }
 
