@@ -12,8 +12,9 @@ Environment:
   of this machine alone, and where there is none leave it as it is; ``make demo`` does that.
 * ``DYHEAD_CUDA_ARCHS``: compute capabilities, separated by semicolons, e.g. ``80;90a``; by default
   those of ``cmake/cuda_archs.cmake`` that nvcc knows, and those of the GPUs of this machine.
-* ``DYHEAD_SANITIZE=address`` or ``thread``: build the CPU library alone for that sanitizer, into
-  ``build/sanitized/<name>`` (docs/reliability/README.md).
+* ``DYHEAD_INSTRUMENT``: build the CPU library alone, into ``build/instrumented/<name>``: for a
+  sanitizer, ``address`` or ``thread`` (docs/reliability/README.md), or to record how long each task
+  takes, ``tasks`` (docs/performance.md).
 * ``DYHEAD_WERROR=on``: warnings are errors. ``DYHEAD_LINEINFO=on``: the CUDA library knows its
   source lines, for profilers and compute-sanitizer.
 * ``DYHEAD_TORCH_INTERFACE``: ``stable`` or ``classic``, which of torch's C++ interfaces to compile
@@ -47,7 +48,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LIBRARIES = ("cpu", "cuda")
-SANITIZE = os.environ.get("DYHEAD_SANITIZE", "")
+INSTRUMENT = os.environ.get("DYHEAD_INSTRUMENT", "")
 LOG_TAIL_LINES = 40
 
 
@@ -125,8 +126,8 @@ def setting(variable: str, default: str, *others: str) -> str:
 
 
 def find_nvcc(torch: Torch) -> str:
-    if SANITIZE:
-        raise NotBuilt("DYHEAD_SANITIZE is for the CPU library")
+    if INSTRUMENT:
+        raise NotBuilt("DYHEAD_INSTRUMENT is for the CPU library")
     wanted = setting("DYHEAD_CUDA", "on", "local")
     if wanted == "off":
         raise NotBuilt("switched off by DYHEAD_CUDA=off")
@@ -206,8 +207,8 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
         f"-DDYHEAD_TORCH_INTERFACE={os.environ.get('DYHEAD_TORCH_INTERFACE', '')}",
         f"-DDYHEAD_WERROR={setting('DYHEAD_WERROR', 'off')}",
     ]
-    if SANITIZE:
-        arguments.append(f"-DDYHEAD_SANITIZE={SANITIZE}")
+    if INSTRUMENT:
+        arguments.append(f"-DDYHEAD_INSTRUMENT={INSTRUMENT}")
     if os.environ.get("CMAKE_TOOLCHAIN_FILE"):  # said here so that another one configures anew
         arguments.append(f"-DCMAKE_TOOLCHAIN_FILE={os.environ['CMAKE_TOOLCHAIN_FILE']}")
     if name == "cuda":
@@ -227,7 +228,7 @@ def configure_arguments(name: str, torch: Torch) -> list[str]:
 def build_library(name: str, torch: Torch) -> tuple[Path, dict[str, Any]]:
     """Builds one library below build/; returns its file and what to record of it."""
     cmake = find_tool("cmake")
-    part = f"{name}-{SANITIZE}" if SANITIZE else name
+    part = f"{name}-{INSTRUMENT}" if INSTRUMENT else name
     directory = ROOT / "build" / f"torch-{torch.version}" / part
     configured = directory / "configured.json"
     command = [cmake, "-S", str(ROOT), "-B", str(directory), *configure_arguments(name, torch)]
@@ -324,8 +325,8 @@ class BuildLibraries(build_ext):
         self.built = build_libraries(self.target())
 
     def target(self) -> Path:
-        if SANITIZE:  # never among what is used
-            return ROOT / "build" / "sanitized" / SANITIZE
+        if INSTRUMENT:  # never among what is used
+            return ROOT / "build" / "instrumented" / INSTRUMENT
         return (ROOT if self.inplace else Path(self.build_lib)) / "dyhead_cuda" / "lib"
 
     def get_outputs(self) -> list[str]:

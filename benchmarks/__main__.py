@@ -53,6 +53,12 @@ ACTIONS = {
         options.runtimes,
         "the exported head in onnxruntime and OpenVINO",
     ),
+    "threads": Action(
+        "measuring.threads",
+        None,
+        options.threads,
+        "how a block would scale to more threads than this CPU has, from the times of its tasks",
+    ),
     "model": Action(
         "model.command",
         None,

@@ -79,6 +79,21 @@ def runtimes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def threads(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``threads``."""
+    parser.add_argument("--shapes", choices=list(SHAPE_SETS), default="glip")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/results/threads/cpu.json"),
+        help="results (default: %(default)s)",
+    )
+    _add_write(parser, readme.THREADS)
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: the table of --json as it is"
+    )
+
+
 def files(parser: argparse.ArgumentParser) -> None:
     """Adds the files of actions that have no options: ``plot`` and ``targets``."""
     parser.add_argument("files", nargs="+", type=Path)

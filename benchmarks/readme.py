@@ -7,7 +7,7 @@ from pathlib import Path
 
 # The sections that there are.
 BENCHMARKS, RUNTIMES, STUDY, MODEL = "bench", "runtimes", "study", "model"
-FIRST_WEIGHTS = "first-weights"
+FIRST_WEIGHTS, THREADS = "first-weights", "threads"
 
 
 class SectionError(Exception):

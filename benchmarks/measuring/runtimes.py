@@ -1,14 +1,15 @@
-"""``python -m benchmarks runtimes``: the exported head in other runtimes, against this package.
+"""``python -m benchmarks runtimes``: the operator and heads in other runtimes, and here.
 
-One float32 head on a CPU: eager, through torch.compile, as a program of torch.export, as the ONNX
-file that docs/export.md makes in onnxruntime, and in OpenVINO, whose PyTorch front end takes the
-published layers on torchvision's operator. The rounds alternate between all of them, so that what
-disturbs the machine disturbs each; ratios are of medians.
+On a CPU: eager, through torch.compile, as a program of torch.export, as the ONNX file that
+docs/export.md makes in onnxruntime, and in OpenVINO, whose PyTorch front end takes the published
+layers on torchvision's operator. The rounds alternate between all of them, so that what disturbs
+the machine disturbs each; ratios are of medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,22 +27,28 @@ from torch import Tensor, nn
 
 from benchmarks import readme
 from benchmarks.cases import peers
-from benchmarks.cases.problems import OURS, randomised
+from benchmarks.cases.heads import block_work
+from benchmarks.cases.operators import deform_conv
+from benchmarks.cases.problems import OURS, Setting, randomised
 from benchmarks.cases.shapes import SHAPE_SETS
-from benchmarks.machine import environment, one_line, product_rate
-from benchmarks.measuring.timing import usual_effort
+from benchmarks.machine import environment, one_line
+from benchmarks.measuring import fma
 from benchmarks.readme import table
 from dyhead_cuda import DyHead
 from dyhead_cuda.pyramid import BlockParameters
 
-Run = Callable[[], Sequence[Tensor]]
+Maps = Sequence[Tensor]
+Run = Callable[[], Maps]
 
-TOLERANCE = 1e-4  # relative, of float32 results against the float32 reference of this package
+# Relative, of results against the float32 ones of this package.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILED = "torch.compile"
 EXPORTED = "torch.export"
 ONNXRUNTIME = "onnxruntime"
 OPENVINO = "OpenVINO"
 NOT_INSTALLED = "not installed"
+FLOAT32_ONLY = "float32 only"
 
 
 class _Layers(nn.Module):
@@ -58,72 +66,148 @@ class _Layers(nn.Module):
         return tuple(features)
 
 
-def _onnxruntime(head: nn.Module, levels: list[Tensor], folder: Path) -> Run:
+class _Operator(nn.Module):
+    """A modulated deformable convolution, ours or torchvision's."""
+
+    def __init__(self, conv: nn.Module, operator: peers.DeformConv | None = None) -> None:
+        super().__init__()
+        self.conv, self.operator = conv, operator
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor]:
+        if self.operator is None:
+            return (self.conv(x, offset, mask),)
+        return (self.operator(x, offset, mask, self.conv.weight, self.conv.bias, 1),)  # type: ignore[arg-type]
+
+
+class _Head(nn.Module):
+    """A head of tensors, as the operator is."""
+
+    def __init__(self, head: DyHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *levels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.head(list(levels)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured, in float32.
+
+    Attributes:
+        title: for people.
+        module: of this package; takes the inputs and returns a tuple of tensors.
+        layers: the same on torchvision's operator.
+        inputs: of both.
+        flops: of the products, see :class:`~benchmarks.cases.problems.Work`.
+    """
+
+    title: str
+    module: nn.Module
+    layers: nn.Module
+    inputs: tuple[Tensor, ...]
+    flops: int
+
+
+def operator_case(shapes: str) -> Case:
+    """One deformable convolution on the finest level of a shape."""
+    problem = deform_conv(Setting("deform_conv", SHAPE_SETS[shapes]))
+    conv = problem.module.eval()
+    layers = _Operator(conv, peers.deform_convs()["torchvision"])
+    inputs = tuple(problem.images)
+    return Case(f"deform_conv, {shapes}", _Operator(conv), layers, inputs, problem.work.flops)
+
+
+def head_case(shapes: str, blocks: int) -> Case:
+    """A published head on a pyramid."""
+    chosen = SHAPE_SETS[shapes]
+    torch.manual_seed(0)
+    head = DyHead(chosen.channels, chosen.channels, blocks, num_groups=chosen.num_groups)
+    randomised(head).eval()
+    parameters = [block.parameters_tuple() for block in head.blocks]  # type: ignore[operator]
+    levels = tuple(torch.randn(1, chosen.channels, *size) for size in chosen.levels)
+    return Case(
+        f"head, {shapes}, {blocks} block" + "s" * (blocks > 1),
+        _Head(head),
+        _Layers(parameters, chosen.num_groups),
+        levels,
+        blocks * block_work(Setting("head", chosen)).flops,
+    )
+
+
+def _onnxruntime(case: Case, folder: Path) -> Run:
     import onnxruntime
 
-    path = folder / "head.onnx"
+    path = folder / "case.onnx"
     torch.onnx.export(
-        head, (levels,), path, dynamo=True, opset_version=21, external_data=False, verbose=False
+        case.module,
+        case.inputs,
+        path,
+        dynamo=True,
+        opset_version=21,
+        external_data=False,
+        verbose=False,
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
-    arrays = {name: x.numpy() for name, x in zip(names, levels, strict=True)}
+    arrays = {name: x.numpy() for name, x in zip(names, case.inputs, strict=True)}
     return lambda: [torch.from_numpy(array) for array in session.run(None, arrays)]
 
 
-def _openvino(layers: nn.Module, levels: list[Tensor]) -> Run:
+def _openvino(case: Case, precision: str) -> Run:
     import openvino  # type: ignore[import-not-found]
 
-    model = openvino.convert_model(layers, example_input=tuple(levels))
+    model = openvino.convert_model(case.layers, example_input=case.inputs)
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = openvino.Core().compile_model(model, "CPU", settings)
-    arrays = [x.numpy() for x in levels]
+    arrays = [x.numpy() for x in case.inputs]
     return lambda: [torch.from_numpy(array) for array in compiled(arrays).values()]
 
 
-def _runs(head: DyHead, levels: list[Tensor], folder: Path) -> Iterator[tuple[str, Run | str]]:
+def _runs(case: Case, precision: str, folder: Path) -> Iterator[tuple[str, Run | str]]:
     """What is measured, by name: a function, or why there is none."""
-    yield OURS, lambda: head(levels)
-    compiled = torch.compile(head, fullgraph=True, dynamic=False)
-    yield COMPILED, lambda: compiled(levels)
-    program = torch.export.export(head, (levels,)).module()
-    yield EXPORTED, lambda: program(levels)
-    if all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime")):
-        yield ONNXRUNTIME, _onnxruntime(head, levels, folder)
-    else:
+    module = copy.deepcopy(case.module).to(PRECISIONS[precision])
+    inputs = tuple(x.to(PRECISIONS[precision]) for x in case.inputs)
+    yield OURS, lambda: module(*inputs)
+    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    yield COMPILED, lambda: compiled(*inputs)
+    program = torch.export.export(module, inputs).module()
+    yield EXPORTED, lambda: program(*inputs)
+    if not all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime")):
         yield ONNXRUNTIME, NOT_INSTALLED
-    if find_spec("openvino") is not None:
-        blocks = [block.parameters_tuple() for block in head.blocks]  # type: ignore[operator]
-        yield OPENVINO, _openvino(_Layers(blocks, head.blocks[0].num_groups), levels)  # type: ignore[arg-type]
+    elif precision != "float32":
+        yield ONNXRUNTIME, FLOAT32_ONLY
     else:
+        yield ONNXRUNTIME, _onnxruntime(case, folder)
+    if find_spec("openvino") is None:
         yield OPENVINO, NOT_INSTALLED
+    else:
+        yield OPENVINO, _openvino(case, precision)
 
 
-def measure(shapes: str, blocks: int, rounds: int) -> dict[str, Any]:
-    """The medians of alternating rounds, in seconds, with errors relative to this package.
+def measure(case: Case, precision: str, rounds: int) -> dict[str, Any]:
+    """The medians of alternating rounds, in seconds, and errors relative to our float32.
 
     Args:
-        shapes: a name of ``SHAPE_SETS``.
-        blocks: of the head.
+        case: what.
+        precision: a name of ``PRECISIONS``.
         rounds: of which the first is not measured.
+
+    Raises:
+        RuntimeError: a result is further from that than ``TOLERANCE``.
     """
-    chosen = SHAPE_SETS[shapes]
-    torch.manual_seed(0)
-    head = DyHead(chosen.channels, chosen.channels, blocks, num_groups=chosen.num_groups)
-    randomised(head).requires_grad_(False).eval()
-    levels = [torch.randn(1, chosen.channels, *size) for size in chosen.levels]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        found = dict(_runs(head, levels, Path(folder)))
-        expected = head(levels)
+        expected = case.module(*case.inputs)
+        found = dict(_runs(case, precision, Path(folder)))
         runs = {name: run for name, run in found.items() if not isinstance(run, str)}
         times: dict[str, list[float]] = {name: [] for name in runs}
-        errors = {name: _error(run(), expected) for name, run in runs.items()}
+        errors = {name: _error(run(), expected, precision) for name, run in runs.items()}
         for _ in range(rounds):
             for name, run in runs.items():
                 begin = time.perf_counter()
@@ -135,17 +219,25 @@ def measure(shapes: str, blocks: int, rounds: int) -> dict[str, Any]:
         else {"remark": run}
         for name, run in found.items()
     }
-    return {"shapes": shapes, "blocks": blocks, "rounds": rounds - 1, "rows": rows}
+    return {
+        "case": case.title,
+        "precision": precision,
+        "rounds": rounds - 1,
+        "flops": case.flops,
+        "rows": rows,
+    }
 
 
-def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative error of a level."""
+def _error(found: Maps, expected: Maps, precision: str) -> float:
+    """The largest relative error of a map."""
     error = max(
         float((a.double() - b.double()).norm() / b.double().norm())
         for a, b in zip(found, expected, strict=True)
     )
-    if not error <= TOLERANCE:
-        raise RuntimeError(f"expected the numbers of this package to {TOLERANCE}, got {error}")
+    if not error <= TOLERANCE[precision]:
+        raise RuntimeError(
+            f"expected the numbers of this package to {TOLERANCE[precision]}, got {error}"
+        )
     return error
 
 
@@ -156,18 +248,22 @@ def section(data: dict[str, Any], link: str) -> str:
         data: what :func:`run` writes.
         link: to the file.
     """
-    facts, names = data["environment"], list(data["heads"][0]["rows"])
-    header = ["head", OURS, *names[1:]]
+    facts, peaks = data["environment"], data["fma_tflop_per_s"]
+    names = list(data["cases"][0]["rows"])[1:]
     lines = []
-    for head in data["heads"]:
-        cells = [f"{head['shapes']}, {head['blocks']} block" + "s" * (head["blocks"] > 1)]
-        own = head["rows"][OURS]["seconds"]
-        cells.append(f"{own * 1e3:.0f} ms")
-        for name in names[1:]:
-            row = head["rows"][name]
+    for case in data["cases"]:
+        rows = case["rows"]
+        own = rows[OURS]["seconds"]
+        peak = peaks.get(case["precision"])
+        share = f"{case['flops'] / own / peak / 1e12:.0%}" if peak else "-"
+        cells = [case["case"], case["precision"], f"{own * 1e3:.0f} ms", share]
+        for name in names:
+            row = rows[name]
             cells.append(f"{row['seconds'] / own:.2f} x" if "seconds" in row else row["remark"])
-        lines.append(cells)
+        lines.append([*cells, _best_other(rows, own)])
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    measured = ", ".join(f"{1e3 * rate:.0f} GFLOP/s in {name}" for name, rate in peaks.items())
+    header = ["case", "precision", OURS, "share of the FMA peak", *names, "best other runtime"]
     return "\n".join(
         [
             f"{one_line(facts)}, {versions}, {facts['date'][:10]}, commit {facts['commit']}:",
@@ -176,11 +272,24 @@ def section(data: dict[str, Any], link: str) -> str:
             "",
             table(header, lines),
             "",
-            "Inference in float32, batch 1, medians of alternating rounds; other columns say how "
-            "many times longer they take. Large matrix products reach "
-            f"{data['product_tflop_per_s']:.2f} TFLOP/s in the same run. [all numbers]({link})",
+            "Inference, batch 1, medians of alternating rounds; other columns say how many times "
+            "longer they take. Fused multiply-adds on registers reach "
+            f"{measured or 'no rate that could be measured'} in the same run. "
+            f"[all numbers]({link})",
         ]
     )
+
+
+def _best_other(rows: dict[str, Any], own: float) -> str:
+    """The fastest runtime that does not run our kernels, and how far it is behind or ahead."""
+    others = {
+        name: rows[name]["seconds"] for name in (ONNXRUNTIME, OPENVINO) if "seconds" in rows[name]
+    }
+    if not others:
+        return "-"
+    name = min(others, key=lambda other: others[other])
+    ratio = others[name] / own
+    return f"{name}, {abs(ratio - 1):.0%} {'slower' if ratio >= 1 else 'faster'}"
 
 
 def _versions() -> dict[str, str]:
@@ -195,14 +304,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures and writes; with ``--report`` only writes the table of ``--json`` as it is."""
     path: Path = arguments.json
     if not arguments.report:
-        device = torch.device("cpu")
+        cases = [operator_case(arguments.shapes)]
+        cases += [head_case(arguments.shapes, blocks) for blocks in arguments.blocks]
         data = {
-            "environment": environment(sys.argv[1:], device),
+            "environment": environment(sys.argv[1:], torch.device("cpu")),
             "versions": _versions(),
-            "product_tflop_per_s": product_rate("float32", device, usual_effort(device)),
-            "heads": [
-                measure(arguments.shapes, blocks, 1 + arguments.rounds)
-                for blocks in arguments.blocks
+            "fma_tflop_per_s": fma.rates(list(PRECISIONS), torch.get_num_threads(), 1000),
+            "cases": [
+                measure(case, precision, 1 + arguments.rounds)
+                for precision in PRECISIONS
+                for case in cases
             ],
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -239,42 +239,60 @@ class Forward {
     kernels_.moments(y, out_stride_, chunk.rows, channels, up_weights, m.mean, m.second, m.up_mean);
   }
 
+  // A task is some channels of a map.
   void merge(const std::vector<DeformChunk>& chunks, std::vector<F>& moments) const {
+    constexpr int64_t kMergedChannels = 64;
     const int64_t channels = s_.out_channels;
     const int64_t count = static_cast<int64_t>(p_.call->jobs.size()) * s_.images * channels;
-    auto* mean = static_cast<F*>(p_.mean);
-    auto* var = static_cast<F*>(p_.var);
-    auto* up_mean = static_cast<F*>(p_.up_mean);
-    for (F* all : {mean, var, up_mean}) std::fill(all, all + count, F(0));
-    // First the differences of the means from `origin`, the first chunk's.
-    Moments<F> origin{};
+    for (void* all : {p_.mean, p_.var, p_.up_mean}) std::fill_n(static_cast<F*>(all), count, F(0));
+    std::vector<size_t> first_chunks;  // of each map that has pixels
     for (size_t i = 0; i < chunks.size(); ++i) {
+      if (chunks[i].first == 0) first_chunks.push_back(i);
+    }
+    const int64_t slices = ceil_div(channels, kMergedChannels);
+    parallel_for_each(static_cast<int64_t>(first_chunks.size()) * slices, [&](int64_t task) {
+      const int64_t first = task % slices * kMergedChannels;
+      merge_map(chunks, first_chunks[task / slices], moments, first,
+                std::min(first + kMergedChannels, channels));
+    });
+  }
+
+  // Channels [begin, end) of the map whose first chunk this is.
+  void merge_map(const std::vector<DeformChunk>& chunks, size_t first_chunk,
+                 std::vector<F>& moments, int64_t begin, int64_t end) const {
+    const DeformChunk& head = chunks[first_chunk];
+    const int64_t channels = s_.out_channels;
+    const int64_t pixels = p_.call->jobs[head.job].out.pixels();
+    const int64_t at = (head.job * s_.images + head.image) * channels;
+    F* mean = static_cast<F*>(p_.mean) + at;
+    F* var = static_cast<F*>(p_.var) + at;
+    F* up_mean = static_cast<F*>(p_.up_mean) + at;
+    const auto part_of = [&](size_t i) {
+      return Moments<F>::of(moments, static_cast<int64_t>(i), channels);
+    };
+    // First the differences of the means from those of the first chunk.
+    const Moments<F> origin = part_of(first_chunk);
+    const size_t last_chunk = first_chunk + ceil_div(pixels, kChunkRows);
+    for (size_t i = first_chunk; i < last_chunk; ++i) {
       const DeformChunk& chunk = chunks[i];
-      const int64_t at = (chunk.job * s_.images + chunk.image) * channels;
-      const Moments<F> part = Moments<F>::of(moments, static_cast<int64_t>(i), channels);
-      if (chunk.first == 0) origin = part;
+      const Moments<F> part = part_of(i);
       const F share = static_cast<F>(chunk.rows) / static_cast<F>(chunk.first + chunk.rows);
       F weight = F(0);
       for (int64_t r = 0; r < chunk.rows; ++r) {
         weight += up_weights_[chunk.job].at(chunk.first + r);
       }
-      for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t c = begin; c < end; ++c) {
         const F difference = part.mean[c] - origin.mean[c];
-        const F delta = difference - mean[at + c];
-        mean[at + c] += delta * share;
-        var[at + c] += part.second[c] + delta * delta * share * static_cast<F>(chunk.first);
-        up_mean[at + c] += part.up_mean[c] + weight * difference;
-      }
-      if (chunk.first + chunk.rows < p_.call->jobs[chunk.job].out.pixels()) continue;
-      for (int64_t c = 0; c < channels; ++c) {
-        mean[at + c] += origin.mean[c];
-        up_mean[at + c] += origin.mean[c];
+        const F delta = difference - mean[c];
+        mean[c] += delta * share;
+        var[c] += part.second[c] + delta * delta * share * static_cast<F>(chunk.first);
+        up_mean[c] += part.up_mean[c] + weight * difference;
       }
     }
-    for (size_t j = 0; j < p_.call->jobs.size(); ++j) {
-      const F pixels = static_cast<F>(std::max<int64_t>(p_.call->jobs[j].out.pixels(), 1));
-      F* start = var + static_cast<int64_t>(j) * s_.images * channels;
-      for (int64_t i = 0; i < s_.images * channels; ++i) start[i] /= pixels;
+    for (int64_t c = begin; c < end; ++c) {
+      mean[c] += origin.mean[c];
+      up_mean[c] += origin.mean[c];
+      var[c] /= static_cast<F>(pixels);
     }
   }
 

@@ -7,6 +7,8 @@
 #if defined(DYHEAD_SANITIZE_THREAD)
 #include <thread>
 #include <vector>
+#elif defined(DYHEAD_RECORD_TASKS)
+#include "task_record.h"
 #endif
 
 #include "../host/interface.h"
@@ -21,6 +23,15 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class MakeScratch, class F>
 void parallel_tasks(int64_t count, MakeScratch&& make_scratch, F&& f) {
   if (count == 0) return;
+#if defined(DYHEAD_RECORD_TASKS)
+  TaskRecord record;
+  auto scratch = make_scratch();
+  record.lap();
+  for (int64_t i = 0; i < count; ++i) {
+    f(i, scratch);
+    record.lap();
+  }
+#else
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     auto scratch = make_scratch();
@@ -34,6 +45,7 @@ void parallel_tasks(int64_t count, MakeScratch&& make_scratch, F&& f) {
 #else
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+#endif
 #endif
 }
 

@@ -28,7 +28,9 @@ template <int kCount>
     for (int i = 0; i < kCount; ++i) {
       const __m512 weight = _mm512_set1_ps(corners.weight[i]);
       const __m512i both = _mm512_loadu_si512(corners.from[i] + c);
-      even = _mm512_fmadd_ps(weight, (__m512)_mm512_slli_epi32(both, 16), even);
+      // With a mask, since g++ 12 warns of what it leaves undefined without one.
+      const __m512i shifted = _mm512_maskz_slli_epi32(0xffff, both, 16);
+      even = _mm512_fmadd_ps(weight, (__m512)shifted, even);
       odd = _mm512_fmadd_ps(weight, (__m512)_mm512_and_si512(both, odd_places), odd);
     }
     const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(odd, even);

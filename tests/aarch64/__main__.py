@@ -27,7 +27,9 @@ from tests.helpers.paths import ROOT
 TESTS = ("tests/ops", "tests/test_fused.py")
 LEFT_OUT = ("test_flops.py", "test_names.py", "test_deform_tables.py")
 OPTIONS = ("-q", "-p", "no:cacheprovider", "-k", "not cuda and not opcheck and not compile")
-IS_NEON = "from dyhead_cuda import library as l; l.require('cpu'); assert l.cpu_capability() == 'neon'"
+IS_NEON = (
+    "from dyhead_cuda import library as l; l.require('cpu'); assert l.cpu_capability() == 'neon'"
+)
 
 
 def files(tests: list[str]) -> list[str]:
@@ -63,7 +65,8 @@ def main(arguments: list[str]) -> int:
     tests = [word for word in arguments if word not in options] or files(list(TESTS))
     shares = os.cpu_count() or 1
     commands = [
-        ("-m", "pytest", *OPTIONS, *options, *tests[i::shares]) for i in range(min(shares, len(tests)))
+        ("-m", "pytest", *OPTIONS, *options, *tests[i::shares])
+        for i in range(min(shares, len(tests)))
     ]
     with ThreadPoolExecutor(shares) as pool:
         failed = [status for status in pool.map(run, commands) if status != 0]

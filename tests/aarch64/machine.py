@@ -72,7 +72,11 @@ def unpack_system() -> None:
         "Dir::Cache": state / "cache",
         "Dir::Cache::archives": archives,
     }
-    apt = ["apt-get", "-q", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
+    apt = [
+        "apt-get",
+        "-q",
+        *(word for key, value in options.items() for word in ("-o", f"{key}={value}")),
+    ]
     subprocess.run([*apt, "update"], check=False)  # one source out of many may have no aarch64
     install = [*apt, "install", "--yes", "--download-only", "--no-install-recommends"]
     if subprocess.run([*install, *SYSTEM_PACKAGES], check=False).returncode != 0:

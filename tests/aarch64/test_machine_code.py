@@ -53,7 +53,9 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[st
         result = run(command)
         assert result.returncode == 0, result.stdout + result.stderr
     text = run([DISASSEMBLER, "-d", "--no-show-raw-insn", directory / OBJECT]).stdout
-    functions = re.findall(r"^[0-9a-f]+ <\S*4gemmI([fd])\S*>:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    functions = re.findall(
+        r"^[0-9a-f]+ <\S*4gemmI([fd])\S*>:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL
+    )
     return {
         name: [loop for loop in loops(body) if any(i.startswith("fmla") for i in loop)]
         for name, body in functions

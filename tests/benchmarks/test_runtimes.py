@@ -27,25 +27,46 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def test_every_runtime_gives_the_numbers_and_a_time(tiny: str) -> None:
-    found = runtimes.measure(tiny, 1, 2)
-    rows = found["rows"]
-    assert list(rows) == ["dyhead_cuda", "torch.compile", "torch.export", "onnxruntime", "OpenVINO"]
-    for name, row in rows.items():
-        if name == "OpenVINO" and "remark" in row:
-            assert row == {"remark": "not installed"}
+NAMES = ["dyhead_cuda", "torch.compile", "torch.export", "onnxruntime", "OpenVINO"]
+
+
+@pytest.mark.parametrize("precision", list(runtimes.PRECISIONS))
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_every_runtime_gives_the_numbers_and_a_time(
+    blocks: int, precision: str, tiny: str
+) -> None:
+    case = runtimes.head_case(tiny, blocks) if blocks else runtimes.operator_case(tiny)
+    found = runtimes.measure(case, precision, 2)
+    assert found["flops"] == case.flops > 0
+    assert list(found["rows"]) == NAMES
+    for name, row in found["rows"].items():
+        if "remark" in row:
+            assert row["remark"] == {
+                "onnxruntime": "float32 only" if precision == "bfloat16" else None,
+                "OpenVINO": "not installed",
+            }.get(name)
             continue
         assert row["seconds"] > 0
-        assert row["error"] <= runtimes.TOLERANCE
+        assert row["error"] <= runtimes.TOLERANCE[precision]
 
 
 def test_wrong_numbers_are_no_result(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(head: Any, levels: list[torch.Tensor], folder: Path) -> Any:
-        return lambda: [1.001 * x for x in head(levels)]
+    def wrong(case: Any, folder: Path) -> Any:
+        return lambda: [1.001 * x for x in case.module(*case.inputs)]
 
     monkeypatch.setattr(runtimes, "_onnxruntime", wrong)
     with pytest.raises(RuntimeError, match="expected the numbers of this package"):
-        runtimes.measure(tiny, 1, 1)
+        runtimes.measure(runtimes.head_case(tiny, 1), "float32", 1)
+
+
+def test_the_best_runtime_is_named_whether_ahead_or_behind() -> None:
+    def rows(onnxruntime: float, openvino: float) -> dict[str, Any]:
+        return {"onnxruntime": {"seconds": onnxruntime}, "OpenVINO": {"seconds": openvino}}
+
+    assert runtimes._best_other(rows(1.3, 1.15), 1.0) == "OpenVINO, 15% slower"
+    assert runtimes._best_other(rows(0.8, 1.15), 1.0) == "onnxruntime, 20% faster"
+    missing = {"onnxruntime": {"remark": "float32 only"}, "OpenVINO": {"remark": "not installed"}}
+    assert runtimes._best_other(missing, 1.0) == "-"
 
 
 def test_the_docs_show_the_committed_results(tmp_path: Path) -> None:
@@ -66,4 +87,4 @@ def test_the_table_is_printed_and_written(
     target = tmp_path / "page.md"
     target.write_text("\n".join(readme.markers(readme.RUNTIMES)))
     assert main(["runtimes", "--report", "--json", path, "--write", str(target)]) == 0
-    assert "| head | dyhead_cuda |" in target.read_text()
+    assert "| case | precision | dyhead_cuda |" in target.read_text()

@@ -24,7 +24,7 @@ class Sanitizer:
     """One that the CPU library can be built for.
 
     Args:
-        name: of DYHEAD_SANITIZE.
+        name: of DYHEAD_INSTRUMENT.
         runtimes: that must be loaded before Python.
         flags: of the compiler.
         options: of the runtime, by environment variable.
@@ -39,7 +39,7 @@ class Sanitizer:
 
     @property
     def directory(self) -> Path:
-        return ROOT / "build" / "sanitized" / self.name
+        return ROOT / "build" / "instrumented" / self.name
 
     def environment(self) -> dict[str, str]:
         """Of a process that uses the library that was built for this sanitizer."""
@@ -89,7 +89,7 @@ def prefix(sanitizer: Sanitizer) -> list[str]:
 
 def build(sanitizer: Sanitizer) -> None:
     """Build the library, as far as it is not built yet."""
-    environment = os.environ | {"DYHEAD_SANITIZE": sanitizer.name, "DYHEAD_REQUIRE": "cpu"}
+    environment = os.environ | {"DYHEAD_INSTRUMENT": sanitizer.name, "DYHEAD_REQUIRE": "cpu"}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode != 0:
