@@ -55,8 +55,8 @@ class Setup(Settings):
     """What every variant gets; JSON-able.
 
     Attributes:
-        backbone, weights, frozen_stages, first_level, last_level, channels, anchor_scale:
-            of all detectors, see :class:`~dyhead_cuda.detection.ModelConfig`.
+        backbone, weights, frozen_stages, backbone_last_level, first_level, last_level, channels,
+            anchor_scale: of all detectors, see :class:`~dyhead_cuda.detection.ModelConfig`.
         size, heights: of the scenes and of the objects in them, pixels.
         background, max_angle: of the scenes, see :class:`~dyhead_cuda.detection.DigitScenes`.
         objects: the folder of :class:`~dyhead_cuda.detection.CutoutScenes`; None: digits.
@@ -71,10 +71,11 @@ class Setup(Settings):
     backbone: str = "efficientnet_lite0"
     weights: str | None = "DEFAULT"
     frozen_stages: int = 2
+    backbone_last_level: int | None = 4
     first_level: int = 3
     last_level: int = 6
     channels: int = 64
-    anchor_scale: float | None = 2.0
+    anchor_scale: float | None = 4.0
     size: int = 256
     heights: tuple[float, float] = (16, 204)
     background: str = "photographs"
@@ -83,13 +84,13 @@ class Setup(Settings):
     num_classes: int = 10
     images: int = 4000
     val_images: int = 300
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 8
     body_lr: float = 0.1
     ema: float = 0.998
     evaluations: int = 4
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    search_steps: int = 300
+    search_steps: int = 200
 
     def __post_init__(self) -> None:
         for name in ("heights", "rates"):
@@ -141,6 +142,7 @@ class Setup(Settings):
             "backbone",
             "weights",
             "frozen_stages",
+            "backbone_last_level",
             "first_level",
             "last_level",
             "channels",
@@ -180,6 +182,7 @@ QUICK = Setup(
     backbone="timm/test_resnet.r160_in1k",
     weights=None,
     frozen_stages=0,
+    backbone_last_level=None,
     channels=16,
     size=64,
     heights=(12, 48),

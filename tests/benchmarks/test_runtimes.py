@@ -32,9 +32,7 @@ NAMES = ["dyhead_cuda", "torch.compile", "torch.export", "onnxruntime", "OpenVIN
 
 @pytest.mark.parametrize("precision", list(runtimes.PRECISIONS))
 @pytest.mark.parametrize("blocks", [0, 1])
-def test_every_runtime_gives_the_numbers_and_a_time(
-    blocks: int, precision: str, tiny: str
-) -> None:
+def test_every_runtime_gives_the_numbers_and_a_time(blocks: int, precision: str, tiny: str) -> None:
     case = runtimes.head_case(tiny, blocks) if blocks else runtimes.operator_case(tiny)
     found = runtimes.measure(case, precision, 2)
     assert found["flops"] == case.flops > 0

@@ -91,16 +91,16 @@ def test_a_fingerprint_tells_settings_apart() -> None:
 
 
 def test_mean_spread_and_differences(tmp_path: Path) -> None:
-    names = ["plain", "dyhead-1"]
+    names = ["plain", "dyhead-1-local"]
     write_runs(tmp_path, QUICK, names)
     study = results.read(tmp_path, QUICK)
-    assert results.values(study, "dyhead-1") == pytest.approx({0: 0.33, 1: 0.32, 2: 0.31})
+    assert results.values(study, "dyhead-1-local") == pytest.approx({0: 0.33, 1: 0.32, 2: 0.31})
     assert results.mean_and_spread([1.0, 2.0, 4.5]) == pytest.approx((2.5, 1.802775638))
     # By seed: 0.33 - 0.29, 0.32 - 0.30, 0.31 - 0.31.
-    assert results.difference(study, "dyhead-1", "plain") == pytest.approx((0.02, 0.02))
+    assert results.difference(study, "dyhead-1-local", "plain") == pytest.approx((0.02, 0.02))
     (tmp_path / "runs" / "plain-seed-1.json").unlink()
     study = results.read(tmp_path, QUICK)
-    assert results.difference(study, "dyhead-1", "plain")[0] == pytest.approx(0.02)
+    assert results.difference(study, "dyhead-1-local", "plain")[0] == pytest.approx(0.02)
     assert math.isnan(results.mean_and_spread([1.0])[1])
     assert math.isnan(results.mean_and_spread([])[0])
     assert all(math.isnan(value) for value in results.values(study, "plain", "APl").values())
@@ -145,7 +145,7 @@ def test_results_of_another_setup_are_ignored(tmp_path: Path) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    folder, names = tmp_path / "results", ["plain", "dyhead-1"]
+    folder, names = tmp_path / "results", ["plain", "dyhead-1-local"]
     write_runs(folder, QUICK, names)
     write_costs(folder, QUICK, names)
     study = results.read(folder, QUICK)
@@ -154,12 +154,13 @@ def test_tables(tmp_path: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("|")]
     shown = sum(2 + len(table.variants) for table in TABLES.values())
     assert len(rows) == shown + 2 * (2 + len(VARIANTS))
-    heads, inits, search, cost = rows_of(text, "DyHead, 1 block")
-    assert heads.startswith("| DyHead, 1 block | 3 | 32.0 ± 1.0 | +2.0 ± 2.0 | 32.0 ± 1.0 |")
+    label = VARIANTS["dyhead-1-local"].label
+    heads, inits, search, cost = rows_of(text, label)
+    assert heads.startswith(f"| {label} | 3 | 32.0 ± 1.0 | +2.0 ± 2.0 | 32.0 ± 1.0 |")
     assert heads.endswith("| 16.0 ± 0.5 | - | 64.0 ± 2.0 | 50.0 ± 0.0 |")
     assert inits == heads
-    assert search == f"| DyHead, 1 block | 10.0 | 20.0 | 10.0 | {QUICK.rates[1]:g} |"
-    assert cost == "| DyHead, 1 block | 1.00 | 2.00 M | 102 ms | 42 ms |"
+    assert search == f"| {label} | 10.0 | 20.0 | 10.0 | {QUICK.rates[1]:g} |"
+    assert cost == f"| {label} | 1.00 | 2.00 M | 102 ms | 42 ms |"
     assert set(rows_of(text, "spatial")[0]) == set("| spatial | - |"), "no runs yet"
     assert f"6 of {SEEDS * len(VARIANTS)} are here" in text
     assert "Runs are being added" in text
@@ -187,11 +188,11 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
 
 
 def test_costs_of_heads() -> None:
-    found = costs(QUICK, ["plain-2", "plain"], torch.device("cpu"), rounds=1)
+    found = costs(QUICK, ["shared-4", "plain"], torch.device("cpu"), rounds=1)
     for cost in ("parameters", "gflops", "step_ms", "prediction_ms"):
         assert found["plain"][cost] > 0
-    assert found["plain"]["gflops"] > found["plain-2"]["gflops"]
-    assert found["plain"]["setup"] != found["plain-2"]["setup"]
+    assert found["plain"]["gflops"] > found["shared-4"]["gflops"]
+    assert found["plain"]["setup"] != found["shared-4"]["setup"]
 
 
 def test_the_class_of_positives() -> None:
