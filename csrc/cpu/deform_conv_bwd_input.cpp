@@ -170,8 +170,8 @@ class InputPass {
     std::vector<F> columns;              // [rows, channels of a slice]
   };
 
-  // `derivatives` may be null. Where there are few parts to share out, the slices are, too; the
-  // sums are the same.
+  // `derivatives` is null where none are wanted. Where there are few parts to share out, the slices
+  // are, too; the sums are the same.
   void run_waves(int64_t first_image, int64_t images, const Derivatives<F>* derivatives) {
     const std::vector<std::vector<Part>> waves = make_waves(first_image, images);
     size_t parts = 0;
@@ -192,6 +192,7 @@ class InputPass {
   std::vector<std::vector<Part>> make_waves(int64_t first_image, int64_t images) const {
     std::vector<Part> parts;
     for (size_t u = 0; u < call_.uses.size(); ++u) {
+      if (sums_.values == nullptr && !moves(call_.uses[u])) continue;
       const int64_t pixels = call_.tables.jobs[call_.uses[u].job].out.pixels();
       for (int64_t image = first_image; image < first_image + images; ++image) {
         for (int64_t first = 0; first < pixels; first += kPartRows) {
@@ -211,6 +212,12 @@ class InputPass {
       waves[wave].push_back(part);
     }
     return waves;
+  }
+
+  // Whether the use's samples have derivatives that are wanted. A plain job has no offsets.
+  bool moves(const Use& use) const {
+    if (call_.p.grad_gates != nullptr) return true;
+    return call_.p.grad_predictions != nullptr && !call_.tables.jobs[use.job].plain();
   }
 
   int32_t source_of(const Part& part) const {
@@ -247,10 +254,7 @@ class InputPass {
   void run_part(const Part& part, int64_t first_slice, int64_t last_slice, int64_t first_image,
                 const Derivatives<F>* derivatives, Scratch& scratch) const {
     const Use& use = call_.uses[part.use];
-    const DeformJob& job = call_.tables.jobs[use.job];
     const TapSampler<F> taps = call_.sampler(use, part.image);
-    // A plain job's samples move with nothing.
-    if (job.plain() && call_.p.grad_gates == nullptr) derivatives = nullptr;
     for (int64_t first = 0; first < part.rows; first += kChunkRows) {
       const DeformChunk chunk{use.job, part.image, part.first + first,
                               std::min<int64_t>(kChunkRows, part.rows - first)};
@@ -265,7 +269,7 @@ class InputPass {
         }
         sampled = deform_group;
         F* to = nullptr;
-        if (derivatives != nullptr) {
+        if (moves(use)) {
           to = derivatives->at(part.image - first_image, i, use.first_row + chunk.first);
         }
         run_slice(use, chunk, i, to, scratch);

@@ -14,13 +14,10 @@ constexpr int kTileRows = 12;
 constexpr int kTileVectors = 2;
 constexpr int kLanes = 16;
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
 [[gnu::always_inline]] inline __m512 load(const bfloat16* p) {
-  Halves bits;
+  __m256i bits;
   std::memcpy(&bits, p, sizeof bits);
-  return (__m512)(__builtin_convertvector(bits, Words) << 16);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 template <int kCount>
@@ -120,11 +117,10 @@ void row_gemm(const void* a, int64_t, int64_t k_stride, const void* b, float* c,
 }
 
 // Words hold the values of two rows side by side. The first of them, in the lower halves, is
-// written before the second is added.
+// written before the second is added. From channel c on.
 template <int kCount, bool kSecond>
-[[gnu::always_inline]] inline void blend_half(const ExistingCorners<bfloat16>& corners,
+[[gnu::always_inline]] inline void blend_half(const ExistingCorners<bfloat16>& corners, int64_t c,
                                               int64_t channels, uint32_t* out) {
-  int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
     __m512 value = _mm512_set1_ps(corners.others);
     for (int i = 0; i < kCount; ++i) {
@@ -145,29 +141,75 @@ template <int kCount, bool kSecond>
 }
 
 template <bool kSecond>
-void blend_half(const ExistingCorners<bfloat16>& corners, int64_t channels, uint32_t* out) {
+void blend_half(const ExistingCorners<bfloat16>& corners, int64_t first, int64_t channels,
+                uint32_t* out) {
   switch (corners.count) {
     case 4:
-      return blend_half<4, kSecond>(corners, channels, out);
+      return blend_half<4, kSecond>(corners, first, channels, out);
     case 2:
-      return blend_half<2, kSecond>(corners, channels, out);
+      return blend_half<2, kSecond>(corners, first, channels, out);
     case 1:
-      return blend_half<1, kSecond>(corners, channels, out);
+      return blend_half<1, kSecond>(corners, first, channels, out);
     default:
-      blend_half<0, kSecond>(corners, channels, out);
+      blend_half<0, kSecond>(corners, first, channels, out);
   }
+}
+
+// Where two rows of bfloat16, each converted as its values at even and at odd places, have the
+// values of 32 words: those of the even places of both rows come first.
+struct WordPlaces {
+  alignas(64) uint16_t place[2][32];
+
+  constexpr WordPlaces() : place{} {
+    for (int i = 0; i < 64; ++i) {
+      const int channel = i / 2, row = i % 2;
+      place[i / 32][i % 32] = static_cast<uint16_t>(channel % 2 * 32 + row * 16 + channel / 2);
+    }
+  }
+};
+constexpr WordPlaces kWordPlaces;
+
+// Two rows with all their corners; returns the first channel that is left.
+int64_t blend_two(const ExistingCorners<bfloat16>& first, const ExistingCorners<bfloat16>& second,
+                  int64_t channels, uint32_t* out) {
+  const __m512i odd_places = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512i low = _mm512_load_si512(kWordPlaces.place[0]);
+  const __m512i high = _mm512_load_si512(kWordPlaces.place[1]);
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    __m512 even[2], odd[2];
+    for (int row = 0; row < 2; ++row) {
+      const ExistingCorners<bfloat16>& corners = row == 0 ? first : second;
+      even[row] = odd[row] = _mm512_setzero_ps();
+      for (int i = 0; i < 4; ++i) {
+        const __m512 weight = _mm512_set1_ps(corners.weight[i]);
+        const __m512i both = _mm512_loadu_si512(corners.from[i] + c);
+        even[row] = _mm512_fmadd_ps(weight, (__m512)_mm512_slli_epi32(both, 16), even[row]);
+        odd[row] = _mm512_fmadd_ps(weight, (__m512)_mm512_and_si512(both, odd_places), odd[row]);
+      }
+    }
+    const __m512i evens = (__m512i)_mm512_cvtne2ps_pbh(even[1], even[0]);
+    const __m512i odds = (__m512i)_mm512_cvtne2ps_pbh(odd[1], odd[0]);
+    _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(evens, low, odds));
+    _mm512_storeu_si512(out + c + kLanes, _mm512_permutex2var_epi16(evens, high, odds));
+  }
+  return c;
 }
 
 void blend_rows(const bfloat16* source, int64_t stride, int64_t channels,
                 const Corners<float>* samples, int64_t rows, void* out, int64_t out_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const ExistingCorners<bfloat16> corners = existing_corners(samples[r], source, stride);
-    uint32_t* row = static_cast<uint32_t*>(out) + r / 2 * out_stride;
-    if (r % 2 == 0) {
-      blend_half<false>(corners, channels, row);
-    } else {
-      blend_half<true>(corners, channels, row);
+  uint32_t* words = static_cast<uint32_t*>(out);
+  for (int64_t r = 0; r < rows; r += 2, words += out_stride) {
+    const ExistingCorners<bfloat16> first = existing_corners(samples[r], source, stride);
+    if (r + 1 == rows) {
+      blend_half<false>(first, 0, channels, words);
+      break;
     }
+    const ExistingCorners<bfloat16> second = existing_corners(samples[r + 1], source, stride);
+    int64_t c = 0;
+    if (first.count == 4 && second.count == 4) c = blend_two(first, second, channels, words);
+    blend_half<false>(first, c, channels, words);
+    blend_half<true>(second, c, channels, words);
   }
 }
 
@@ -183,8 +225,8 @@ void grad_rows(const bfloat16* grad, const MomentGrads<bfloat16>* moments, int64
         const MomentGrads<bfloat16>& m = *moments;
         const __m512 centred = load(m.y + r * channels + c) - _mm512_loadu_ps(m.mean + c);
         value += m.share * (_mm512_loadu_ps(m.grad_mean + c) +
-                            2.0f * centred * _mm512_loadu_ps(m.grad_var + c)) +
-                 m.up_weights[r] * _mm512_loadu_ps(m.grad_up_mean + c);
+                            2.0f * centred * _mm512_loadu_ps(m.grad_var + c));
+        value += m.up_weights[r] * _mm512_loadu_ps(m.grad_up_mean + c);
       }
       const __m256bh rounded = _mm512_cvtneps_pbh(value);
       std::memcpy(to + c, &rounded, sizeof rounded);
@@ -194,8 +236,8 @@ void grad_rows(const bfloat16* grad, const MomentGrads<bfloat16>* moments, int64
       if (moments != nullptr) {
         const MomentGrads<bfloat16>& m = *moments;
         const float centred = to_compute(m.y[r * channels + c]) - m.mean[c];
-        value += m.share * (m.grad_mean[c] + 2.0f * centred * m.grad_var[c]) +
-                 m.up_weights[r] * m.grad_up_mean[c];
+        value += m.share * (m.grad_mean[c] + 2.0f * centred * m.grad_var[c]);
+        value += m.up_weights[r] * m.grad_up_mean[c];
       }
       to[c] = float_to_bfloat16(value);
     }
