@@ -9,7 +9,8 @@
 namespace dyhead::cpu {
 namespace {
 
-constexpr int64_t kSliceChannels = 64;          // of a product; its rows then fit the L1 cache
+constexpr int64_t kSliceChannels = 64;          // of a product, whose result the L1 cache holds
+constexpr int64_t kBlockRows = kChunkRows / 3;  // of a product, for the same reason
 constexpr int64_t kPartRows = 4 * kChunkRows;   // more would leave too few parts
 constexpr int64_t kDerivativeBytes = 24 << 20;  // of the slices' derivatives held at a time
 constexpr int64_t kClearedValues = 1 << 16;     // of one task
@@ -163,7 +164,7 @@ class InputPass {
         : corners(pass.s_.taps() * kChunkRows),
           points(pass.s_.taps() * kChunkRows),
           grad(kChunkRows * pass.call_.grad_stride * pass.call_.element_bytes),
-          columns(kChunkRows * round_up(kSliceChannels, pass.gemm_.tile_cols)) {}
+          columns(kBlockRows * round_up(kSliceChannels, pass.gemm_.tile_cols)) {}
     std::vector<Corners<F>> corners;     // [taps, rows]
     std::vector<SamplePoint<F>> points;  // [taps, rows]
     std::vector<std::byte> grad;         // [rows, grad_stride]
@@ -289,25 +290,29 @@ class InputPass {
       const int64_t row = map.first_row + chunk.image * map.pixels();
       sums = sums_.values + row * s_.channels + slice.first;
     }
-    const std::byte* grad =
-        scratch.grad.data() + slice.group * call_.group_outputs * call_.element_bytes;
-    const int64_t padded = round_up(chunk.rows, gemm_.tile_rows);
     const int64_t cols = packed_.cols(slice);
-    F dots[kChunkRows][4];
+    F dots[kBlockRows][4];
     for (int32_t tap = 0; tap < s_.taps(); ++tap) {
-      std::fill_n(scratch.columns.begin(), padded * cols, F(0));
-      gemm_.run(grad, call_.grad_stride, 1, packed_.at(term.weight, index, tap),
-                scratch.columns.data(), cols, padded, cols, packed_.k());
-      call_.kernels.project_back(
-          source, s_.channels, slice.count, scratch.corners.data() + tap * kChunkRows, chunk.rows,
-          scratch.columns.data(), cols, sums, derivatives == nullptr ? nullptr : dots);
-      if (derivatives == nullptr) continue;
-      const SamplePoint<F>* points = scratch.points.data() + tap * kChunkRows;
-      for (int64_t r = 0; r < chunk.rows; ++r) {
-        F* d = derivatives + (r * s_.taps() + tap) * 3;
-        d[0] = sample_value(points[r], dots[r]);
-        d[1] = sample_slope_y(points[r], dots[r]);
-        d[2] = sample_slope_x(points[r], dots[r]);
+      for (int64_t first = 0; first < chunk.rows; first += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, chunk.rows - first);
+        const int64_t padded = round_up(rows, gemm_.tile_rows);
+        const int64_t at = first * call_.grad_stride + slice.group * call_.group_outputs;
+        std::fill_n(scratch.columns.begin(), padded * cols, F(0));
+        gemm_.run(scratch.grad.data() + at * call_.element_bytes, call_.grad_stride, 1,
+                  packed_.at(term.weight, index, tap), scratch.columns.data(), cols, padded, cols,
+                  packed_.k());
+        const int64_t sample = tap * kChunkRows + first;
+        call_.kernels.project_back(source, s_.channels, slice.count,
+                                   scratch.corners.data() + sample, rows, scratch.columns.data(),
+                                   cols, sums, derivatives == nullptr ? nullptr : dots);
+        if (derivatives == nullptr) continue;
+        for (int64_t r = 0; r < rows; ++r) {
+          const SamplePoint<F>& point = scratch.points[sample + r];
+          F* d = derivatives + ((first + r) * s_.taps() + tap) * 3;
+          d[0] = sample_value(point, dots[r]);
+          d[1] = sample_slope_y(point, dots[r]);
+          d[2] = sample_slope_x(point, dots[r]);
+        }
       }
     }
   }

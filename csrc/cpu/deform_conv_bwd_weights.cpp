@@ -1,6 +1,7 @@
 // The gradient of the weights: columns^T . grad_out of all chunks that use a weight. The gradients
 // of a round of chunks are packed once, for all taps and slices of channels. Tasks sample their
-// columns again instead of storing them.
+// columns again instead of storing them. Sums wait for the last round, and for those of other parts
+// of the chunks.
 #include <cstring>
 
 #include "deform_conv_bwd.h"
@@ -9,7 +10,10 @@ namespace dyhead::cpu {
 namespace {
 
 constexpr int64_t kSliceChannels = 96;        // whole tiles of rows and whole vectors
-constexpr int64_t kGradientBytes = 24 << 20;  // of packed gradients held at a time
+constexpr int64_t kGradientBytes = 16 << 20;  // of packed gradients held at a time
+constexpr int64_t kTaskBytes = 128 << 10;     // of a task's sums: the L2 cache holds more beside
+constexpr int64_t kSumBytes = 8 << 20;        // of the sums of all parts, but for the first
+constexpr int64_t kMostParts = 16;
 
 template <class T>
 class WeightPass {
@@ -22,8 +26,14 @@ class WeightPass {
         gemm_(call.paired ? call.kernels.row_gemm : call.kernels.gemm),
         slices_(make_slices(s_, kSliceChannels)),
         cols_(round_up(call.group_outputs, gemm_.tile_cols)),
+        rows_(round_up(std::min(kSliceChannels, s_.channels), gemm_.tile_rows)),
         // One vector more than a multiple of the cache's sets, so that rows do not collide.
-        width_(round_up(std::min(kSliceChannels, s_.channels), gemm_.tile_rows) + 16) {
+        width_(rows_ + 16),
+        sum_values_(rows_ * cols_) {
+    const int64_t sum_bytes = sum_values_ * static_cast<int64_t>(sizeof(F));
+    tap_groups_ = ceil_div(s_.taps(), std::clamp<int64_t>(kTaskBytes / sum_bytes, 1, s_.taps()));
+    const int64_t all = call.tables.weights * std::ssize(slices_) * s_.taps() * sum_bytes;
+    parts_ = std::clamp<int64_t>(kSumBytes / std::max<int64_t>(all, 1), 1, kMostParts);
     for (int32_t w = 0; w < call.tables.weights; ++w) {
       weight_starts_.push_back(static_cast<int64_t>(items_.size()));
       for (const Use& use : call.uses) {
@@ -41,21 +51,20 @@ class WeightPass {
   }
 
   void run() {
-    const int64_t size = call_.group_outputs * (s_.channels / s_.groups) * s_.taps() * s_.groups;
-    for (int64_t w = 0; w < call_.tables.weights; ++w) {
-      if (weight_starts_[w] < weight_starts_[w + 1]) continue;
-      std::fill_n(static_cast<F*>(call_.p.grad_weights) + w * size, size, F(0));
-    }
-    const int64_t items = static_cast<int64_t>(items_.size());
+    const int64_t items = std::ssize(items_);
     const int64_t rounds = ceil_div(items, std::max<int64_t>(kGradientBytes / item_bytes(), 1));
-    if (rounds == 0) return;
-    const int64_t together = ceil_div(items, rounds);
-    packed_ = std::make_unique_for_overwrite<std::byte[]>(together * item_bytes());
+    const int64_t together = rounds == 0 ? 1 : ceil_div(items, rounds);
+    packed_ = std::make_unique_for_overwrite<std::byte[]>(std::min(together, items) * item_bytes());
+    sums_ = std::make_unique_for_overwrite<F[]>(parts_ * call_.tables.weights *
+                                                std::ssize(slices_) * s_.taps() * sum_values_);
+    begun_.assign(parts_ * call_.tables.weights, false);
     for (int64_t first = 0; first < items; first += together) {
       const int64_t last = std::min(first + together, items);
       pack_gradients(first, last);
       multiply(first, last);
     }
+    packed_ = {};
+    store();
   }
 
  private:
@@ -67,12 +76,9 @@ class WeightPass {
 
   struct Scratch {
     explicit Scratch(const WeightPass& pass)
-        : corners(kChunkRows),
-          columns(kChunkRows * pass.width_ * pass.call_.element_bytes),
-          sum(round_up(kSliceChannels, pass.gemm_.tile_rows) * pass.cols_) {}
+        : corners(kChunkRows), columns(kChunkRows * pass.width_ * pass.call_.element_bytes) {}
     std::vector<Corners<F>> corners;
     std::vector<std::byte> columns;  // as row_gemm reads them
-    std::vector<F> sum;              // [channels of a slice, cols]
   };
 
   int64_t group_bytes() const { return kChunkRows * cols_ * call_.element_bytes; }
@@ -130,33 +136,59 @@ class WeightPass {
     }
   }
 
-  // Items [first, last), whose gradients are packed.
-  void multiply(int64_t first, int64_t last) const {
-    const int64_t slices = static_cast<int64_t>(slices_.size()), taps = s_.taps();
-    const auto weight_of = [&](int64_t item) {
-      return static_cast<int64_t>(call_.tables.terms[items_[item].use->term].weight);
-    };
+  F* sum(int64_t part, int64_t weight, int64_t slice, int64_t tap) const {  // [rows, cols]
+    const int64_t slices = std::ssize(slices_);
+    const int64_t at = ((part * call_.tables.weights + weight) * slices + slice) * s_.taps() + tap;
+    return sums_.get() + at * sum_values_;
+  }
+
+  // Items [first, last), whose gradients are packed. A task has some taps of one slice, for one
+  // part of a weight's items.
+  void multiply(int64_t first, int64_t last) {
+    const int64_t slices = std::ssize(slices_), groups = tap_groups_;
     const int64_t first_weight = weight_of(first);
     const int64_t weights = weight_of(last - 1) - first_weight + 1;
+    const auto range = [&](int64_t weight, int64_t part) {
+      const int64_t begin = std::max(first, weight_starts_[weight]);
+      const int64_t count =
+          std::max<int64_t>(std::min(last, weight_starts_[weight + 1]) - begin, 0);
+      return std::pair(begin + count * part / parts_, begin + count * (part + 1) / parts_);
+    };
     parallel_tasks(
-        weights * taps * slices, [&] { return Scratch(*this); },
+        weights * parts_ * groups * slices, [&] { return Scratch(*this); },
         [&](int64_t task, Scratch& scratch) {
-          const int64_t weight = first_weight + task / (taps * slices);
-          const auto tap = static_cast<int32_t>(task / slices % taps);
-          const Slice& slice = slices_[task % slices];
-          const int64_t begin = std::max(first, weight_starts_[weight]);
-          const int64_t end = std::min(last, weight_starts_[weight + 1]);
-          if (begin >= end) return;
-          std::fill(scratch.sum.begin(), scratch.sum.end(), F(0));
-          for (int64_t i = begin; i < end; ++i) {
-            add_item(items_[i], packed_.get() + (i - first) * item_bytes(), slice, tap, scratch);
+          const int64_t slice = task % slices, group = task / slices % groups;
+          const int64_t part = task / (slices * groups) % parts_;
+          const int64_t weight = first_weight + task / (slices * groups * parts_);
+          const auto [begin, end] = range(weight, part);
+          if (begin == end) return;
+          const int64_t first_tap = s_.taps() * group / groups;
+          const int64_t last_tap = s_.taps() * (group + 1) / groups;
+          if (!begun_[weight * parts_ + part]) {
+            std::fill(sum(part, weight, slice, first_tap),
+                      sum(part, weight, slice, last_tap - 1) + sum_values_, F(0));
           }
-          store(weight, slice, tap, begin == weight_starts_[weight], scratch.sum.data());
+          for (int64_t i = begin; i < end; ++i) {
+            for (int64_t tap = first_tap; tap < last_tap; ++tap) {
+              add_item(items_[i], packed_.get() + (i - first) * item_bytes(), slices_[slice],
+                       static_cast<int32_t>(tap), scratch, sum(part, weight, slice, tap));
+            }
+          }
         });
+    for (int64_t weight = first_weight; weight < first_weight + weights; ++weight) {
+      for (int64_t part = 0; part < parts_; ++part) {
+        const auto [begin, end] = range(weight, part);
+        if (begin < end) begun_[weight * parts_ + part] = true;
+      }
+    }
+  }
+
+  int64_t weight_of(int64_t item) const {
+    return call_.tables.terms[items_[item].use->term].weight;
   }
 
   void add_item(const Item& item, const std::byte* packed, const Slice& slice, int32_t tap,
-                Scratch& scratch) const {
+                Scratch& scratch, F* sum) const {
     const DeformChunk& chunk = item.chunk;
     const MapShape& map = call_.tables.sources[call_.tables.terms[item.use->term].source];
     const T* source = call_.source_of(map, chunk.image) + slice.first;
@@ -169,33 +201,49 @@ class WeightPass {
       call_.kernels.blend_compute(source, s_.channels, slice.count, scratch.corners.data(),
                                   chunk.rows, reinterpret_cast<F*>(scratch.columns.data()), width_);
     }
-    gemm_.run(scratch.columns.data(), 1, width_, packed + slice.group * group_bytes(),
-              scratch.sum.data(), cols_, round_up(slice.count, gemm_.tile_rows), cols_,
-              round_up(chunk.rows, gemm_.pairs));
+    gemm_.run(scratch.columns.data(), 1, width_, packed + slice.group * group_bytes(), sum, cols_,
+              round_up(slice.count, gemm_.tile_rows), cols_, round_up(chunk.rows, gemm_.pairs));
   }
 
-  // `sum` [channels of the slice, cols] is stored, or added to what earlier rounds found.
-  void store(int64_t weight, const Slice& slice, int32_t tap, bool is_first, const F* sum) const {
+  // Adds the parts up, in order.
+  void store() const {
     const int64_t channels = s_.channels / s_.groups, taps = s_.taps();
-    F* out = static_cast<F*>(call_.p.grad_weights) +
-             (weight * s_.out_channels + slice.group * call_.group_outputs) * channels * taps +
-             (slice.first - slice.group * channels) * taps + tap;
-    for (int64_t o = 0; o < call_.group_outputs; ++o) {
-      for (int64_t c = 0; c < slice.count; ++c) {
-        F& to = out[(o * channels + c) * taps];
-        to = is_first ? sum[c * cols_ + o] : to + sum[c * cols_ + o];
+    const int64_t slices = std::ssize(slices_);
+    parallel_for_each(call_.tables.weights * slices * taps, [&](int64_t task) {
+      const int64_t tap = task % taps, index = task / taps % slices, weight = task / taps / slices;
+      const Slice& slice = slices_[index];
+      F* out = static_cast<F*>(call_.p.grad_weights) +
+               (weight * s_.out_channels + slice.group * call_.group_outputs) * channels * taps +
+               (slice.first - slice.group * channels) * taps + tap;
+      bool empty = true;
+      for (int64_t part = 0; part < parts_; ++part) {
+        if (!begun_[weight * parts_ + part]) continue;
+        const F* found = sum(part, weight, index, tap);
+        for (int64_t o = 0; o < call_.group_outputs; ++o) {
+          for (int64_t c = 0; c < slice.count; ++c) {
+            F& to = out[(o * channels + c) * taps];
+            to = empty ? found[c * cols_ + o] : to + found[c * cols_ + o];
+          }
+        }
+        empty = false;
       }
-    }
+      for (int64_t i = 0; empty && i < call_.group_outputs * slice.count; ++i) {
+        out[(i / slice.count * channels + i % slice.count) * taps] = F(0);
+      }
+    });
   }
 
   const BackwardCall<T>& call_;
   const DeformShape& s_;
   const GemmKernel<F>& gemm_;
   const std::vector<Slice> slices_;
-  const int64_t cols_, width_;
+  const int64_t cols_, rows_, width_, sum_values_;
+  int64_t tap_groups_, parts_;
   std::vector<Item> items_;             // those of a weight follow each other
   std::vector<int64_t> weight_starts_;  // [weights + 1], into items_
+  std::vector<bool> begun_;             // [weights, parts]: whether there are sums
   std::unique_ptr<std::byte[]> packed_;
+  std::unique_ptr<F[]> sums_;  // [parts, weights, slices, taps, rows, cols]
 };
 
 }  // namespace
