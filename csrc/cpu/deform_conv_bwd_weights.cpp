@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kSliceChannels = 96;        // whole tiles of rows and whole vectors
 constexpr int64_t kGradientBytes = 16 << 20;  // of packed gradients held at a time
-constexpr int64_t kTaskBytes = 128 << 10;     // of a task's sums: the L2 cache holds more beside
+constexpr int64_t kTaskBytes = 320 << 10;     // of a task's sums: the L2 cache holds more beside
 constexpr int64_t kSumBytes = 8 << 20;        // of the sums of all parts, but for the first
 constexpr int64_t kMostParts = 16;
 
