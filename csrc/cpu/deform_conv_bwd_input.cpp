@@ -10,7 +10,7 @@ namespace dyhead::cpu {
 namespace {
 
 constexpr int64_t kSliceChannels = 64;          // of a product, whose result the L1 cache holds
-constexpr int64_t kBlockRows = kChunkRows / 3;  // of a product, for the same reason
+constexpr int64_t kBlockRows = 48;  // of a product, for the same reason
 constexpr int64_t kPartRows = 4 * kChunkRows;   // more would leave too few parts
 constexpr int64_t kDerivativeBytes = 24 << 20;  // of the slices' derivatives held at a time
 constexpr int64_t kClearedValues = 1 << 16;     // of one task
@@ -164,11 +164,13 @@ class InputPass {
         : corners(pass.s_.taps() * kChunkRows),
           points(pass.s_.taps() * kChunkRows),
           grad(kChunkRows * pass.call_.grad_stride * pass.call_.element_bytes),
-          columns(kBlockRows * round_up(kSliceChannels, pass.gemm_.tile_cols)) {}
-    std::vector<Corners<F>> corners;     // [taps, rows]
-    std::vector<SamplePoint<F>> points;  // [taps, rows]
+          columns(kBlockRows * pass.s_.taps() * round_up(kSliceChannels, pass.gemm_.tile_cols)),
+          dots(kBlockRows * pass.s_.taps() * 4) {}
+    std::vector<Corners<F>> corners;     // [rows, taps]
+    std::vector<SamplePoint<F>> points;  // [rows, taps]
     std::vector<std::byte> grad;         // [rows, grad_stride]
-    std::vector<F> columns;              // [rows, channels of a slice]
+    std::vector<F> columns;              // [rows, taps, channels of a slice]
+    std::vector<F> dots;                 // [rows, taps, 4]
   };
 
   // `derivatives` is null where none are wanted. Where there are few parts to share out, the slices
@@ -263,17 +265,26 @@ class InputPass {
       int32_t sampled = -1;
       for (int64_t i = first_slice; i < last_slice; ++i) {
         const int32_t deform_group = slices_[i].deform_group;
-        for (int32_t tap = 0; tap < s_.taps() && deform_group != sampled; ++tap) {
-          sample_rows(taps, deform_group, tap, chunk.first, chunk.rows,
-                      scratch.corners.data() + tap * kChunkRows,
-                      scratch.points.data() + tap * kChunkRows);
-        }
+        if (deform_group != sampled) sample_chunk(taps, deform_group, chunk, scratch);
         sampled = deform_group;
         F* to = nullptr;
         if (moves(use)) {
           to = derivatives->at(part.image - first_image, i, use.first_row + chunk.first);
         }
         run_slice(use, chunk, i, to, scratch);
+      }
+    }
+  }
+
+  void sample_chunk(const TapSampler<F>& taps, int32_t deform_group, const DeformChunk& chunk,
+                    Scratch& scratch) const {
+    Corners<F> corners[kChunkRows];
+    SamplePoint<F> points[kChunkRows];
+    for (int32_t tap = 0; tap < s_.taps(); ++tap) {
+      sample_rows(taps, deform_group, tap, chunk.first, chunk.rows, corners, points);
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        scratch.corners[r * s_.taps() + tap] = corners[r];
+        scratch.points[r * s_.taps() + tap] = points[r];
       }
     }
   }
@@ -291,28 +302,26 @@ class InputPass {
       sums = sums_.values + row * s_.channels + slice.first;
     }
     const int64_t cols = packed_.cols(slice);
-    F dots[kBlockRows][4];
-    for (int32_t tap = 0; tap < s_.taps(); ++tap) {
-      for (int64_t first = 0; first < chunk.rows; first += kBlockRows) {
-        const int64_t rows = std::min(kBlockRows, chunk.rows - first);
-        const int64_t padded = round_up(rows, gemm_.tile_rows);
-        const int64_t at = first * call_.grad_stride + slice.group * call_.group_outputs;
-        std::fill_n(scratch.columns.begin(), padded * cols, F(0));
-        gemm_.run(scratch.grad.data() + at * call_.element_bytes, call_.grad_stride, 1,
-                  packed_.at(term.weight, index, tap), scratch.columns.data(), cols, padded, cols,
-                  packed_.k());
-        const int64_t sample = tap * kChunkRows + first;
-        call_.kernels.project_back(source, s_.channels, slice.count,
-                                   scratch.corners.data() + sample, rows, scratch.columns.data(),
-                                   cols, sums, derivatives == nullptr ? nullptr : dots);
-        if (derivatives == nullptr) continue;
-        for (int64_t r = 0; r < rows; ++r) {
-          const SamplePoint<F>& point = scratch.points[sample + r];
-          F* d = derivatives + ((first + r) * s_.taps() + tap) * 3;
-          d[0] = sample_value(point, dots[r]);
-          d[1] = sample_slope_y(point, dots[r]);
-          d[2] = sample_slope_x(point, dots[r]);
-        }
+    const int64_t taps = s_.taps();
+    for (int64_t first = 0; first < chunk.rows; first += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, chunk.rows - first);
+      const int64_t padded = round_up(rows, gemm_.tile_rows);
+      const int64_t at = first * call_.grad_stride + slice.group * call_.group_outputs;
+      std::fill_n(scratch.columns.begin(), padded * taps * cols, F(0));
+      gemm_.run(scratch.grad.data() + at * call_.element_bytes, call_.grad_stride, 1,
+                packed_.at(term.weight, index, 0), scratch.columns.data(), taps * cols, padded,
+                taps * cols, packed_.k());
+      auto* dots = reinterpret_cast<F(*)[4]>(scratch.dots.data());
+      call_.kernels.project_back(
+          source, s_.channels, slice.count, scratch.corners.data() + first * taps, rows * taps,
+          scratch.columns.data(), cols, sums, derivatives == nullptr ? nullptr : dots);
+      if (derivatives == nullptr) continue;
+      for (int64_t i = 0; i < rows * taps; ++i) {
+        const SamplePoint<F>& point = scratch.points[first * taps + i];
+        F* d = derivatives + (first * taps + i) * 3;
+        d[0] = sample_value(point, dots[i]);
+        d[1] = sample_slope_y(point, dots[i]);
+        d[2] = sample_slope_x(point, dots[i]);
       }
     }
   }
