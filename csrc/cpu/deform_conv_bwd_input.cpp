@@ -10,7 +10,7 @@ namespace dyhead::cpu {
 namespace {
 
 constexpr int64_t kSliceChannels = 64;          // of a product, whose result the L1 cache holds
-constexpr int64_t kBlockRows = 48;  // of a product, for the same reason
+constexpr int64_t kBlockRows = 48;              // of a product, for the same reason
 constexpr int64_t kPartRows = 4 * kChunkRows;   // more would leave too few parts
 constexpr int64_t kDerivativeBytes = 24 << 20;  // of the slices' derivatives held at a time
 constexpr int64_t kClearedValues = 1 << 16;     // of one task

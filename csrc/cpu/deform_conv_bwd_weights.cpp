@@ -9,10 +9,10 @@
 namespace dyhead::cpu {
 namespace {
 
-constexpr int64_t kSliceChannels = 96;        // whole tiles of rows and whole vectors
-constexpr int64_t kGradientBytes = 16 << 20;  // of packed gradients held at a time
-constexpr int64_t kTaskBytes = 320 << 10;     // of a task's sums: the L2 cache holds more beside
-constexpr int64_t kSumBytes = 8 << 20;        // of the sums of all parts, but for the first
+constexpr int64_t kSliceChannels = 96;       // whole tiles of rows and whole vectors
+constexpr int64_t kGradientBytes = 8 << 20;  // of packed gradients held at a time
+constexpr int64_t kTaskBytes = 320 << 10;    // of a task's sums: the L2 cache holds more beside
+constexpr int64_t kSumBytes = 16 << 20;      // of the sums of all parts
 constexpr int64_t kMostParts = 16;
 
 template <class T>
@@ -143,11 +143,14 @@ class WeightPass {
   }
 
   // Items [first, last), whose gradients are packed. A task has some taps of one slice, for one
-  // part of a weight's items.
+  // part of a weight's items; a single tap where that leaves too few tasks. The sums are the same.
   void multiply(int64_t first, int64_t last) {
-    const int64_t slices = std::ssize(slices_), groups = tap_groups_;
+    const int64_t slices = std::ssize(slices_);
     const int64_t first_weight = weight_of(first);
     const int64_t weights = weight_of(last - 1) - first_weight + 1;
+    const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+    const bool enough = weights * parts_ * slices * tap_groups_ >= wanted;
+    const int64_t groups = enough ? tap_groups_ : s_.taps();
     const auto range = [&](int64_t weight, int64_t part) {
       const int64_t begin = std::max(first, weight_starts_[weight]);
       const int64_t count =
