@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kSliceChannels = 96;       // whole tiles of rows and whole vectors
 constexpr int64_t kGradientBytes = 8 << 20;  // of packed gradients held at a time
 constexpr int64_t kTaskBytes = 320 << 10;    // of a task's sums: the L2 cache holds more beside
-constexpr int64_t kSumBytes = 16 << 20;      // of the sums of all parts
+constexpr int64_t kSumBytes = 8 << 20;       // of the sums of all parts but the first
 constexpr int64_t kMostParts = 16;
 
 template <class T>
@@ -33,7 +33,7 @@ class WeightPass {
     const int64_t sum_bytes = sum_values_ * static_cast<int64_t>(sizeof(F));
     tap_groups_ = ceil_div(s_.taps(), std::clamp<int64_t>(kTaskBytes / sum_bytes, 1, s_.taps()));
     const int64_t all = call.tables.weights * std::ssize(slices_) * s_.taps() * sum_bytes;
-    parts_ = std::clamp<int64_t>(kSumBytes / std::max<int64_t>(all, 1), 1, kMostParts);
+    parts_ = std::min(1 + kSumBytes / std::max<int64_t>(all, 1), kMostParts);
     for (int32_t w = 0; w < call.tables.weights; ++w) {
       weight_starts_.push_back(static_cast<int64_t>(items_.size()));
       for (const Use& use : call.uses) {
