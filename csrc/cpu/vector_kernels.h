@@ -46,6 +46,17 @@ DYHEAD_HD ExistingCorners<T> existing_corners(const Corners<F>& s, const T* sour
   return existing;
 }
 
+// What the gradients of the moments of rows y add to the gradient of y:
+// share * (grad_mean + 2 (y - mean) grad_var) + up_weight * grad_up_mean.
+template <class T>
+struct MomentGrads {
+  using F = compute_t<T>;
+  const T* y;                                           // [rows, channels]
+  const F *mean, *grad_mean, *grad_var, *grad_up_mean;  // [channels]
+  const F* up_weights;                                  // [rows]
+  F share;
+};
+
 template <class T>
 struct DeformKernels {
   using F = compute_t<T>;
@@ -70,10 +81,25 @@ struct DeformKernels {
   void (*moments)(const F* y, int64_t stride, int64_t rows, int64_t channels, const F* weights,
                   F* mean, F* squares, F* weighted);
   // dots[r][i] = sum_c grad[r * grad_stride + c] * source[pixel[i] * stride + c], and
-  // grad_source[pixel[i] * channels + c] += weight[i] * grad[r * grad_stride + c].
+  // grad_source[pixel[i] * stride + c] += weight[i] * grad[r * grad_stride + c]. One of them may be
+  // null, and is then left out.
   void (*project_back)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
                        int64_t rows, const F* grad, int64_t grad_stride, F* grad_source,
                        F (*dots)[4]);
+  // out[r * out_stride + c] = grad[r * channels + c] and what the moments add, if they are not
+  // null: as `column_gemm` reads columns, 0 from `channels` to `out_stride`.
+  void (*grad_rows)(const T* grad, const MomentGrads<T>* moments, int64_t rows, int64_t channels,
+                    void* out, int64_t out_stride);
+  // The same, always in columns of F.
+  void (*grad_rows_compute)(const T* grad, const MomentGrads<T>* moments, int64_t rows,
+                            int64_t channels, F* out, int64_t out_stride);
+  // Products that sum over rows. Where pairs is 1 they are those of `gemm` and `blend_compute`.
+  // Where it is 2, `blend_rows` writes values c of rows r and r + 1 side by side, at
+  // 2 * (r / 2 * out_stride + c), and 0 for a row that is not there; `row_gemm` has
+  // row_stride = 1 and reads element (r, k) from a[2 * (k / 2 * k_stride + r) + k % 2].
+  GemmKernel<F> row_gemm;
+  void (*blend_rows)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
+                     int64_t rows, void* out, int64_t out_stride);
 };
 
 template <class T>

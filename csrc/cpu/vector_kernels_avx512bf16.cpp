@@ -1,6 +1,6 @@
 // bfloat16 columns for the dot-product instruction of AVX512-BF16: blended in float32, rounded
-// once, multiplied in pairs and accumulated in float32. All but the forward's columns is that of
-// AVX-512.
+// once, multiplied in pairs and accumulated in float32; and the same for the gradients of the
+// backward. What computes in float32 is that of AVX-512.
 #include <immintrin.h>
 
 #include <cstring>
@@ -13,6 +13,12 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kTileVectors = 2;
 constexpr int kLanes = 16;
+
+[[gnu::always_inline]] inline __m512 load(const bfloat16* p) {
+  __m256i bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 
 // Neighbouring values are blended in two vectors: those at even places, and those at odd ones.
 template <int kCount>
@@ -28,9 +34,7 @@ template <int kCount>
     for (int i = 0; i < kCount; ++i) {
       const __m512 weight = _mm512_set1_ps(corners.weight[i]);
       const __m512i both = _mm512_loadu_si512(corners.from[i] + c);
-      // With a mask, since g++ 12 warns of what it leaves undefined without one.
-      const __m512i shifted = _mm512_maskz_slli_epi32(0xffff, both, 16);
-      even = _mm512_fmadd_ps(weight, (__m512)shifted, even);
+      even = _mm512_fmadd_ps(weight, (__m512)_mm512_slli_epi32(both, 16), even);
       odd = _mm512_fmadd_ps(weight, (__m512)_mm512_and_si512(both, odd_places), odd);
     }
     const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
@@ -64,9 +68,10 @@ void blend_columns(const bfloat16* source, int64_t stride, int64_t channels,
   }
 }
 
+// Pair i of row r lies at a + r * row_stride + i * pair_stride.
 [[gnu::always_inline]] inline void gemm_tile(const bfloat16* a, int64_t row_stride,
-                                             const bfloat16* b, float* c, int64_t c_stride,
-                                             int64_t k) {
+                                             int64_t pair_stride, const bfloat16* b, float* c,
+                                             int64_t c_stride, int64_t k) {
   __m512 acc[kTileRows][kTileVectors];
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kTileVectors; ++v) {
@@ -80,7 +85,7 @@ void blend_columns(const bfloat16* source, int64_t stride, int64_t channels,
     }
     for (int r = 0; r < kTileRows; ++r) {
       int pair;
-      std::memcpy(&pair, a + r * row_stride + i, sizeof pair);
+      std::memcpy(&pair, a + r * row_stride + i / 2 * pair_stride, sizeof pair);
       const __m512i both = _mm512_set1_epi32(pair);
       for (int v = 0; v < kTileVectors; ++v) {
         acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)both, panel[v]);
@@ -99,9 +104,152 @@ void gemm(const void* a, int64_t row_stride, int64_t, const void* b, float* c, i
   constexpr int kCols = kTileVectors * kLanes;
   for (int64_t n = 0; n < cols; n += kCols) {
     for (int64_t m = 0; m < rows; m += kTileRows) {
-      gemm_tile(static_cast<const bfloat16*>(a) + m * row_stride, row_stride,
+      gemm_tile(static_cast<const bfloat16*>(a) + m * row_stride, row_stride, 2,
                 static_cast<const bfloat16*>(b) + n * k, c + m * c_stride + n, c_stride, k);
     }
+  }
+}
+
+// --- The backward's
+// -------------------------------------------------------------------------------
+
+void row_gemm(const void* a, int64_t, int64_t k_stride, const void* b, float* c, int64_t c_stride,
+              int64_t rows, int64_t cols, int64_t k) {
+  constexpr int kCols = kTileVectors * kLanes;
+  for (int64_t n = 0; n < cols; n += kCols) {
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      gemm_tile(static_cast<const bfloat16*>(a) + 2 * m, 2, 2 * k_stride,
+                static_cast<const bfloat16*>(b) + n * k, c + m * c_stride + n, c_stride, k);
+    }
+  }
+}
+
+// Words hold the values of two rows side by side. The first of them, in the lower halves, is
+// written before the second is added. From channel c on.
+template <int kCount, bool kSecond>
+[[gnu::always_inline]] inline void blend_half(const ExistingCorners<bfloat16>& corners, int64_t c,
+                                              int64_t channels, uint32_t* out) {
+  for (; c + kLanes <= channels; c += kLanes) {
+    __m512 value = _mm512_set1_ps(corners.others);
+    for (int i = 0; i < kCount; ++i) {
+      value = _mm512_fmadd_ps(_mm512_set1_ps(corners.weight[i]), load(corners.from[i] + c), value);
+    }
+    __m512i words = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
+    if (kSecond) {
+      words = _mm512_or_si512(_mm512_loadu_si512(out + c), _mm512_slli_epi32(words, 16));
+    }
+    _mm512_storeu_si512(out + c, words);
+  }
+  for (; c < channels; ++c) {
+    float value = corners.others;
+    for (int i = 0; i < kCount; ++i) value += corners.weight[i] * to_compute(corners.from[i][c]);
+    const uint32_t bits = float_to_bfloat16(value).bits;
+    out[c] = kSecond ? out[c] | bits << 16 : bits;
+  }
+}
+
+template <bool kSecond>
+void blend_half(const ExistingCorners<bfloat16>& corners, int64_t first, int64_t channels,
+                uint32_t* out) {
+  switch (corners.count) {
+    case 4:
+      return blend_half<4, kSecond>(corners, first, channels, out);
+    case 2:
+      return blend_half<2, kSecond>(corners, first, channels, out);
+    case 1:
+      return blend_half<1, kSecond>(corners, first, channels, out);
+    default:
+      blend_half<0, kSecond>(corners, first, channels, out);
+  }
+}
+
+// Where two rows of bfloat16, each converted as its values at even and at odd places, have the
+// values of 32 words: those of the even places of both rows come first.
+struct WordPlaces {
+  alignas(64) uint16_t place[2][32];
+
+  constexpr WordPlaces() : place{} {
+    for (int i = 0; i < 64; ++i) {
+      const int channel = i / 2, row = i % 2;
+      place[i / 32][i % 32] = static_cast<uint16_t>(channel % 2 * 32 + row * 16 + channel / 2);
+    }
+  }
+};
+constexpr WordPlaces kWordPlaces;
+
+// Two rows with all their corners; returns the first channel that is left.
+int64_t blend_two(const ExistingCorners<bfloat16>& first, const ExistingCorners<bfloat16>& second,
+                  int64_t channels, uint32_t* out) {
+  const __m512i odd_places = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512i low = _mm512_load_si512(kWordPlaces.place[0]);
+  const __m512i high = _mm512_load_si512(kWordPlaces.place[1]);
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    __m512 even[2], odd[2];
+    for (int row = 0; row < 2; ++row) {
+      const ExistingCorners<bfloat16>& corners = row == 0 ? first : second;
+      even[row] = odd[row] = _mm512_setzero_ps();
+      for (int i = 0; i < 4; ++i) {
+        const __m512 weight = _mm512_set1_ps(corners.weight[i]);
+        const __m512i both = _mm512_loadu_si512(corners.from[i] + c);
+        even[row] = _mm512_fmadd_ps(weight, (__m512)_mm512_slli_epi32(both, 16), even[row]);
+        odd[row] = _mm512_fmadd_ps(weight, (__m512)_mm512_and_si512(both, odd_places), odd[row]);
+      }
+    }
+    const __m512i evens = (__m512i)_mm512_cvtne2ps_pbh(even[1], even[0]);
+    const __m512i odds = (__m512i)_mm512_cvtne2ps_pbh(odd[1], odd[0]);
+    _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(evens, low, odds));
+    _mm512_storeu_si512(out + c + kLanes, _mm512_permutex2var_epi16(evens, high, odds));
+  }
+  return c;
+}
+
+void blend_rows(const bfloat16* source, int64_t stride, int64_t channels,
+                const Corners<float>* samples, int64_t rows, void* out, int64_t out_stride) {
+  uint32_t* words = static_cast<uint32_t*>(out);
+  for (int64_t r = 0; r < rows; r += 2, words += out_stride) {
+    const ExistingCorners<bfloat16> first = existing_corners(samples[r], source, stride);
+    if (r + 1 == rows) {
+      blend_half<false>(first, 0, channels, words);
+      break;
+    }
+    const ExistingCorners<bfloat16> second = existing_corners(samples[r + 1], source, stride);
+    int64_t c = 0;
+    if (first.count == 4 && second.count == 4) c = blend_two(first, second, channels, words);
+    blend_half<false>(first, c, channels, words);
+    blend_half<true>(second, c, channels, words);
+  }
+}
+
+void grad_rows(const bfloat16* grad, const MomentGrads<bfloat16>* moments, int64_t rows,
+               int64_t channels, void* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const bfloat16* from = grad + r * channels;
+    bfloat16* to = static_cast<bfloat16*>(out) + r * out_stride;
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      __m512 value = load(from + c);
+      if (moments != nullptr) {
+        const MomentGrads<bfloat16>& m = *moments;
+        const __m512 centred = load(m.y + r * channels + c) - _mm512_loadu_ps(m.mean + c);
+        value += m.share * (_mm512_loadu_ps(m.grad_mean + c) +
+                            2.0f * centred * _mm512_loadu_ps(m.grad_var + c));
+        value += m.up_weights[r] * _mm512_loadu_ps(m.grad_up_mean + c);
+      }
+      const __m256bh rounded = _mm512_cvtneps_pbh(value);
+      std::memcpy(to + c, &rounded, sizeof rounded);
+    }
+    for (; c < channels; ++c) {
+      float value = to_compute(from[c]);
+      if (moments != nullptr) {
+        const MomentGrads<bfloat16>& m = *moments;
+        const float centred = to_compute(m.y[r * channels + c]) - m.mean[c];
+        value += m.share * (m.grad_mean[c] + 2.0f * centred * m.grad_var[c]);
+        value += m.up_weights[r] * m.grad_up_mean[c];
+      }
+      to[c] = float_to_bfloat16(value);
+    }
+    for (; c < out_stride; ++c) to[c] = bfloat16{0};
   }
 }
 
@@ -112,6 +260,9 @@ const DeformKernels<bfloat16>& bf16_avx512bf16() {
     DeformKernels<bfloat16> with_pairs = bf16_avx512.deform;
     with_pairs.column_gemm = {kTileRows, kTileVectors * kLanes, 2, gemm};
     with_pairs.blend = blend_columns;
+    with_pairs.grad_rows = grad_rows;
+    with_pairs.row_gemm = {kTileRows, kTileVectors * kLanes, 2, row_gemm};
+    with_pairs.blend_rows = blend_rows;
     return with_pairs;
   }();
   return kernels;

