@@ -2,8 +2,6 @@
 // parts. A part's samples lie in a window of its source map's rows, and parts whose windows overlap
 // belong to different waves, which run one after the other: so a part adds to the sums without
 // asking anybody, and in an order that only the data decide.
-#include <cstring>
-
 #include "deform_conv_bwd.h"
 
 namespace dyhead::cpu {

@@ -2,8 +2,6 @@
 // of a round of chunks are packed once, for all taps and slices of channels. Tasks sample their
 // columns again instead of storing them. Sums wait for the last round, and for those of other parts
 // of the chunks.
-#include <cstring>
-
 #include "deform_conv_bwd.h"
 
 namespace dyhead::cpu {
