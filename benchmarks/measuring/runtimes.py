@@ -48,6 +48,7 @@ EXPORTED = "torch.export"
 ONNXRUNTIME = "onnxruntime"
 OPENVINO = "OpenVINO"
 NOT_INSTALLED = "not installed"
+PAUSE = 0.1  # seconds; the threads of the one before may go on waiting actively for a while
 FLOAT32_ONLY = "float32 only"
 
 
@@ -210,6 +211,7 @@ def measure(case: Case, precision: str, rounds: int) -> dict[str, Any]:
         errors = {name: _error(run(), expected, precision) for name, run in runs.items()}
         for _ in range(rounds):
             for name, run in runs.items():
+                time.sleep(PAUSE)
                 begin = time.perf_counter()
                 run()
                 times[name].append(time.perf_counter() - begin)

@@ -1,10 +1,10 @@
 """``python -m benchmarks threads``: how a block would scale to more threads than this CPU has.
 
 A CPU kernel is a few lists of tasks; a thread that is free takes the next task of the list. So the
-library is built once more, to record how long each task takes, and runs a block on one thread.
-Working the recorded lists off on any number of threads, in the order in which the library does,
-gives the time that these threads would need if each were as fast as the one. What runs outside the
-lists counts as work for one thread. Times are those that the process had a processor, so that other
+library is built once more, to record how long each task takes, and runs a block on one thread, with
+the lists that it makes for a number of threads. Working these lists off on as many threads, in the
+order in which the library does, gives the time that they would need if each were as fast as the
+one. What runs outside the lists counts as work for one thread. Times are those that the process had a processor, so that other
 programs do not disturb; what threads take from each other, such as memory, is not part of them.
 """
 
@@ -85,28 +85,32 @@ class Recording:
 
     @property
     def alone(self) -> int:
-        """Nanoseconds outside the lists, and of lists of one task."""
-        shared = sum(each.end - each.begin for each in self.lists if len(each.tasks) > 1)
-        return self.total - shared
+        """Nanoseconds outside the lists."""
+        return self.total - sum(each.end - each.begin for each in self.lists)
 
-    def speedup(self, threads: int) -> float:
-        """How many times faster so many threads are, if nothing else limits them."""
-        shared = [each for each in self.lists if len(each.tasks) > 1]
-        return self.total / (self.alone + sum(each.time_on(threads) for each in shared))
+    def time_on(self, threads: int, alone: int) -> int:
+        """Nanoseconds on so many threads, if nothing else limits them.
+
+        Args:
+            threads: for which the lists were made.
+            alone: nanoseconds outside the lists.
+        """
+        return alone + sum(each.time_on(threads) for each in self.lists)
 
 
-def record(shapes: str, precision: str, backward: bool, file: Path) -> Recording:
-    """Runs a block in this process, whose library records into ``file``.
+def record(shapes: str, precision: str, backward: bool, threads: int, file: Path) -> Recording:
+    """Runs a block in this process, whose library records into ``file`` and uses one thread.
 
     Args:
         shapes: a name of ``SHAPE_SETS``.
         precision: a name of ``PRECISIONS``.
         backward: whether gradients are part of it.
+        threads: for which the library makes its lists.
         file: that the environment variable DYHEAD_TASK_RECORD names.
     """
     chosen, dtype = SHAPE_SETS[shapes], PRECISIONS[precision]
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     block = DyHeadBlock(
         chosen.channels,
         chosen.channels,
@@ -150,6 +154,7 @@ def _recorded(shapes: str) -> list[dict[str, Any]]:
                 **os.environ,
                 "DYHEAD_LIBRARY_DIR": str(LIBRARIES),
                 "DYHEAD_TASK_RECORD": str(file),
+                "OMP_WAIT_POLICY": "passive",  # torch's own threads, which wait meanwhile
             },
             check=True,
             stdout=subprocess.PIPE,
@@ -164,15 +169,18 @@ def rows(shapes: str, file: Path) -> list[dict[str, Any]]:
     found = []
     for precision in PRECISIONS:
         for backward in (False, True):
-            recording = record(shapes, precision, backward, file)
+            one = record(shapes, precision, backward, 1, file)
+            times = {
+                n: record(shapes, precision, backward, n, file).time_on(n, one.alone)
+                for n in THREADS
+            }
             found.append(
                 {
                     "precision": precision,
                     "backward": backward,
-                    "milliseconds": recording.total / 1e6,
-                    "alone": recording.alone / recording.total,
-                    "tasks": [len(each.tasks) for each in recording.lists],
-                    "speedup": {str(n): recording.speedup(n) for n in THREADS},
+                    "milliseconds": one.total / 1e6,
+                    "alone": one.alone / one.total,
+                    "speedup": {str(n): one.total / times[n] for n in THREADS},
                 }
             )
     return found

@@ -27,9 +27,10 @@ def test_a_free_thread_takes_the_next_task() -> None:
 def test_what_runs_outside_the_lists_gains_nothing() -> None:
     lists = (TaskList(10, 50, 0, (10,) * 4), TaskList(50, 60, 0, (10,)))
     recording = Recording(100, lists)
-    assert recording.alone == 60
-    assert recording.speedup(4) == 100 / 70
-    assert recording.speedup(64) == 100 / 70
+    assert recording.alone == 50
+    assert recording.time_on(1, recording.alone) == 100
+    assert recording.time_on(2, recording.alone) == 80
+    assert recording.time_on(64, 5) == 25
 
 
 PROGRAM = """
