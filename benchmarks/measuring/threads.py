@@ -4,8 +4,9 @@ A CPU kernel is a few lists of tasks; a thread that is free takes the next task 
 library is built once more, to record how long each task takes, and runs a block on one thread, with
 the lists that it makes for a number of threads. Working these lists off on as many threads, in the
 order in which the library does, gives the time that they would need if each were as fast as the
-one. What runs outside the lists counts as work for one thread. Times are those that the process had a processor, so that other
-programs do not disturb; what threads take from each other, such as memory, is not part of them.
+one. What runs outside the lists counts as work for one thread. Times are those that the process had
+a processor, so that other programs do not disturb; what threads take from each other, such as
+memory, is not part of them.
 """
 
 from __future__ import annotations
