@@ -49,9 +49,9 @@ ACTIONS = {
     ),
     "runtimes": Action(
         "measuring.runtimes",
-        None,  # a runtime that is not installed is left out, and said so
+        "bench,detection",  # a runtime that is not installed is left out, and said so
         options.runtimes,
-        "the exported head in onnxruntime and OpenVINO",
+        "exported operators, heads and a detector in onnxruntime and OpenVINO",
     ),
     "threads": Action(
         "measuring.threads",

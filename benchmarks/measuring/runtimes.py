@@ -1,4 +1,4 @@
-"""``python -m benchmarks runtimes``: the operator and heads in other runtimes, and here.
+"""``python -m benchmarks runtimes``: the operator, heads and a detector elsewhere.
 
 On a CPU: eager, through torch.compile, as a program of torch.export, as the ONNX file that
 docs/export.md makes in onnxruntime, and in OpenVINO, whose PyTorch front end takes the published
@@ -35,6 +35,10 @@ from benchmarks.machine import environment, one_line
 from benchmarks.measuring import fma
 from benchmarks.readme import table
 from dyhead_cuda import DyHead
+from dyhead_cuda.detection import load_model
+from dyhead_cuda.detection.models import gflops
+from dyhead_cuda.detection.models.exportable import exportable
+from dyhead_cuda.detection.trained import SHIPPED
 from dyhead_cuda.pyramid import BlockParameters
 
 Maps = Sequence[Tensor]
@@ -50,6 +54,7 @@ OPENVINO = "OpenVINO"
 NOT_INSTALLED = "not installed"
 PAUSE = 0.1  # seconds; the threads of the one before may go on waiting actively for a while
 FLOAT32_ONLY = "float32 only"
+NO_LAYERS = "reads no DeformConv"
 
 
 class _Layers(nn.Module):
@@ -80,6 +85,17 @@ class _Operator(nn.Module):
         return (self.operator(x, offset, mask, self.conv.weight, self.conv.bias, 1),)  # type: ignore[arg-type]
 
 
+class _Detector(nn.Module):
+    """The outputs of a detector before decoding, whose number is always the same."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.raw = exportable(model, raw=True)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.raw(images).values())
+
+
 class _Head(nn.Module):
     """A head of tensors, as the operator is."""
 
@@ -98,14 +114,14 @@ class Case:
     Attributes:
         title: for people.
         module: of this package; takes the inputs and returns a tuple of tensors.
-        layers: the same on torchvision's operator.
+        layers: the same on torchvision's operator; None where nobody has them.
         inputs: of both.
         flops: of the products, see :class:`~benchmarks.cases.problems.Work`.
     """
 
     title: str
     module: nn.Module
-    layers: nn.Module
+    layers: nn.Module | None
     inputs: tuple[Tensor, ...]
     flops: int
 
@@ -136,6 +152,15 @@ def head_case(shapes: str, blocks: int) -> Case:
     )
 
 
+def detector_case() -> Case:
+    """The detector that comes with the package, on an image of the size that it was trained for."""
+    model, _ = load_model(SHIPPED)
+    size = 256
+    flops = int(1e9 * gflops(model, size, size))
+    inputs = (torch.rand(1, 3, size, size),)
+    return Case(f"detector {SHIPPED}, {size} x {size}", _Detector(model), None, inputs, flops)
+
+
 def _onnxruntime(case: Case, folder: Path) -> Run:
     import onnxruntime
 
@@ -157,10 +182,10 @@ def _onnxruntime(case: Case, folder: Path) -> Run:
     return lambda: [torch.from_numpy(array) for array in session.run(None, arrays)]
 
 
-def _openvino(case: Case, precision: str) -> Run:
+def _openvino(layers: nn.Module, case: Case, precision: str) -> Run:
     import openvino  # type: ignore[import-not-found]
 
-    model = openvino.convert_model(case.layers, example_input=case.inputs)
+    model = openvino.convert_model(layers, example_input=case.inputs)
     settings = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -188,8 +213,10 @@ def _runs(case: Case, precision: str, folder: Path) -> Iterator[tuple[str, Run |
         yield ONNXRUNTIME, _onnxruntime(case, folder)
     if find_spec("openvino") is None:
         yield OPENVINO, NOT_INSTALLED
+    elif case.layers is None:
+        yield OPENVINO, NO_LAYERS
     else:
-        yield OPENVINO, _openvino(case, precision)
+        yield OPENVINO, _openvino(case.layers, case, precision)
 
 
 def measure(case: Case, precision: str, rounds: int) -> dict[str, Any]:
@@ -308,6 +335,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.report:
         cases = [operator_case(arguments.shapes)]
         cases += [head_case(arguments.shapes, blocks) for blocks in arguments.blocks]
+        cases.append(detector_case())
         data = {
             "environment": environment(sys.argv[1:], torch.device("cpu")),
             "versions": _versions(),
@@ -316,6 +344,7 @@ def run(arguments: argparse.Namespace) -> int:
                 measure(case, precision, 1 + arguments.rounds)
                 for precision in PRECISIONS
                 for case in cases
+                if precision == "float32" or case.layers is not None
             ],
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("benchmarks", ("report", "benchmarks/results/cpu.json")): "bench",
     ("benchmarks", ("plot", "benchmarks/results/cpu.json")): "bench",
     ("benchmarks", ("targets", "benchmarks/results/cpu.json")): None,
-    ("benchmarks", ("runtimes", "--report")): None,
+    ("benchmarks", ("runtimes",)): "bench,detection",
     ("benchmarks", ("threads", "--help")): None,
     ("benchmarks", ("model", "--help")): None,
     ("benchmarks", ("study",)): "bench,detection",
