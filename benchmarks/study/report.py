@@ -70,7 +70,7 @@ def _progress(study: Study, seeds: int) -> str:
         return f"All {planned} runs are here: {seeds} seeds of each of {len(VARIANTS)} rows."
     return (
         f"**Runs are being added**: {done} of {planned} are here ({seeds} seeds of each of "
-        f"{len(VARIANTS)} rows), and the learning rates of {tuned} rows are chosen. What is not "
+        f"{len(VARIANTS)} rows); learning rates are chosen for {tuned} of the rows. What is not "
         f'known yet is "{NONE}".'
     )
 
