@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -126,7 +127,9 @@ def unpack(features: list[Tensor] | tuple[Tensor, ...] | dict[str, Tensor]) -> l
 def repack(features: Features, levels: Sequence[Tensor]) -> Features:
     """``levels`` in a container like ``features``: the same keys, or the same kind of sequence."""
     packed: Any
-    if isinstance(features, dict):
+    if type(features) is OrderedDict:  # torch.compile cannot copy one
+        packed = OrderedDict(zip(features.keys(), levels, strict=True))
+    elif isinstance(features, dict):
         packed = copy.copy(features)  # keeps what a subclass has beside its keys
         packed.update(zip(features.keys(), levels, strict=True))
     elif isinstance(features, Mapping):
