@@ -127,11 +127,13 @@ def unpack(features: list[Tensor] | tuple[Tensor, ...] | dict[str, Tensor]) -> l
 def repack(features: Features, levels: Sequence[Tensor]) -> Features:
     """``levels`` in a container like ``features``: the same keys, or the same kind of sequence."""
     packed: Any
-    if type(features) is OrderedDict:  # torch.compile cannot copy one
-        packed = OrderedDict(zip(features.keys(), levels, strict=True))
-    elif isinstance(features, dict):
-        packed = copy.copy(features)  # keeps what a subclass has beside its keys
-        packed.update(zip(features.keys(), levels, strict=True))
+    if isinstance(features, dict):
+        pairs = zip(features.keys(), levels, strict=True)
+        if type(features) in (dict, OrderedDict):  # torch.compile cannot copy them
+            packed = type(features)(pairs)
+        else:
+            packed = copy.copy(features)  # keeps what a subclass has beside its keys
+            packed.update(pairs)
     elif isinstance(features, Mapping):
         packed = dict(zip(features.keys(), levels, strict=True))
     elif hasattr(features, "_fields"):

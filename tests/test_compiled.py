@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,3 +136,15 @@ def test_a_block_is_a_small_group_of_nodes() -> None:
         torch._dynamo.reset()
     # Three operators, and what takes their results apart.
     assert counts[1] - counts[0] <= 11, counts
+
+
+@pytest.mark.parametrize("container", [dict, OrderedDict])
+def test_a_detector_hands_its_levels_on_in_a_dictionary(container: type) -> None:
+    head = dyhead_cuda.DyHead(CHANNELS, CHANNELS, 1).requires_grad_(False)
+    (levels,) = pyramid(0)
+
+    def detector(levels: list[Tensor]) -> list[Tensor]:
+        return list(head(container(zip("abc", levels, strict=True))).values())
+
+    compiled = torch.compile(detector, backend=aot_eager, fullgraph=True)
+    assert_close(compiled(levels), head(levels), torch.float32)

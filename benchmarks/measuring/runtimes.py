@@ -310,15 +310,14 @@ def section(data: dict[str, Any], link: str) -> str:
 
 
 def _best_other(rows: dict[str, Any], own: float) -> str:
-    """The fastest runtime that does not run our kernels, and how far it is behind or ahead."""
+    """The fastest runtime that does not run our kernels."""
     others = {
         name: rows[name]["seconds"] for name in (ONNXRUNTIME, OPENVINO) if "seconds" in rows[name]
     }
     if not others:
         return "-"
     name = min(others, key=lambda other: others[other])
-    ratio = others[name] / own
-    return f"{name}, {abs(ratio - 1):.0%} {'slower' if ratio >= 1 else 'faster'}"
+    return f"{name}, {others[name] / own:.2f} x"
 
 
 def _versions() -> dict[str, str]:
