@@ -55,7 +55,7 @@ ACTIONS = {
     ),
     "threads": Action(
         "measuring.threads",
-        None,
+        "bench",
         options.threads,
         "how a block would scale to more threads than this CPU has, from the times of its tasks",
     ),

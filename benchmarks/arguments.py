@@ -67,31 +67,17 @@ def runtimes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=integer(1), default=7, help="runs of each (default: %(default)s)"
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=Path("benchmarks/results/runtimes/cpu.json"),
-        help="results (default: %(default)s)",
-    )
+    _add_results(parser, "runtimes")
     _add_write(parser, readme.RUNTIMES)
-    parser.add_argument(
-        "--report", action="store_true", help="measure nothing: the table of --json as it is"
-    )
+    _add_report(parser)
 
 
 def threads(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``threads``."""
     parser.add_argument("--shapes", choices=list(SHAPE_SETS), default="glip")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=Path("benchmarks/results/threads/cpu.json"),
-        help="results (default: %(default)s)",
-    )
+    _add_results(parser, "threads")
     _add_write(parser, readme.THREADS)
-    parser.add_argument(
-        "--report", action="store_true", help="measure nothing: the table of --json as it is"
-    )
+    _add_report(parser)
 
 
 def files(parser: argparse.ArgumentParser) -> None:
@@ -162,20 +148,28 @@ def first_weights(parser: argparse.ArgumentParser) -> None:
         default=Path("runs/first_weights"),
         help="of the trainings; those that were stopped go on (default: %(default)s)",
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=Path("benchmarks/results/first_weights/cpu.json"),
-        help="results (default: %(default)s)",
-    )
+    _add_results(parser, "first_weights")
     parser.add_argument(
         "--jobs", type=integer(1), default=1, help="trainings at a time (default: %(default)s)"
     )
     _add_write(parser, readme.FIRST_WEIGHTS)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--quick", action="store_true", help="two steps each: to try the command")
-    instead.add_argument(
-        "--report", action="store_true", help="train nothing: the tables of --json as they are"
+    _add_report(instead)
+
+
+def _add_results(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path(f"benchmarks/results/{name}/cpu.json"),
+        help="results (default: %(default)s)",
+    )
+
+
+def _add_report(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: the tables of --json as they are"
     )
 
 

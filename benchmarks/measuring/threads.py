@@ -15,6 +15,7 @@ import argparse
 import heapq
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from benchmarks import readme
 from benchmarks.cases.shapes import SHAPE_SETS
 from benchmarks.machine import environment, one_line
 from dyhead_cuda import DyHeadBlock
+from dyhead_cuda.commands.common import fail
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "build" / "instrumented" / "tasks"
@@ -108,6 +110,9 @@ def record(shapes: str, precision: str, backward: bool, threads: int, file: Path
         backward: whether gradients are part of it.
         threads: for which the library makes its lists.
         file: that the environment variable DYHEAD_TASK_RECORD names.
+
+    Raises:
+        RuntimeError: nothing was recorded, as by a library that was not built for it.
     """
     chosen, dtype = SHAPE_SETS[shapes], PRECISIONS[precision]
     torch.manual_seed(0)
@@ -135,6 +140,11 @@ def record(shapes: str, precision: str, backward: bool, threads: int, file: Path
             torch.autograd.backward(outputs, gradients)
         total = time.process_time_ns() - begin
         lists = tuple(TaskList.read(line) for line in file.read_text().splitlines())
+        if not lists:
+            raise RuntimeError(
+                f"expected the library to record its tasks in {file}, but it wrote none; build it "
+                "with DYHEAD_INSTRUMENT=tasks and set DYHEAD_LIBRARY_DIR and DYHEAD_TASK_RECORD"
+            )
         if best is None or total < best.total:
             best = Recording(total, lists)
     assert best is not None
@@ -214,10 +224,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures and writes; with ``--report`` only writes the table of ``--json`` as it is."""
     path: Path = arguments.json
     if not arguments.report:
+        try:
+            rows_found = _recorded(arguments.shapes)
+        except subprocess.CalledProcessError as error:  # which has said why on stderr
+            return fail(f"nothing was measured: {shlex.join(map(str, error.cmd))} failed")
         data = {
             "environment": environment(sys.argv[1:], torch.device("cpu")),
             "shapes": arguments.shapes,
-            "rows": _recorded(arguments.shapes),
+            "rows": rows_found,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=1) + "\n")

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import readme
 from benchmarks.__main__ import main
@@ -46,8 +48,6 @@ int main() {
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_library_records_each_task(tmp_path: Path) -> None:
-    import torch
-
     (tmp_path / "tasks.cpp").write_text(PROGRAM)
     program, file = tmp_path / "tasks", tmp_path / "record"
     subprocess.run(
@@ -68,6 +68,28 @@ def test_the_library_records_each_task(tmp_path: Path) -> None:
     for each in (first, second):
         assert len(each.tasks) == 3
         assert each.tasks[0] < each.tasks[2]
+
+
+def test_a_library_that_records_nothing_is_an_error(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(RuntimeError, match="DYHEAD_INSTRUMENT=tasks"):
+            threads.record("yolo", "float32", False, 1, tmp_path / "none")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_build_that_fails_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def failing(command: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    assert main(["threads", "--json", str(tmp_path / "none.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nothing was measured" in line
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_the_docs_show_the_committed_results(

@@ -96,7 +96,7 @@ RUNS: dict[tuple[str, tuple[str, ...]], str | None] = {
     ("benchmarks", ("plot", "benchmarks/results/cpu.json")): "bench",
     ("benchmarks", ("targets", "benchmarks/results/cpu.json")): None,
     ("benchmarks", ("runtimes",)): "bench,detection",
-    ("benchmarks", ("threads", "--help")): None,
+    ("benchmarks", ("threads",)): "bench",
     ("benchmarks", ("model", "--help")): None,
     ("benchmarks", ("study",)): "bench,detection",
     ("benchmarks", ("first-weights",)): "bench,detection",
