@@ -241,7 +241,7 @@ def expect_tables(tables: str) -> None:
 def cpu_capability() -> str:
     """The vector instructions that the CPU kernels use here, or without them those of torch.
 
-    On x86-64 avx512bf16, avx512, avx2 or default, on aarch64 neon; what is wrong with
+    On x86-64 amx, avx512bf16, avx512, avx2 or default, on aarch64 neon; what is wrong with
     ``DYHEAD_CPU_CAPABILITY`` where it names none of them.
     """
     if not loaded("cpu"):

@@ -279,8 +279,14 @@ def test_files_of_an_instruction_set_are_compiled_for_it_alone(
         "probe_avx2": ["__AVX2__", "__FMA__", "__F16C__"],
         "probe_avx512": ["__AVX512F__", "__AVX512BW__", "__AVX512VL__", "__AVX512DQ__", "__FMA__"],
         "probe_avx512bf16": ["__AVX512F__", "__AVX512BF16__"],
+        "probe_amx": ["__AVX512F__", "__AVX512BF16__", "__AMX_TILE__", "__AMX_BF16__"],
     }
-    absent = {"plain": "__AVX__", "probe_avx2": "__AVX512F__", "probe_avx512": "__AVX512BF16__"}
+    absent = {
+        "plain": "__AVX__",
+        "probe_avx2": "__AVX512F__",
+        "probe_avx512": "__AVX512BF16__",
+        "probe_avx512bf16": "__AMX_TILE__",
+    }
     for name, present in macros.items():
         lines = [f"#ifndef {macro}\n#error {macro} is missing\n#endif" for macro in present]
         if name in absent:

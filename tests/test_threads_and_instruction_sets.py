@@ -139,6 +139,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": avx2,
         "avx512": avx512,
         "avx512bf16": avx512 | {"avx512_bf16"},
+        "amx": avx512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
     }
 NARROWEST = next(iter(CAPABILITIES))
 Results = dict[torch.dtype, list[Tensor]]
@@ -230,7 +231,11 @@ def test_capability_can_be_forced(
         assert_close(actual[dtype], exact_results[dtype], dtype, factor=2)
         assert_close(actual[dtype], narrowest[dtype], dtype, factor=2)
     # Not the same bits, so that the variable has had an effect.
-    other = {"avx2": ("default", torch.float32), "avx512bf16": ("avx512", torch.bfloat16)}
+    other = {
+        "avx2": ("default", torch.float32),
+        "avx512bf16": ("avx512", torch.bfloat16),
+        "amx": ("avx512bf16", torch.bfloat16),
+    }
     if capability in other:
         name, dtype = other[capability]
         pairs = zip(actual[dtype], results_of(name)[dtype], strict=True)

@@ -85,7 +85,7 @@ class Setup(Settings):
     images: int = 4000
     val_images: int = 300
     steps: int = 600
-    batch_size: int = 8
+    batch_size: int = 4
     body_lr: float = 0.1
     ema: float = 0.998
     evaluations: int = 4

@@ -1,8 +1,10 @@
 // The gradient of the weights: columns^T . grad_out of all chunks that use a weight. The gradients
 // of a round of chunks are packed once, for all taps and slices of channels. Tasks sample their
 // columns again instead of storing them. Sums wait for the last round, and for those of other parts
-// of the chunks.
+// of the chunks. Where products take pairs of bfloat16, they are grad_out^T . columns: the
+// gradients are what is read along the rows then, and the columns lie in panels.
 #include "deform_conv_bwd.h"
+#include "transpose.h"
 
 namespace dyhead::cpu {
 namespace {
@@ -21,13 +23,16 @@ class WeightPass {
   explicit WeightPass(const BackwardCall<T>& call)
       : call_(call),
         s_(call.s),
-        gemm_(call.paired ? call.kernels.row_gemm : call.kernels.gemm),
+        gemm_(call.paired ? call.kernels.column_gemm : call.kernels.gemm),
         slices_(make_slices(s_, kSliceChannels)),
-        cols_(round_up(call.group_outputs, gemm_.tile_cols)),
-        rows_(round_up(std::min(kSliceChannels, s_.channels), gemm_.tile_rows)),
+        // Sums over more rows pass through the tiles less often.
+        item_rows_(call.paired ? 2 * kChunkRows : kChunkRows),
+        outputs_(round_up(call.group_outputs, call.paired ? gemm_.tile_rows : gemm_.tile_cols)),
+        channels_(round_up(std::min(kSliceChannels, s_.channels),
+                           call.paired ? gemm_.tile_cols : gemm_.tile_rows)),
         // One vector more than a multiple of the cache's sets, so that rows do not collide.
-        width_(rows_ + 16),
-        sum_values_(rows_ * cols_) {
+        width_(channels_ + 16),
+        sum_values_(channels_ * outputs_) {
     const int64_t sum_bytes = sum_values_ * static_cast<int64_t>(sizeof(F));
     tap_groups_ = ceil_div(s_.taps(), std::clamp<int64_t>(kTaskBytes / sum_bytes, 1, s_.taps()));
     const int64_t all = call.tables.weights * std::ssize(slices_) * s_.taps() * sum_bytes;
@@ -38,9 +43,8 @@ class WeightPass {
         if (call.tables.terms[use.term].weight != w) continue;
         const int64_t pixels = call.tables.jobs[use.job].out.pixels();
         for (int64_t image = 0; image < s_.images; ++image) {
-          for (int64_t first = 0; first < pixels; first += kChunkRows) {
-            items_.push_back(
-                {&use, {use.job, image, first, std::min<int64_t>(kChunkRows, pixels - first)}});
+          for (int64_t first = 0; first < pixels; first += item_rows_) {
+            items_.push_back({&use, {use.job, image, first, std::min(item_rows_, pixels - first)}});
           }
         }
       }
@@ -66,7 +70,7 @@ class WeightPass {
   }
 
  private:
-  // A chunk of the rows of one use.
+  // Rows of one use.
   struct Item {
     const Use* use;
     DeformChunk chunk;
@@ -74,39 +78,44 @@ class WeightPass {
 
   struct Scratch {
     explicit Scratch(const WeightPass& pass)
-        : corners(kChunkRows), columns(kChunkRows * pass.width_ * pass.call_.element_bytes) {}
+        : corners(pass.item_rows_),
+          columns(pass.item_rows_ * pass.width_ * pass.call_.element_bytes) {}
     std::vector<Corners<F>> corners;
-    std::vector<std::byte> columns;  // as row_gemm reads them
+    std::vector<std::byte> columns;  // [rows, width], or panels
   };
 
-  int64_t group_bytes() const { return kChunkRows * cols_ * call_.element_bytes; }
+  int64_t group_bytes() const { return item_rows_ * outputs_ * call_.element_bytes; }
   int64_t item_bytes() const { return s_.groups * group_bytes(); }
 
-  // As [item][group][panel][rows / pairs][tile_cols][pairs].
+  // As [item][group] and there, for pairs, [outputs][rows], otherwise [panel][rows][tile_cols].
   void pack_gradients(int64_t first, int64_t last) {
     parallel_tasks(
         last - first,
         [&] {
-          return std::vector<std::byte>(kChunkRows * call_.grad_stride * call_.element_bytes);
+          return std::vector<std::byte>(item_rows_ * call_.grad_stride * call_.element_bytes);
         },
         [&](int64_t i, std::vector<std::byte>& grad) {
           const DeformChunk& chunk = items_[first + i].chunk;
-          call_.load_grad(chunk, grad.data());
+          for (int64_t r = 0; r < chunk.rows; r += kChunkRows) {
+            const DeformChunk part{chunk.job, chunk.image, chunk.first + r,
+                                   std::min<int64_t>(kChunkRows, chunk.rows - r)};
+            call_.load_grad(part, grad.data() + r * call_.grad_stride * call_.element_bytes);
+          }
           for (int32_t g = 0; g < s_.groups; ++g) {
             std::byte* to = packed_.get() + i * item_bytes() + g * group_bytes();
             if (call_.paired) {
-              pack_pairs(reinterpret_cast<const uint16_t*>(grad.data()) + g * call_.group_outputs,
-                         chunk.rows, reinterpret_cast<uint16_t*>(to));
+              pack_outputs(reinterpret_cast<const uint16_t*>(grad.data()) + g * call_.group_outputs,
+                           chunk.rows, reinterpret_cast<uint16_t*>(to));
             } else {
-              pack_rows(reinterpret_cast<const F*>(grad.data()) + g * call_.group_outputs,
-                        chunk.rows, reinterpret_cast<F*>(to));
+              pack_panels(reinterpret_cast<const F*>(grad.data()) + g * call_.group_outputs,
+                          chunk.rows, reinterpret_cast<F*>(to));
             }
           }
         });
   }
 
-  void pack_rows(const F* grad, int64_t rows, F* packed) const {
-    for (int64_t o = 0; o < cols_; o += gemm_.tile_cols) {
+  void pack_panels(const F* grad, int64_t rows, F* packed) const {
+    for (int64_t o = 0; o < outputs_; o += gemm_.tile_cols) {
       const int64_t count = std::min<int64_t>(gemm_.tile_cols, call_.group_outputs - o);
       for (int64_t r = 0; r < rows; ++r) {
         F* to = packed + o * rows + r * gemm_.tile_cols;
@@ -117,24 +126,17 @@ class WeightPass {
   }
 
   // The last row of an odd number is paired with zeros.
-  void pack_pairs(const uint16_t* grad, int64_t rows, uint16_t* packed) const {
-    const std::vector<uint16_t> zeros(gemm_.tile_cols);
-    for (int64_t o = 0; o < cols_; o += gemm_.tile_cols) {
-      const int64_t count = std::min<int64_t>(gemm_.tile_cols, call_.group_outputs - o);
-      for (int64_t r = 0; r < rows; r += 2) {
-        uint16_t* to = packed + o * round_up(rows, 2) + r * gemm_.tile_cols;
-        const uint16_t* even = grad + r * call_.grad_stride + o;
-        const uint16_t* odd = r + 1 < rows ? even + call_.grad_stride : zeros.data();
-        for (int64_t c = 0; c < count; ++c) {
-          to[2 * c] = even[c];
-          to[2 * c + 1] = odd[c];
-        }
-        std::fill(to + 2 * count, to + 2 * gemm_.tile_cols, uint16_t{0});
-      }
+  void pack_outputs(const uint16_t* grad, int64_t rows, uint16_t* packed) const {
+    transpose(grad, call_.grad_stride, rows, call_.group_outputs, packed, item_rows_);
+    for (int64_t o = 0; rows % 2 != 0 && o < call_.group_outputs; ++o) {
+      packed[o * item_rows_ + rows] = 0;
     }
+    std::fill(packed + call_.group_outputs * item_rows_, packed + outputs_ * item_rows_,
+              uint16_t{0});
   }
 
-  F* sum(int64_t part, int64_t weight, int64_t slice, int64_t tap) const {  // [rows, cols]
+  // [channels, outputs], for pairs [outputs, channels].
+  F* sum(int64_t part, int64_t weight, int64_t slice, int64_t tap) const {
     const int64_t slices = std::ssize(slices_);
     const int64_t at = ((part * call_.tables.weights + weight) * slices + slice) * s_.taps() + tap;
     return sums_.get() + at * sum_values_;
@@ -195,15 +197,20 @@ class WeightPass {
     const T* source = call_.source_of(map, chunk.image) + slice.first;
     sample_rows(call_.sampler(*item.use, chunk.image), slice.deform_group, tap, chunk.first,
                 chunk.rows, scratch.corners.data());
+    const std::byte* grad = packed + slice.group * group_bytes();
+    std::byte* columns = scratch.columns.data();
     if (call_.paired) {
+      const int64_t rows = round_up(chunk.rows, 2);
       call_.kernels.blend_rows(source, s_.channels, slice.count, scratch.corners.data(), chunk.rows,
-                               scratch.columns.data(), width_);
+                               columns, rows * gemm_.tile_cols);
+      gemm_.run(grad, item_rows_, 1, columns, sum, channels_, outputs_,
+                round_up(slice.count, gemm_.tile_cols), rows);
     } else {
       call_.kernels.blend_compute(source, s_.channels, slice.count, scratch.corners.data(),
-                                  chunk.rows, reinterpret_cast<F*>(scratch.columns.data()), width_);
+                                  chunk.rows, reinterpret_cast<F*>(columns), width_);
+      gemm_.run(columns, 1, width_, grad, sum, outputs_, round_up(slice.count, gemm_.tile_rows),
+                outputs_, chunk.rows);
     }
-    gemm_.run(scratch.columns.data(), 1, width_, packed + slice.group * group_bytes(), sum, cols_,
-              round_up(slice.count, gemm_.tile_rows), cols_, round_up(chunk.rows, gemm_.pairs));
   }
 
   // Adds the parts up, in order.
@@ -222,8 +229,9 @@ class WeightPass {
         const F* found = sum(part, weight, index, tap);
         for (int64_t o = 0; o < call_.group_outputs; ++o) {
           for (int64_t c = 0; c < slice.count; ++c) {
+            const F value = found[call_.paired ? o * channels_ + c : c * outputs_ + o];
             F& to = out[(o * channels + c) * taps];
-            to = empty ? found[c * cols_ + o] : to + found[c * cols_ + o];
+            to = empty ? value : to + value;
           }
         }
         empty = false;
@@ -238,13 +246,13 @@ class WeightPass {
   const DeformShape& s_;
   const GemmKernel<F>& gemm_;
   const std::vector<Slice> slices_;
-  const int64_t cols_, rows_, width_, sum_values_;
+  const int64_t item_rows_, outputs_, channels_, width_, sum_values_;
   int64_t tap_groups_, parts_;
   std::vector<Item> items_;             // those of a weight follow each other
   std::vector<int64_t> weight_starts_;  // [weights + 1], into items_
   std::vector<bool> begun_;             // [weights, parts]: whether there are sums
   std::unique_ptr<std::byte[]> packed_;
-  std::unique_ptr<F[]> sums_;  // [parts, weights, slices, taps, rows, cols]
+  std::unique_ptr<F[]> sums_;  // [parts, weights, slices, taps], see sum()
 };
 
 }  // namespace

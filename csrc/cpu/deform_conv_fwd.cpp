@@ -19,13 +19,15 @@ template struct UpsampledMeanWeights<double>;
 namespace {
 
 // The weights as the column GEMM reads them: [weight][group][tap][panel][k /
-// pairs][tile_cols][pairs], zero where a panel or a pair is not full.
+// pairs][tile_cols][pairs], zero where a panel or a pair is not full. Of pairs of bfloat16, `part`
+// 0 is the rounded weights, and part i what parts before it leave of them.
 template <class F>
 class PackedWeights {
  public:
-  PackedWeights(const DeformFwdParams& p, const GemmKernel<F>& gemm)
+  PackedWeights(const DeformFwdParams& p, const GemmKernel<F>& gemm, int part)
       : s_(p.call->shape),
         gemm_(gemm),
+        part_(part),
         k_(round_up(s_.channels / s_.groups, gemm.pairs)),
         cols_(round_up(s_.out_channels / s_.groups, gemm.tile_cols)),
         element_(gemm.pairs == 2 ? sizeof(bfloat16) : sizeof(F)),
@@ -46,6 +48,13 @@ class PackedWeights {
 
  private:
   int64_t tap_bytes() const { return k_ * cols_ * element_; }
+
+  template <class E>
+  E part_of(F value) const {
+    auto rest = static_cast<compute_t<E>>(value);
+    for (int i = 0; i < part_; ++i) rest -= to_compute(from_compute<E>(rest));
+    return from_compute<E>(rest);
+  }
 
   static void prefetch(const F* values, int64_t count) {
     constexpr int64_t kLine = 64 / sizeof(F);
@@ -84,8 +93,7 @@ class PackedWeights {
               for (int64_t i = 0; i < count; ++i) {
                 E* to = buffer.data() + (i / kPairs * tile + o - first) * kPairs + i % kPairs;
                 for (int64_t tap = 0; tap < taps; ++tap) {
-                  to[tap * block * tile] =
-                      from_compute<E>(static_cast<compute_t<E>>(row[i * taps + tap]));
+                  to[tap * block * tile] = part_of<E>(row[i * taps + tap]);
                 }
               }
             }
@@ -99,6 +107,7 @@ class PackedWeights {
 
   const DeformShape& s_;
   const GemmKernel<F>& gemm_;
+  const int part_;
   int64_t k_, cols_, element_;
   std::unique_ptr<std::byte[]> bytes_;
 };
@@ -127,15 +136,20 @@ class Forward {
       : p_(p),
         s_(p.call->shape),
         kernels_(deform_kernels<T>()),
-        // Pairs of columns must not reach across groups. What is wanted in the compute type is
-        // computed in it: predicted offsets would move samples by the rounding of the weights.
-        paired_(kernels_.column_gemm.pairs == 2 && !p.out_in_compute_dtype &&
+        // What is wanted in the compute type is computed in it: predicted offsets would move
+        // samples by the rounding of the weights. But a plain convolution has columns that need no
+        // rounding, and three parts of a weight that add up to it.
+        parts_(!p.out_in_compute_dtype          ? 1
+               : kernels_.sums_parts && plain() ? 3
+                                                : 0),
+        // Pairs of columns must not reach across groups.
+        paired_(kernels_.column_gemm.pairs == 2 && parts_ > 0 &&
                 (s_.groups == 1 || s_.channels / s_.groups % 2 == 0)),
         gemm_(paired_ ? kernels_.column_gemm : kernels_.gemm),
-        packed_(p, gemm_),
-        out_stride_(s_.groups * packed_.cols()),
+        out_stride_(s_.groups * round_up(s_.out_channels / s_.groups, gemm_.tile_cols)),
         column_bytes_(paired_ ? sizeof(bfloat16) : sizeof(F)),
         column_stride_(round_up(s_.channels, 2)) {
+    for (int part = 0; part < (paired_ ? parts_ : 1); ++part) packed_.emplace_back(p, gemm_, part);
     if (!p.moments) return;
     for (const DeformJob& job : p.call->jobs) up_weights_.emplace_back(job);
   }
@@ -163,6 +177,13 @@ class Forward {
     std::vector<std::byte> columns;
     std::vector<F> out;
   };
+
+  // Whether every column is the source's value.
+  bool plain() const {
+    const std::vector<DeformJob>& jobs = p_.call->jobs;
+    return p_.gates == nullptr &&
+           std::all_of(jobs.begin(), jobs.end(), [](const DeformJob& job) { return job.plain(); });
+  }
 
   void blend(const T* source, int64_t channels, const Corners<F>* corners, int64_t rows,
              std::byte* columns) const {
@@ -195,10 +216,12 @@ class Forward {
           blend(source + d * deform_channels, deform_channels, scratch.corners.data(), chunk.rows,
                 scratch.columns.data() + d * deform_channels * column_bytes_);
         }
-        for (int32_t g = 0; g < s_.groups; ++g) {
-          gemm_.run(scratch.columns.data() + g * group_channels * column_bytes_, column_stride_, 1,
-                    packed_.at(term.weight, g, tap), scratch.out.data() + g * packed_.cols(),
-                    out_stride_, padded, packed_.cols(), packed_.k());
+        for (const PackedWeights<F>& packed : packed_) {
+          for (int32_t g = 0; g < s_.groups; ++g) {
+            gemm_.run(scratch.columns.data() + g * group_channels * column_bytes_, column_stride_,
+                      1, packed.at(term.weight, g, tap), scratch.out.data() + g * packed.cols(),
+                      out_stride_, padded, packed.cols(), packed.k());
+          }
         }
       }
     }
@@ -220,7 +243,7 @@ class Forward {
     for (int64_t r = 0; s_.groups > 1 && r < chunk.rows; ++r) {
       // Packs the groups together, in place: they only move to the front.
       for (int32_t g = 1; g < s_.groups; ++g) {
-        const F* from = y + r * out_stride_ + g * packed_.cols();
+        const F* from = y + r * out_stride_ + g * packed_.front().cols();
         std::copy(from, from + group_outputs, y + r * out_stride_ + g * group_outputs);
       }
     }
@@ -299,9 +322,10 @@ class Forward {
   const DeformFwdParams& p_;
   const DeformShape& s_;
   const DeformKernels<T>& kernels_;
+  const int parts_;
   const bool paired_;
   const GemmKernel<F>& gemm_;
-  PackedWeights<F> packed_;
+  std::vector<PackedWeights<F>> packed_;  // of each part
   std::vector<UpsampledMeanWeights<F>> up_weights_;
   int64_t out_stride_, column_bytes_, column_stride_;
 };

@@ -10,6 +10,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace dyhead::cpu {
@@ -21,6 +25,21 @@ bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
+
+// Whether the CPU has tiles of bfloat16, and the kernel lets this process use them: they are large,
+// so it asks first (Documentation/arch/x86/xstate.rst of Linux).
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7's edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 Capability widest() {
@@ -29,17 +48,28 @@ Capability widest() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (pairs && may_use_tiles()) return kAmx;
+  if (pairs) return kAvx512Bf16;
   if (avx512) return kAvx512;
   if (avx2) return kAvx2;
 #endif
   return Capability{};
 }
 
+// Of what the CPU has, what to use unless told otherwise.
+Capability fastest(Capability best) {
+#if defined(__x86_64__)
+  // A product of pairs takes Intel's as long as four of float32, which do twice as much.
+  if (best == kAvx512Bf16 && __builtin_cpu_is("intel")) return kAvx512;
+#endif
+  return best;
+}
+
 Capability chosen() {
   const char* wanted = std::getenv("DYHEAD_CPU_CAPABILITY");
   const Capability best = widest();
-  if (wanted == nullptr || *wanted == '\0') return best;
+  if (wanted == nullptr || *wanted == '\0') return fastest(best);
   std::string names;
   for (int i = 0; i < static_cast<int>(std::size(kCapabilities)); ++i) {
     names += (i == 0 ? "" : ", ") + std::string(kCapabilities[i]);
@@ -121,6 +151,7 @@ template <class T>
 const DeformKernels<T>& deform_kernels() {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, bfloat16>) {
+    if (cpu_capability() == Capability::kAmx) return bf16_amx();
     if (cpu_capability() == Capability::kAvx512Bf16) return bf16_avx512bf16();
   }
 #endif

@@ -93,13 +93,13 @@ struct DeformKernels {
   // The same, always in columns of F.
   void (*grad_rows_compute)(const T* grad, const MomentGrads<T>* moments, int64_t rows,
                             int64_t channels, F* out, int64_t out_stride);
-  // Products that sum over rows. Where pairs is 1 they are those of `gemm` and `blend_compute`.
-  // Where it is 2, `blend_rows` writes values c of rows r and r + 1 side by side, at
-  // 2 * (r / 2 * out_stride + c), and 0 for a row that is not there; `row_gemm` has
-  // row_stride = 1 and reads element (r, k) from a[2 * (k / 2 * k_stride + r) + k % 2].
-  GemmKernel<F> row_gemm;
+  // Only where pairs is 2: the same as `blend`, as `column_gemm` reads b for sums over the samples.
+  // Value c of sample r lies in the panel of c, the panels `panel_stride` apart, beside that of r +
+  // 1 if r is even; 0 for a sample that is not there.
   void (*blend_rows)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
-                     int64_t rows, void* out, int64_t out_stride);
+                     int64_t rows, void* out, int64_t panel_stride);
+  // Whether three products of `column_gemm` take less time than one of `gemm`.
+  bool sums_parts;
 };
 
 template <class T>
@@ -143,8 +143,8 @@ const FuseKernels<T>& fuse_kernels();
 // The instruction sets that the library has kernels for on this kind of processor, from narrow to
 // wide; cpu_capability() is an index.
 #if defined(__x86_64__)
-enum Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
-inline constexpr const char* kCapabilities[] = {"default", "avx2", "avx512", "avx512bf16"};
+enum Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+inline constexpr const char* kCapabilities[] = {"default", "avx2", "avx512", "avx512bf16", "amx"};
 #elif defined(__aarch64__)
 enum Capability { kNeon };
 inline constexpr const char* kCapabilities[] = {"neon"};
@@ -153,7 +153,7 @@ enum Capability { kDefault };
 inline constexpr const char* kCapabilities[] = {"default"};
 #endif
 
-// The widest of them that this CPU has, or the narrower one that DYHEAD_CPU_CAPABILITY names.
+// The fastest of them that this CPU has, or the one that DYHEAD_CPU_CAPABILITY names.
 // Raises where the CPU lacks the one named.
 Capability cpu_capability();
 
@@ -176,5 +176,6 @@ DYHEAD_DECLARE_KERNELS(avx2)
 DYHEAD_DECLARE_KERNELS(avx512)
 #undef DYHEAD_DECLARE_KERNELS
 const DeformKernels<bfloat16>& bf16_avx512bf16();
+const DeformKernels<bfloat16>& bf16_amx();
 
 }  // namespace dyhead::cpu

@@ -13,6 +13,7 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int kTileVectors = 2;
 constexpr int kLanes = 16;
+constexpr int kPanel = kTileVectors * kLanes;
 
 [[gnu::always_inline]] inline __m512 load(const bfloat16* p) {
   __m256i bits;
@@ -68,10 +69,9 @@ void blend_columns(const bfloat16* source, int64_t stride, int64_t channels,
   }
 }
 
-// Pair i of row r lies at a + r * row_stride + i * pair_stride.
 [[gnu::always_inline]] inline void gemm_tile(const bfloat16* a, int64_t row_stride,
-                                             int64_t pair_stride, const bfloat16* b, float* c,
-                                             int64_t c_stride, int64_t k) {
+                                             const bfloat16* b, float* c, int64_t c_stride,
+                                             int64_t k) {
   __m512 acc[kTileRows][kTileVectors];
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kTileVectors; ++v) {
@@ -85,7 +85,7 @@ void blend_columns(const bfloat16* source, int64_t stride, int64_t channels,
     }
     for (int r = 0; r < kTileRows; ++r) {
       int pair;
-      std::memcpy(&pair, a + r * row_stride + i / 2 * pair_stride, sizeof pair);
+      std::memcpy(&pair, a + r * row_stride + i, sizeof pair);
       const __m512i both = _mm512_set1_epi32(pair);
       for (int v = 0; v < kTileVectors; ++v) {
         acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)both, panel[v]);
@@ -101,10 +101,9 @@ void blend_columns(const bfloat16* source, int64_t stride, int64_t channels,
 
 void gemm(const void* a, int64_t row_stride, int64_t, const void* b, float* c, int64_t c_stride,
           int64_t rows, int64_t cols, int64_t k) {
-  constexpr int kCols = kTileVectors * kLanes;
-  for (int64_t n = 0; n < cols; n += kCols) {
+  for (int64_t n = 0; n < cols; n += kPanel) {
     for (int64_t m = 0; m < rows; m += kTileRows) {
-      gemm_tile(static_cast<const bfloat16*>(a) + m * row_stride, row_stride, 2,
+      gemm_tile(static_cast<const bfloat16*>(a) + m * row_stride, row_stride,
                 static_cast<const bfloat16*>(b) + n * k, c + m * c_stride + n, c_stride, k);
     }
   }
@@ -113,53 +112,48 @@ void gemm(const void* a, int64_t row_stride, int64_t, const void* b, float* c, i
 // --- The backward's
 // -------------------------------------------------------------------------------
 
-void row_gemm(const void* a, int64_t, int64_t k_stride, const void* b, float* c, int64_t c_stride,
-              int64_t rows, int64_t cols, int64_t k) {
-  constexpr int kCols = kTileVectors * kLanes;
-  for (int64_t n = 0; n < cols; n += kCols) {
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      gemm_tile(static_cast<const bfloat16*>(a) + 2 * m, 2, 2 * k_stride,
-                static_cast<const bfloat16*>(b) + n * k, c + m * c_stride + n, c_stride, k);
-    }
-  }
+// Of the words of two rows, that of a channel.
+[[gnu::always_inline]] inline uint32_t* word_of(int64_t c, uint32_t* row, int64_t panel_stride) {
+  return row + c / kPanel * panel_stride + c % kPanel;
 }
 
 // Words hold the values of two rows side by side. The first of them, in the lower halves, is
 // written before the second is added. From channel c on.
 template <int kCount, bool kSecond>
 [[gnu::always_inline]] inline void blend_half(const ExistingCorners<bfloat16>& corners, int64_t c,
-                                              int64_t channels, uint32_t* out) {
+                                              int64_t channels, uint32_t* row,
+                                              int64_t panel_stride) {
   for (; c + kLanes <= channels; c += kLanes) {
     __m512 value = _mm512_set1_ps(corners.others);
     for (int i = 0; i < kCount; ++i) {
       value = _mm512_fmadd_ps(_mm512_set1_ps(corners.weight[i]), load(corners.from[i] + c), value);
     }
     __m512i words = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
-    if (kSecond) {
-      words = _mm512_or_si512(_mm512_loadu_si512(out + c), _mm512_slli_epi32(words, 16));
-    }
-    _mm512_storeu_si512(out + c, words);
+    uint32_t* out = word_of(c, row, panel_stride);
+    if (kSecond) words = _mm512_or_si512(_mm512_loadu_si512(out), _mm512_slli_epi32(words, 16));
+    _mm512_storeu_si512(out, words);
   }
   for (; c < channels; ++c) {
     float value = corners.others;
     for (int i = 0; i < kCount; ++i) value += corners.weight[i] * to_compute(corners.from[i][c]);
     const uint32_t bits = float_to_bfloat16(value).bits;
-    out[c] = kSecond ? out[c] | bits << 16 : bits;
+    uint32_t& out = *word_of(c, row, panel_stride);
+    out = kSecond ? out | bits << 16 : bits;
   }
 }
 
 template <bool kSecond>
 void blend_half(const ExistingCorners<bfloat16>& corners, int64_t first, int64_t channels,
-                uint32_t* out) {
+                uint32_t* row, int64_t panel_stride) {
   switch (corners.count) {
     case 4:
-      return blend_half<4, kSecond>(corners, first, channels, out);
+      return blend_half<4, kSecond>(corners, first, channels, row, panel_stride);
     case 2:
-      return blend_half<2, kSecond>(corners, first, channels, out);
+      return blend_half<2, kSecond>(corners, first, channels, row, panel_stride);
     case 1:
-      return blend_half<1, kSecond>(corners, first, channels, out);
+      return blend_half<1, kSecond>(corners, first, channels, row, panel_stride);
     default:
-      blend_half<0, kSecond>(corners, first, channels, out);
+      blend_half<0, kSecond>(corners, first, channels, row, panel_stride);
   }
 }
 
@@ -179,45 +173,47 @@ constexpr WordPlaces kWordPlaces;
 
 // Two rows with all their corners; returns the first channel that is left.
 int64_t blend_two(const ExistingCorners<bfloat16>& first, const ExistingCorners<bfloat16>& second,
-                  int64_t channels, uint32_t* out) {
+                  int64_t channels, uint32_t* row, int64_t panel_stride) {
   const __m512i odd_places = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512i low = _mm512_load_si512(kWordPlaces.place[0]);
   const __m512i high = _mm512_load_si512(kWordPlaces.place[1]);
   int64_t c = 0;
   for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
     __m512 even[2], odd[2];
-    for (int row = 0; row < 2; ++row) {
-      const ExistingCorners<bfloat16>& corners = row == 0 ? first : second;
-      even[row] = odd[row] = _mm512_setzero_ps();
-      for (int i = 0; i < 4; ++i) {
-        const __m512 weight = _mm512_set1_ps(corners.weight[i]);
-        const __m512i both = _mm512_loadu_si512(corners.from[i] + c);
-        even[row] = _mm512_fmadd_ps(weight, (__m512)_mm512_slli_epi32(both, 16), even[row]);
-        odd[row] = _mm512_fmadd_ps(weight, (__m512)_mm512_and_si512(both, odd_places), odd[row]);
+    for (int i = 0; i < 2; ++i) {
+      const ExistingCorners<bfloat16>& corners = i == 0 ? first : second;
+      even[i] = odd[i] = _mm512_setzero_ps();
+      for (int j = 0; j < 4; ++j) {
+        const __m512 weight = _mm512_set1_ps(corners.weight[j]);
+        const __m512i both = _mm512_loadu_si512(corners.from[j] + c);
+        even[i] = _mm512_fmadd_ps(weight, (__m512)_mm512_slli_epi32(both, 16), even[i]);
+        odd[i] = _mm512_fmadd_ps(weight, (__m512)_mm512_and_si512(both, odd_places), odd[i]);
       }
     }
     const __m512i evens = (__m512i)_mm512_cvtne2ps_pbh(even[1], even[0]);
     const __m512i odds = (__m512i)_mm512_cvtne2ps_pbh(odd[1], odd[0]);
-    _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(evens, low, odds));
-    _mm512_storeu_si512(out + c + kLanes, _mm512_permutex2var_epi16(evens, high, odds));
+    uint32_t* out = word_of(c, row, panel_stride);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(evens, low, odds));
+    _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(evens, high, odds));
   }
   return c;
 }
 
 void blend_rows(const bfloat16* source, int64_t stride, int64_t channels,
-                const Corners<float>* samples, int64_t rows, void* out, int64_t out_stride) {
-  uint32_t* words = static_cast<uint32_t*>(out);
-  for (int64_t r = 0; r < rows; r += 2, words += out_stride) {
+                const Corners<float>* samples, int64_t rows, void* out, int64_t panel_stride) {
+  uint32_t* row = static_cast<uint32_t*>(out);
+  const int64_t words = panel_stride / 2;
+  for (int64_t r = 0; r < rows; r += 2, row += kPanel) {
     const ExistingCorners<bfloat16> first = existing_corners(samples[r], source, stride);
     if (r + 1 == rows) {
-      blend_half<false>(first, 0, channels, words);
+      blend_half<false>(first, 0, channels, row, words);
       break;
     }
     const ExistingCorners<bfloat16> second = existing_corners(samples[r + 1], source, stride);
     int64_t c = 0;
-    if (first.count == 4 && second.count == 4) c = blend_two(first, second, channels, words);
-    blend_half<false>(first, c, channels, words);
-    blend_half<true>(second, c, channels, words);
+    if (first.count == 4 && second.count == 4) c = blend_two(first, second, channels, row, words);
+    blend_half<false>(first, c, channels, row, words);
+    blend_half<true>(second, c, channels, row, words);
   }
 }
 
@@ -258,10 +254,9 @@ void grad_rows(const bfloat16* grad, const MomentGrads<bfloat16>* moments, int64
 const DeformKernels<bfloat16>& bf16_avx512bf16() {
   static const DeformKernels<bfloat16> kernels = [] {
     DeformKernels<bfloat16> with_pairs = bf16_avx512.deform;
-    with_pairs.column_gemm = {kTileRows, kTileVectors * kLanes, 2, gemm};
+    with_pairs.column_gemm = {kTileRows, kPanel, 2, gemm};
     with_pairs.blend = blend_columns;
     with_pairs.grad_rows = grad_rows;
-    with_pairs.row_gemm = {kTileRows, kTileVectors * kLanes, 2, row_gemm};
     with_pairs.blend_rows = blend_rows;
     return with_pairs;
   }();
