@@ -68,7 +68,7 @@ def runtimes(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=integer(1), default=7, help="runs of each (default: %(default)s)"
     )
     _add_results(parser, "runtimes")
-    _add_write(parser, readme.RUNTIMES)
+    _add_write(parser, f"{readme.RUNTIMES} NAME")  # of the results
     _add_report(parser)
 
 

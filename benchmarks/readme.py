@@ -10,6 +10,11 @@ BENCHMARKS, RUNTIMES, STUDY, MODEL = "bench", "runtimes", "study", "model"
 FIRST_WEIGHTS, THREADS = "first-weights", "threads"
 
 
+def section_of(name: str, results: Path) -> str:
+    """The section for a file of results, where several files have one each: "runtimes cpu"."""
+    return f"{name} {results.stem}"
+
+
 class SectionError(Exception):
     """A file without the markers of a section."""
 

@@ -353,5 +353,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(section(data, str(path)))
         return 0
     link = os.path.relpath(path, arguments.write.parent).replace(os.sep, "/")
-    readme.write_section(arguments.write, readme.RUNTIMES, section(data, link))
+    name = readme.section_of(readme.RUNTIMES, path)
+    readme.write_section(arguments.write, name, section(data, link))
     return 0

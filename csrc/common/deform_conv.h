@@ -30,7 +30,9 @@ struct DeformFwdParams {
   void* mean;
   void* var;        // biased
   void* up_mean;    // the mean after upsampling
-  bool allow_tf32;  // float32 products on CUDA may round their operands to TF32
+  // Products of float32 may be inexact: on CUDA those of operands rounded to TF32, on CPUs with AMX
+  // sums of products of their parts.
+  bool allow_tf32;
 };
 
 struct DeformBwdParams {

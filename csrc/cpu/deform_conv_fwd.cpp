@@ -136,20 +136,16 @@ class Forward {
       : p_(p),
         s_(p.call->shape),
         kernels_(deform_kernels<T>()),
-        // What is wanted in the compute type is computed in it: predicted offsets would move
-        // samples by the rounding of the weights. But a plain convolution has columns that need no
-        // rounding, and three parts of a weight that add up to it.
-        parts_(!p.out_in_compute_dtype          ? 1
-               : kernels_.sums_parts && plain() ? 3
-                                                : 0),
-        // Pairs of columns must not reach across groups.
-        paired_(kernels_.column_gemm.pairs == 2 && parts_ > 0 &&
-                (s_.groups == 1 || s_.channels / s_.groups % 2 == 0)),
-        gemm_(paired_ ? kernels_.column_gemm : kernels_.gemm),
+        parts_(choose_parts()),
+        gemm_(parts_.columns == 0   ? kernels_.gemm
+              : parts_.columns == 1 ? kernels_.column_gemm
+                                    : kernels_.part_gemm),
         out_stride_(s_.groups * round_up(s_.out_channels / s_.groups, gemm_.tile_cols)),
-        column_bytes_(paired_ ? sizeof(bfloat16) : sizeof(F)),
+        column_bytes_(parts_.columns == 1 ? sizeof(bfloat16) : sizeof(F)),
         column_stride_(round_up(s_.channels, 2)) {
-    for (int part = 0; part < (paired_ ? parts_ : 1); ++part) packed_.emplace_back(p, gemm_, part);
+    for (int part = 0; part < std::max(parts_.weights, 1); ++part) {
+      packed_.emplace_back(p, gemm_, part);
+    }
     if (!p.moments) return;
     for (const DeformJob& job : p.call->jobs) up_weights_.emplace_back(job);
   }
@@ -172,11 +168,30 @@ class Forward {
     explicit Scratch(const Forward& f)
         : corners(kChunkRows),
           columns(kChunkRows * f.column_stride_ * f.column_bytes_ + sizeof(F)),
+          parts(f.parts_.columns == 2 ? 2 * kChunkRows * f.column_stride_ : 0),
           out(kChunkRows * f.out_stride_) {}
     std::vector<Corners<F>> corners;
     std::vector<std::byte> columns;
+    std::vector<bfloat16> parts;  // of the columns, where they are two
     std::vector<F> out;
   };
+
+  // Into how many parts of bfloat16 columns and weights are cut; 0: they are multiplied as they
+  // are.
+  struct Parts {
+    int columns, weights;
+  };
+
+  // Pairs of columns must not reach across groups. What a call wants in the compute type is
+  // computed in it: predicted offsets would move samples by the rounding of the weights. But a
+  // plain convolution has columns that need no rounding, and three parts of a weight add up to it.
+  Parts choose_parts() const {
+    if (s_.groups > 1 && s_.channels / s_.groups % 2 != 0) return {0, 0};
+    if (kernels_.cut != nullptr && p_.allow_tf32) return {2, 2};
+    if (kernels_.column_gemm.pairs == 1) return {0, 0};
+    if (!p_.out_in_compute_dtype) return {1, 1};
+    return kernels_.sums_parts && plain() ? Parts{1, 3} : Parts{0, 0};
+  }
 
   // Whether every column is the source's value.
   bool plain() const {
@@ -187,7 +202,7 @@ class Forward {
 
   void blend(const T* source, int64_t channels, const Corners<F>* corners, int64_t rows,
              std::byte* columns) const {
-    if (paired_) {
+    if (parts_.columns == 1) {
       kernels_.blend(source, s_.channels, channels, corners, rows, columns, column_stride_);
     } else {
       kernels_.blend_compute(source, s_.channels, channels, corners, rows,
@@ -198,9 +213,7 @@ class Forward {
   void compute(const DeformChunk& chunk, Scratch& scratch) const {
     const DeformCall& tables = *p_.call;
     const DeformJob& job = tables.jobs[chunk.job];
-    const int64_t padded = round_up(chunk.rows, gemm_.tile_rows);
     const int64_t deform_channels = s_.channels / s_.deform_groups;
-    const int64_t group_channels = s_.channels / s_.groups;
     std::fill(scratch.out.begin(), scratch.out.end(), F(0));
     for (int32_t t = job.first_term; t < job.first_term + job.terms; ++t) {
       const DeformTerm& term = tables.terms[t];
@@ -216,14 +229,40 @@ class Forward {
           blend(source + d * deform_channels, deform_channels, scratch.corners.data(), chunk.rows,
                 scratch.columns.data() + d * deform_channels * column_bytes_);
         }
-        for (const PackedWeights<F>& packed : packed_) {
-          for (int32_t g = 0; g < s_.groups; ++g) {
-            gemm_.run(scratch.columns.data() + g * group_channels * column_bytes_, column_stride_,
-                      1, packed.at(term.weight, g, tap), scratch.out.data() + g * packed.cols(),
-                      out_stride_, padded, packed.cols(), packed.k());
-          }
-        }
+        multiply(chunk.rows, term.weight, tap, scratch);
       }
+    }
+  }
+
+  // Adds the products of a tap's columns. Of parts, those that the last digits are left to.
+  void multiply(int64_t rows, int64_t weight, int64_t tap, Scratch& scratch) const {
+    const int64_t padded = round_up(rows, gemm_.tile_rows);
+    const int64_t part_values = kChunkRows * column_stride_;
+    if (parts_.columns == 2) {
+      if constexpr (std::is_same_v<T, float>) {
+        kernels_.cut(reinterpret_cast<const F*>(scratch.columns.data()), rows * column_stride_,
+                     scratch.parts.data(), scratch.parts.data() + part_values);
+      }
+    }
+    const int most = std::max(parts_.columns, parts_.weights);
+    for (int i = 0; i < std::max(parts_.columns, 1); ++i) {
+      const std::byte* columns = scratch.columns.data();
+      if (parts_.columns == 2) {
+        columns = reinterpret_cast<const std::byte*>(scratch.parts.data() + i * part_values);
+      }
+      for (int j = 0; j < std::max(most - i, 1); ++j) {
+        multiply(columns, packed_[j], padded, weight, tap, scratch.out.data());
+      }
+    }
+  }
+
+  void multiply(const std::byte* columns, const PackedWeights<F>& packed, int64_t rows,
+                int64_t weight, int64_t tap, F* out) const {
+    const int64_t bytes =
+        s_.channels / s_.groups * (parts_.columns == 0 ? sizeof(F) : sizeof(bfloat16));
+    for (int32_t g = 0; g < s_.groups; ++g) {
+      gemm_.run(columns + g * bytes, column_stride_, 1, packed.at(weight, g, tap),
+                out + g * packed.cols(), out_stride_, rows, packed.cols(), packed.k());
     }
   }
 
@@ -322,8 +361,7 @@ class Forward {
   const DeformFwdParams& p_;
   const DeformShape& s_;
   const DeformKernels<T>& kernels_;
-  const int parts_;
-  const bool paired_;
+  const Parts parts_;
   const GemmKernel<F>& gemm_;
   std::vector<PackedWeights<F>> packed_;  // of each part
   std::vector<UpsampledMeanWeights<F>> up_weights_;

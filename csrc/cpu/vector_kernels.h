@@ -100,6 +100,10 @@ struct DeformKernels {
                      int64_t rows, void* out, int64_t panel_stride);
   // Whether three products of `column_gemm` take less time than one of `gemm`.
   bool sums_parts;
+  // Products of pairs of bfloat16 for columns of F, and what cuts values of F in two that add up to
+  // all but the last digits of them. Null where they would not save time.
+  GemmKernel<F> part_gemm;
+  void (*cut)(const F* values, int64_t count, bfloat16* first, bfloat16* second);
 };
 
 template <class T>
@@ -177,5 +181,6 @@ DYHEAD_DECLARE_KERNELS(avx512)
 #undef DYHEAD_DECLARE_KERNELS
 const DeformKernels<bfloat16>& bf16_avx512bf16();
 const DeformKernels<bfloat16>& bf16_amx();
+const DeformKernels<float>& f32_amx();
 
 }  // namespace dyhead::cpu

@@ -69,7 +69,7 @@ def deform_conv(
         plan.mask_logits,
         out_in_compute_dtype,
         moments,
-        source.is_cuda and tf32_allowed(),
+        tf32_allowed(source.is_cuda),
     )
 
 

@@ -16,7 +16,9 @@ from benchmarks.cases.shapes import SHAPE_SETS, ShapeSet, pyramid_of
 from benchmarks.measuring import runtimes
 from tests.helpers.paths import ROOT
 
-RESULTS = Path("benchmarks") / "results" / "runtimes" / "cpu.json"
+RESULTS = [
+    path.relative_to(ROOT) for path in sorted((ROOT / "benchmarks/results/runtimes").glob("*.json"))
+]
 
 
 @pytest.fixture
@@ -79,22 +81,23 @@ def test_the_best_other_runtime_is_named() -> None:
     assert runtimes._best_other(missing, 1.0) == "-"
 
 
-def test_the_docs_show_the_committed_results(tmp_path: Path) -> None:
-    data = json.loads((ROOT / RESULTS).read_text())
+@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.stem)
+def test_the_docs_show_the_committed_results(results: Path) -> None:
+    data = json.loads((ROOT / results).read_text())
     text = (ROOT / "docs" / "performance.md").read_text()
-    new = runtimes.section(data, f"../{RESULTS.as_posix()}")
-    assert readme.replace_section(text, readme.RUNTIMES, new) == text, (
-        f"run python -m benchmarks runtimes --report --json {RESULTS} --write docs/performance.md"
+    new = runtimes.section(data, f"../{results.as_posix()}")
+    assert readme.replace_section(text, readme.section_of(readme.RUNTIMES, results), new) == text, (
+        f"run python -m benchmarks runtimes --report --json {results} --write docs/performance.md"
     )
 
 
 def test_the_table_is_printed_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = str(ROOT / RESULTS)
+    path = str(ROOT / RESULTS[0])
     assert main(["runtimes", "--report", "--json", path]) == 0
     assert "onnxruntime" in capsys.readouterr().out
     target = tmp_path / "page.md"
-    target.write_text("\n".join(readme.markers(readme.RUNTIMES)))
+    target.write_text("\n".join(readme.markers(readme.section_of(readme.RUNTIMES, RESULTS[0]))))
     assert main(["runtimes", "--report", "--json", path, "--write", str(target)]) == 0
     assert "| case | precision | dyhead_cuda |" in target.read_text()
