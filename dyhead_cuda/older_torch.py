@@ -49,8 +49,8 @@ def parts_allowed() -> bool:
     """Torch's own switch for float32 matrix products on the CPU in parts of bfloat16."""
     if FOUND < (2, 9):
         return torch.get_float32_matmul_precision() != "highest"
-    matmul: Any = torch.backends.mkldnn.matmul
-    return matmul.fp32_precision in ("tf32", "bf16")
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.matmul.fp32_precision in ("tf32", "bf16")
 
 
 @contextmanager
