@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
+_PAGES, _LARGEST = 1 << 16, 1 << 25  # a few; what malloc comes to where large blocks are freed
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -28,21 +30,27 @@ def with_peak_memory(action: Callable[[], T], device: torch.device) -> tuple[T, 
         result = action()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    if not _start_counting():
+    try:
+        libc = ctypes.CDLL(ctypes.util.find_library("c"))
+        _return_blocks_from(libc, _PAGES)
+        libc.malloc_trim(0)
+        _CLEAR.write_text("5")
+    except (OSError, AttributeError):  # not Linux with glibc, or no permission
         return action(), None
     resident = _status_bytes("VmRSS")
     result = action()
-    return result, max(0, _status_bytes("VmHWM") - resident)
+    peak = _status_bytes("VmHWM")
+    _return_blocks_from(libc, _LARGEST)
+    return result, max(0, peak - resident)
 
 
-def _start_counting() -> bool:
-    """Returns freed memory to the system and resets the peak of the resident size."""
-    try:
-        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
-        _CLEAR.write_text("5")
-    except (OSError, AttributeError):  # not Linux with glibc, or no permission
-        return False
-    return True
+def _return_blocks_from(libc: ctypes.CDLL, size: int) -> None:
+    """Lets malloc give blocks of that size or more back to the system as they are freed.
+
+    By itself it comes to keep blocks of up to 32 MiB, and then a peak has what it kept as well.
+    """
+    libc.mallopt(_MMAP_THRESHOLD, size)
+    libc.mallopt(_TRIM_THRESHOLD, 2 * size)
 
 
 def _status_bytes(field: str) -> int:
