@@ -1,4 +1,4 @@
-"""Detectors as functions of one tensor find exactly what the detectors find."""
+"""Detectors as functions of one tensor find what the detectors find."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from tests.helpers.detection.finders import make
 
 
 def assert_same(model: nn.Module, height: int, width: int) -> int:
-    """Detections are equal bit by bit; returns how many there are."""
+    """Boxes and labels are equal bit by bit; returns how many there are.
+
+    Scores may differ in the last bits: torch's sigmoid may round the last values of a tensor, which
+    fill no vector, differently.
+    """
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1))
     expected = checks.eager(model, raw=False)(image)
     with torch.no_grad():
         found = exportable(model)(image)
     assert found.keys() == expected.keys()
+    last_bits = 4 * torch.finfo(torch.float32).eps
     for name, x in expected.items():
-        assert torch.equal(found[name], x), name
+        tolerance = last_bits if name == "scores" else 0
+        torch.testing.assert_close(found[name], x, rtol=tolerance, atol=0)
     return len(expected["scores"])
 
 
