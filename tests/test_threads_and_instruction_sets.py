@@ -224,7 +224,10 @@ def test_capability_can_be_forced(
     if lacking:
         run = run_python(TINY_CALL, DYHEAD_CPU_CAPABILITY=capability)
         assert run.returncode != 0
-        assert f"DYHEAD_CPU_CAPABILITY is {capability}, but this CPU offers" in run.stderr
+        assert (
+            f"DYHEAD_CPU_CAPABILITY is {capability}, but this CPU and its system offer"
+            in run.stderr
+        )
         return
     actual, narrowest = results_of(capability), results_of(NARROWEST)
     for dtype in TOLERANCE:
@@ -240,6 +243,33 @@ def test_capability_can_be_forced(
         name, dtype = other[capability]
         pairs = zip(actual[dtype], results_of(name)[dtype], strict=True)
         assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.skipif(
+    "amx" not in CAPABILITIES or bool(CAPABILITIES["amx"] - processor_flags()),
+    reason="needs a CPU with AMX",
+)
+def test_without_permission_for_tiles_narrower_instructions_are_used() -> None:
+    # Linux refuses where the stack of a signal handler could not hold the registers of AMX.
+    program = """
+import ctypes, torch
+
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+memory = ctypes.create_string_buffer(8192)
+stack = Stack(ctypes.addressof(memory), 0, len(memory))
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+from dyhead_cuda import library
+print(library.cpu_capability())
+"""
+    # Intel's products of pairs are slower than those of float32 without AMX, so nobody gets them
+    # who does not ask.
+    assert run_python(program, DYHEAD_CPU_CAPABILITY="").stdout == "avx512\n"
+    for wanted in ("avx512bf16", "avx512"):
+        assert run_python(program, DYHEAD_CPU_CAPABILITY=wanted).stdout == f"{wanted}\n"
+    refused = run_python(program, DYHEAD_CPU_CAPABILITY="amx").stdout
+    assert "DYHEAD_CPU_CAPABILITY is amx, but this CPU and its system offer avx512bf16" in refused
 
 
 def test_an_unknown_capability_is_refused_at_first_use() -> None:

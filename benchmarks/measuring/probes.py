@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,18 +31,18 @@ def with_peak_memory(action: Callable[[], T], device: torch.device) -> tuple[T, 
         result = action()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    if not hasattr(libc, "mallopt") or not os.access(_CLEAR, os.W_OK):  # not Linux with glibc
+        return action(), None
+    _return_blocks_from(libc, _PAGES)
     try:
-        libc = ctypes.CDLL(ctypes.util.find_library("c"))
-        _return_blocks_from(libc, _PAGES)
         libc.malloc_trim(0)
         _CLEAR.write_text("5")
-    except (OSError, AttributeError):  # not Linux with glibc, or no permission
-        return action(), None
-    resident = _status_bytes("VmRSS")
-    result = action()
-    peak = _status_bytes("VmHWM")
-    _return_blocks_from(libc, _LARGEST)
-    return result, max(0, peak - resident)
+        resident = _status_bytes("VmRSS")
+        result = action()
+        return result, max(0, _status_bytes("VmHWM") - resident)
+    finally:
+        _return_blocks_from(libc, _LARGEST)
 
 
 def _return_blocks_from(libc: ctypes.CDLL, size: int) -> None:

@@ -187,7 +187,7 @@ class Forward {
     if (pairs_fit && p_.allow_tf32 && kernels_.cut != nullptr) return {kernels_.part_gemm, 2, 2};
     if (pairs_fit && kernels_.column_gemm.pairs == 2) {
       if (!p_.out_in_compute_dtype) return {kernels_.column_gemm, 1, 1};
-      if (kernels_.sums_parts && plain()) return {kernels_.column_gemm, 1, 3};
+      if (kernels_.part_gemm.run != nullptr && plain()) return {kernels_.part_gemm, 1, 3};
     }
     return {kernels_.gemm, 1, 1};
   }

@@ -74,8 +74,8 @@ Capability chosen() {
   for (int i = 0; i < static_cast<int>(std::size(kCapabilities)); ++i) {
     names += (i == 0 ? "" : ", ") + std::string(kCapabilities[i]);
     if (kCapabilities[i] != std::string_view(wanted)) continue;
-    STD_TORCH_CHECK(i <= best, "DYHEAD_CPU_CAPABILITY is ", wanted, ", but this CPU offers ",
-                    kCapabilities[best], " at most");
+    STD_TORCH_CHECK(i <= best, "DYHEAD_CPU_CAPABILITY is ", wanted,
+                    ", but this CPU and its system offer ", kCapabilities[best], " at most");
     return static_cast<Capability>(i);
   }
   STD_TORCH_CHECK(false, "expected DYHEAD_CPU_CAPABILITY to be one of ", names, ", got ", wanted);

@@ -93,6 +93,8 @@ void gemm(const void* a, int64_t row_stride, int64_t, const void* b, float* c, i
   multiply(columns, row_stride, panels, c, c_stride, rows, cols, k, whole, k);
 }
 
+constexpr GemmKernel<float> kGemm = {kTileRows, kTileCols, 2, gemm};
+
 void cut(const float* values, int64_t count, bfloat16* first, bfloat16* second) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -114,7 +116,7 @@ void cut(const float* values, int64_t count, bfloat16* first, bfloat16* second) 
 const DeformKernels<float>& f32_amx() {
   static const DeformKernels<float> kernels = [] {
     DeformKernels<float> with_parts = f32_avx512.deform;
-    with_parts.part_gemm = {kTileRows, kTileCols, 2, gemm};
+    with_parts.part_gemm = kGemm;
     with_parts.cut = cut;
     return with_parts;
   }();
@@ -124,8 +126,8 @@ const DeformKernels<float>& f32_amx() {
 const DeformKernels<bfloat16>& bf16_amx() {
   static const DeformKernels<bfloat16> kernels = [] {
     DeformKernels<bfloat16> with_tiles = bf16_avx512bf16();
-    with_tiles.column_gemm = {kTileRows, kTileCols, 2, gemm};
-    with_tiles.sums_parts = true;
+    with_tiles.column_gemm = kGemm;
+    with_tiles.part_gemm = kGemm;
     return with_tiles;
   }();
   return kernels;

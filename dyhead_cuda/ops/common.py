@@ -67,7 +67,7 @@ def forbid_second_derivative(name: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def tf32_allowed(on_cuda: bool = True) -> bool:
+def tf32_allowed(on_cuda: bool) -> bool:
     """Whether float32 products may be inexact, by torch's own switches for matmul.
 
     On CUDA in TF32, on the CPU as sums of products of parts in bfloat16.

@@ -13,8 +13,9 @@ from dyhead_cuda.numerics import TOLERANCES
 from tests.helpers.compare import relative_l2
 from tests.helpers.convolutions import PlainConvolution
 from tests.helpers.deform_work import PLAIN
+from tests.helpers.devices import needs_cpu_library
 
-pytestmark = pytest.mark.skipif(not library.loaded("cpu"), reason="no CPU library")
+pytestmark = needs_cpu_library
 
 # Two parts of bfloat16 have 16 digits, and the product of their last ones is left out.
 PARTS = 2e-5
