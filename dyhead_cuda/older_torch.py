@@ -45,14 +45,6 @@ def tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32"
 
 
-def parts_allowed() -> bool:
-    """Torch's own switch for float32 matrix products on the CPU in parts of bfloat16."""
-    if FOUND < (2, 9):
-        return torch.get_float32_matmul_precision() != "highest"
-    mkldnn: Any = torch.backends.mkldnn
-    return mkldnn.matmul.fp32_precision in ("tf32", "bf16")
-
-
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Float32 matrix products on CUDA in TF32, or not, by that switch."""

@@ -10,7 +10,7 @@ import torch
 
 from dyhead_cuda.numerics import TOLERANCES as TOLERANCE
 
-# tf32: float32 tensors whose matrix products may be inexact, see `products`.
+# tf32: float32 tensors whose matrix products round their operands to TF32.
 PRECISIONS = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -46,19 +46,13 @@ PEER_GRADIENT_FACTOR = 8
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
-    """Whether float32 products may be inexact in this block: only for "tf32".
-
-    On a GPU they are TF32's, on a CPU with AMX those of parts in bfloat16.
-    """
+    """Whether float32 products on a GPU may use TF32 in this block: only for "tf32"."""
     backends: Any = torch.backends
-    matmul, cudnn, on_cpu = backends.cuda.matmul, backends.cudnn, backends.mkldnn.matmul
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
     # Reading the older switch raises when the newer one was set; writing it sets both.
     before = [switch.fp32_precision == "tf32" for switch in (matmul, cudnn.conv)]
-    before_on_cpu = on_cpu.fp32_precision
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-        on_cpu.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-        on_cpu.fp32_precision = before_on_cpu

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
-_PAGES, _LARGEST = 1 << 16, 1 << 25  # a few; what malloc comes to where large blocks are freed
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -31,27 +28,21 @@ def with_peak_memory(action: Callable[[], T], device: torch.device) -> tuple[T, 
         result = action()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if not hasattr(libc, "mallopt") or not os.access(_CLEAR, os.W_OK):  # not Linux with glibc
+    if not _start_counting():
         return action(), None
-    _return_blocks_from(libc, _PAGES)
+    resident = _status_bytes("VmRSS")
+    result = action()
+    return result, max(0, _status_bytes("VmHWM") - resident)
+
+
+def _start_counting() -> bool:
+    """Returns freed memory to the system and resets the peak of the resident size."""
     try:
-        libc.malloc_trim(0)
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
         _CLEAR.write_text("5")
-        resident = _status_bytes("VmRSS")
-        result = action()
-        return result, max(0, _status_bytes("VmHWM") - resident)
-    finally:
-        _return_blocks_from(libc, _LARGEST)
-
-
-def _return_blocks_from(libc: ctypes.CDLL, size: int) -> None:
-    """Lets malloc give blocks of that size or more back to the system as they are freed.
-
-    By itself it comes to keep blocks of up to 32 MiB, and then a peak has what it kept as well.
-    """
-    libc.mallopt(_MMAP_THRESHOLD, size)
-    libc.mallopt(_TRIM_THRESHOLD, 2 * size)
+    except (OSError, AttributeError):  # not Linux with glibc, or no permission
+        return False
+    return True
 
 
 def _status_bytes(field: str) -> int:

@@ -28,11 +28,9 @@ struct DeformFwdParams {
   bool out_in_compute_dtype;     // out has the compute type
   bool moments;                  // whether to compute the next three, [J, N, C_out] each
   void* mean;
-  void* var;      // biased
-  void* up_mean;  // the mean after upsampling
-  // Products of float32 may be inexact: on CUDA those of operands rounded to TF32, on CPUs with AMX
-  // sums of products of their parts.
-  bool allow_tf32;
+  void* var;        // biased
+  void* up_mean;    // the mean after upsampling
+  bool allow_tf32;  // float32 products on CUDA may round their operands to TF32
 };
 
 struct DeformBwdParams {

@@ -136,13 +136,13 @@ class Forward {
       : p_(p),
         s_(p.call->shape),
         kernels_(deform_kernels<T>()),
-        products_(choose_products()),
-        gemm_(products_.gemm),
-        element_bytes_(gemm_.pairs == 2 ? sizeof(bfloat16) : sizeof(F)),
-        column_bytes_(products_.column_parts == 1 ? element_bytes_ : sizeof(F)),
+        paired_parts_(choose_parts()),
+        gemm_(paired_parts_ > 0 ? kernels_.column_gemm : kernels_.gemm),
+        column_bytes_(paired_parts_ > 0 ? sizeof(bfloat16) : sizeof(F)),
         column_stride_(round_up(s_.channels, 2)),
         out_stride_(s_.groups * round_up(s_.out_channels / s_.groups, gemm_.tile_cols)) {
-    for (int part = 0; part < products_.weight_parts; ++part) packed_.emplace_back(p, gemm_, part);
+    for (int part = 0; part < std::max(paired_parts_, 1); ++part)
+      packed_.emplace_back(p, gemm_, part);
     if (!p.moments) return;
     for (const DeformJob& job : p.call->jobs) up_weights_.emplace_back(job);
   }
@@ -165,31 +165,21 @@ class Forward {
     explicit Scratch(const Forward& f)
         : corners(kChunkRows),
           columns(kChunkRows * f.column_stride_ * f.column_bytes_ + sizeof(F)),
-          parts(f.products_.column_parts == 2 ? 2 * kChunkRows * f.column_stride_ : 0),
           out(kChunkRows * f.out_stride_) {}
     std::vector<Corners<F>> corners;
     std::vector<std::byte> columns;
-    std::vector<bfloat16> parts;  // of the columns, where they are two
     std::vector<F> out;
   };
 
-  // With which kernel, and into how many parts of bfloat16 columns and weights are cut for it.
-  struct Products {
-    const GemmKernel<F>& gemm;
-    int column_parts, weight_parts;
-  };
-
-  // Pairs of columns must not reach across groups. What a call wants in the compute type is
-  // computed in it: predicted offsets would move samples by the rounding of the weights. But a
-  // plain convolution has columns that need no rounding, and three parts of a weight add up to it.
-  Products choose_products() const {
-    const bool pairs_fit = s_.groups == 1 || s_.channels / s_.groups % 2 == 0;
-    if (pairs_fit && p_.allow_tf32 && kernels_.cut != nullptr) return {kernels_.part_gemm, 2, 2};
-    if (pairs_fit && kernels_.column_gemm.pairs == 2) {
-      if (!p_.out_in_compute_dtype) return {kernels_.column_gemm, 1, 1};
-      if (kernels_.part_gemm.run != nullptr && plain()) return {kernels_.part_gemm, 1, 3};
-    }
-    return {kernels_.gemm, 1, 1};
+  // Into how many parts weights are cut for products of pairs of bfloat16; 0: there are none. Pairs
+  // must not reach across groups. What a call wants in the compute type is computed in it:
+  // predicted offsets would move samples by the rounding of the weights. But a plain convolution
+  // has columns that need no rounding, and three parts of a weight add up to it.
+  int choose_parts() const {
+    const bool fit = s_.groups == 1 || s_.channels / s_.groups % 2 == 0;
+    if (kernels_.column_gemm.pairs == 1 || !fit) return 0;
+    if (!p_.out_in_compute_dtype) return 1;
+    return kernels_.sums_parts && plain() ? 3 : 0;
   }
 
   // Whether every column is the source's value.
@@ -201,7 +191,7 @@ class Forward {
 
   void blend(const T* source, int64_t channels, const Corners<F>* corners, int64_t rows,
              std::byte* columns) const {
-    if (column_bytes_ == sizeof(bfloat16)) {
+    if (paired_parts_ > 0) {
       kernels_.blend(source, s_.channels, channels, corners, rows, columns, column_stride_);
     } else {
       kernels_.blend_compute(source, s_.channels, channels, corners, rows,
@@ -228,36 +218,20 @@ class Forward {
           blend(source + d * deform_channels, deform_channels, scratch.corners.data(), chunk.rows,
                 scratch.columns.data() + d * deform_channels * column_bytes_);
         }
-        multiply(chunk.rows, term.weight, tap, scratch);
+        for (const PackedWeights<F>& packed : packed_) {
+          multiply(packed, chunk.rows, term.weight, tap, scratch);
+        }
       }
     }
   }
 
-  // Adds the products of a tap's columns; of parts, all but those beyond the last digits.
-  void multiply(int64_t rows, int64_t weight, int64_t tap, Scratch& scratch) const {
-    const std::byte* columns = scratch.columns.data();
-    if (products_.column_parts == 2) {
-      bfloat16* parts = scratch.parts.data();
-      kernels_.cut(reinterpret_cast<const F*>(columns), rows * column_stride_, parts,
-                   parts + kChunkRows * column_stride_);
-      columns = reinterpret_cast<const std::byte*>(parts);
-    }
-    const int most = std::max(products_.column_parts, products_.weight_parts);
-    for (int i = 0; i < products_.column_parts; ++i) {
-      for (int j = 0; i + j < most; ++j) {
-        multiply_part(columns + i * kChunkRows * column_stride_ * element_bytes_, packed_[j], rows,
-                      weight, tap, scratch.out.data());
-      }
-    }
-  }
-
-  void multiply_part(const std::byte* columns, const PackedWeights<F>& packed, int64_t rows,
-                     int64_t weight, int64_t tap, F* out) const {
-    const int64_t group_bytes = s_.channels / s_.groups * element_bytes_;
+  void multiply(const PackedWeights<F>& packed, int64_t rows, int64_t weight, int64_t tap,
+                Scratch& scratch) const {
+    const int64_t group_bytes = s_.channels / s_.groups * column_bytes_;
     for (int32_t g = 0; g < s_.groups; ++g) {
-      gemm_.run(columns + g * group_bytes, column_stride_, 1, packed.at(weight, g, tap),
-                out + g * packed.cols(), out_stride_, round_up(rows, gemm_.tile_rows),
-                packed.cols(), packed.k());
+      gemm_.run(scratch.columns.data() + g * group_bytes, column_stride_, 1,
+                packed.at(weight, g, tap), scratch.out.data() + g * packed.cols(), out_stride_,
+                round_up(rows, gemm_.tile_rows), packed.cols(), packed.k());
     }
   }
 
@@ -356,11 +330,9 @@ class Forward {
   const DeformFwdParams& p_;
   const DeformShape& s_;
   const DeformKernels<T>& kernels_;
-  const Products products_;
+  const int paired_parts_;
   const GemmKernel<F>& gemm_;
-  // Of the product's columns, and of those that are blended; values between rows of either.
-  const int64_t element_bytes_, column_bytes_, column_stride_;
-  const int64_t out_stride_;
+  const int64_t column_bytes_, column_stride_, out_stride_;
   std::vector<PackedWeights<F>> packed_;  // of each part
   std::vector<UpsampledMeanWeights<F>> up_weights_;
 };

@@ -154,9 +154,6 @@ const DeformKernels<T>& deform_kernels() {
     if (cpu_capability() == Capability::kAmx) return bf16_amx();
     if (cpu_capability() == Capability::kAvx512Bf16) return bf16_avx512bf16();
   }
-  if constexpr (std::is_same_v<T, float>) {
-    if (cpu_capability() == Capability::kAmx) return f32_amx();
-  }
 #endif
   return kernels<T>().deform;
 }

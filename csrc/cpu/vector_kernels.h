@@ -98,12 +98,8 @@ struct DeformKernels {
   // 1 if r is even; 0 for a sample that is not there.
   void (*blend_rows)(const T* source, int64_t stride, int64_t channels, const Corners<F>* samples,
                      int64_t rows, void* out, int64_t panel_stride);
-  // Products of pairs of bfloat16, three of which take less time than one of `gemm`; null where
-  // there are none.
-  GemmKernel<F> part_gemm;
-  // Where columns of F may be multiplied so: cuts each value in two that add up to all but the last
-  // digits of it.
-  void (*cut)(const F* values, int64_t count, bfloat16* first, bfloat16* second);
+  // Whether three products of `column_gemm` take less time than one of `gemm`.
+  bool sums_parts;
 };
 
 template <class T>
@@ -181,6 +177,5 @@ DYHEAD_DECLARE_KERNELS(avx512)
 #undef DYHEAD_DECLARE_KERNELS
 const DeformKernels<bfloat16>& bf16_avx512bf16();
 const DeformKernels<bfloat16>& bf16_amx();
-const DeformKernels<float>& f32_amx();
 
 }  // namespace dyhead::cpu

@@ -1,5 +1,4 @@
-// Products of bfloat16 pairs on the tile registers of AMX, also for float32 cut in two. All else is
-// that of AVX512-BF16 and AVX-512.
+// Products of bfloat16 pairs on the tile registers of AMX. All else is that of AVX512-BF16.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -93,41 +92,13 @@ void gemm(const void* a, int64_t row_stride, int64_t, const void* b, float* c, i
   multiply(columns, row_stride, panels, c, c_stride, rows, cols, k, whole, k);
 }
 
-constexpr GemmKernel<float> kGemm = {kTileRows, kTileCols, 2, gemm};
-
-void cut(const float* values, int64_t count, bfloat16* first, bfloat16* second) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const __m512 all = _mm512_loadu_ps(values + i);
-    const __m256i high = (__m256i)_mm512_cvtneps_pbh(all);
-    const __m512 rounded = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + i), high);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(second + i),
-                        (__m256i)_mm512_cvtneps_pbh(all - rounded));
-  }
-  for (; i < count; ++i) {
-    first[i] = float_to_bfloat16(values[i]);
-    second[i] = float_to_bfloat16(values[i] - to_compute(first[i]));
-  }
-}
-
 }  // namespace
-
-const DeformKernels<float>& f32_amx() {
-  static const DeformKernels<float> kernels = [] {
-    DeformKernels<float> with_parts = f32_avx512.deform;
-    with_parts.part_gemm = kGemm;
-    with_parts.cut = cut;
-    return with_parts;
-  }();
-  return kernels;
-}
 
 const DeformKernels<bfloat16>& bf16_amx() {
   static const DeformKernels<bfloat16> kernels = [] {
     DeformKernels<bfloat16> with_tiles = bf16_avx512bf16();
-    with_tiles.column_gemm = kGemm;
-    with_tiles.part_gemm = kGemm;
+    with_tiles.column_gemm = {kTileRows, kTileCols, 2, gemm};
+    with_tiles.sums_parts = true;
     return with_tiles;
   }();
   return kernels;

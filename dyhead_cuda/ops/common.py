@@ -67,9 +67,6 @@ def forbid_second_derivative(name: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def tf32_allowed(on_cuda: bool) -> bool:
-    """Whether float32 products may be inexact, by torch's own switches for matmul.
-
-    On CUDA in TF32, on the CPU as sums of products of parts in bfloat16.
-    """
-    return older_torch.tf32_allowed() if on_cuda else older_torch.parts_allowed()
+def tf32_allowed() -> bool:
+    """Whether float32 products on CUDA may run in TF32: torch's own switch for matmul."""
+    return older_torch.tf32_allowed()

@@ -69,7 +69,7 @@ def deform_conv(
         plan.mask_logits,
         out_in_compute_dtype,
         moments,
-        tf32_allowed(source.is_cuda),
+        source.is_cuda and tf32_allowed(),
     )
 
 

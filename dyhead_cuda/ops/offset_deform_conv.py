@@ -82,7 +82,7 @@ def offset_deform_conv(
         biases or None,  # AOTInductor knows no empty lists of tensors
         *plan.tables,
         plan.mask_logits,
-        tf32_allowed(source.is_cuda),
+        source.is_cuda and tf32_allowed(),
     )
     out, mean, var, up_mean = results
     return out, mean, var, up_mean

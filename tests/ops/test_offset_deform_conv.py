@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyhead_cuda import library
 from dyhead_cuda.ops.common import compute_dtype
-from tests.helpers.compare import TOLERANCE, gradients, leaf
+from tests.helpers.compare import TOLERANCE, assert_close, gradients, leaf
 from tests.helpers.deform_checks import (
     assert_same_bits,
     assert_second_derivative_raises,
     assert_threads_give_the_same_bits,
     check,
 )
+from tests.helpers.deform_work import PLAIN
 from tests.helpers.devices import each_device
 from tests.helpers.offset_work import CONVOLUTIONS, GRADIENTS, WORKS, OffsetCall, OffsetWork
 
@@ -88,6 +89,15 @@ def test_the_gradient_of_the_features_is_rounded_once(dtype: torch.dtype) -> Non
         arguments[names.index(name)] = arguments[names.index(name)].float()
     exact, *_ = BACKWARD(*arguments)
     assert (found != exact.to(dtype)).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["predicting", "odd channels", "plain groups", "plain strides"])
+def test_predictions_from_bfloat16_are_as_exact_as_in_float32(name: str) -> None:
+    """On CPUs with AMX their weights, in float32, are cut into three parts of bfloat16."""
+    work = PLAIN[name]
+    tensors = work.tensors(torch.bfloat16)
+    assert tensors["weights"].dtype == torch.float32
+    assert_close(work.run(tensors)[:1], work.reference(tensors), torch.float32)
 
 
 @each_device
